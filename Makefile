@@ -1,0 +1,52 @@
+# Two environments: VENV has everything, RUNTIME_VENV only what prediction needs, to prove that it suffices.
+# PyTorch's CPU build is found for Python 3.11 on the project's machines; elsewhere see the README.
+PYTHON ?= python3
+VENV ?= .venv
+RUNTIME_VENV ?= .venv-runtime
+TARGET ?= runtime train
+
+BIN := $(abspath $(VENV))/bin
+BUNDLE := $(CURDIR)/build/test-bundle
+
+.PHONY: install demo test lint types check-install clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/stamp
+
+# The stamps keep every later `make` off the network until what is installed changes.
+$(VENV)/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,geo,train,export,dev]'
+	touch $@
+
+$(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RUNTIME_VENV)
+	$(RUNTIME_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu]' pytest pytest-timeout
+	touch $@
+
+demo: install
+	rm -rf demo
+	$(BIN)/topt-deploy sample --out demo/
+	cd demo && $(BIN)/topt-deploy train --preset quick
+	cd demo && $(BIN)/topt-deploy export --format onnx
+	cd demo && $(BIN)/topt-run predict regions.parquet
+
+# The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two
+# that each take every core are slower than one. confcutdir: tests/conftest.py may need what only VENV has.
+test: install $(RUNTIME_VENV)/stamp
+	rm -rf $(BUNDLE)
+	OMP_NUM_THREADS=1 TOPT_KEEP_BUNDLE=$(BUNDLE) $(VENV)/bin/pytest -n 2 --ignore=tests/runtime_only
+	TOPT_TEST_BUNDLE_DIR=$(BUNDLE) $(RUNTIME_VENV)/bin/pytest --confcutdir=tests/runtime_only tests/runtime_only
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
+
+check-install:
+	PYTHON=$(PYTHON) scripts/check-install.sh build/install $(TARGET)
+
+clean:
+	rm -rf $(VENV) $(RUNTIME_VENV) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

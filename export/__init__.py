@@ -1,0 +1,1 @@
+"""From a trained run to a bundle: ONNX graph, parity gate, golden vectors."""

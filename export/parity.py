@@ -1,0 +1,82 @@
+"""The parity gate: the exported graph must say what the model in PyTorch says, on more cities than one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from topt_deploy.errors import BadBundle
+from topt_deploy.model.topt import TopT, predict
+
+Array = np.ndarray[Any, Any]
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of a prediction, relative to itself, or to one count where it is smaller."""
+TIE = 1e-6
+"""Predictions of two regions closer than this, relatively, are a tie in float32 and have no order to keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """What was measured on one city.
+
+    Attributes:
+        city: Its name in messages.
+        regions: N.
+        worst: Largest relative difference of any task and region.
+        swapped: Pairs of neighbouring ranks whose order differs and that are no tie, over all tasks.
+    """
+
+    city: str
+    regions: int
+    worst: float
+    swapped: int
+
+
+def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str) -> Parity:
+    """Compare predictions of all tasks, each (N,), by value and by ranking."""
+    worst, swapped = 0.0, 0
+    for task, e in expected.items():
+        a, b = e.astype(np.float64), found[task].astype(np.float64)
+        if not np.isfinite(b).all():
+            worst = float("inf")
+            continue
+        worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))
+        ranked = a[np.argsort(b, kind="stable")]  # must not decrease, ties apart
+        swapped += int((ranked[:-1] - ranked[1:] > TIE * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
+    return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
+
+
+def run_graph(graph: bytes, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the exported graph on the CPU, by task."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the model in PyTorch, by task."""
+    return {task: p.numpy() for task, p in predict(model, {k: torch.from_numpy(v) for k, v in inputs.items()}).items()}
+
+
+def parity_gate(model: TopT, graph: bytes, cities: Mapping[str, Mapping[str, Array]]) -> Sequence[Parity]:
+    """Compare on every city.
+
+    Raises:
+        BadBundle: If any prediction differs by more than :data:`TOLERANCE`, or any ranking differs.
+    """
+    measured = [compare(run_model(model, x), run_graph(graph, x), city) for city, x in cities.items()]
+    for parity in measured:
+        if not parity.worst <= TOLERANCE or parity.swapped:
+            raise BadBundle(
+                f"parity gate failed on {parity.city} ({parity.regions} regions): no bundle was written",
+                expected=f"relative difference ≤ {TOLERANCE:g} and the same ranking as PyTorch",
+                found=f"{parity.worst:.3g}, {parity.swapped} pairs in another order",
+                fix="this is a fault of the export; please report it with the run folder",
+            )
+    return measured

@@ -1,0 +1,4 @@
+#!/bin/sh
+# install-runtime.sh DIR: installs the wheel in DIR with what prediction on a CPU needs.
+set -eu
+python3 -m pip install --quiet --constraint constraints.txt "$(ls "$1"/topt_deploy-*.whl)[cpu]"

@@ -1,0 +1,254 @@
+"""The bundle: a folder ``name.topt/`` (or one zip of it) that says what it holds and proves it.
+
+``manifest.json`` lists every other file with size and SHA-256, and ``manifest.json.sha256`` seals the manifest.
+A file that is missing, not listed, changed, a link, or named outside the folder is refused before any model is
+opened. Bytes are hashed as they are read, and what was hashed is what is used: nothing can be swapped in between.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BadBundle, NoInput
+from .fileio import reading, sha256_bytes, write_text
+from .table import Schema
+
+if TYPE_CHECKING:
+    import zipfile
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SEAL = "manifest.json.sha256"
+CARD = "MODEL_CARD.md"
+SUFFIX = ".topt"
+MANIFEST_LIMIT_BYTES = 16 << 20
+FILE_LIMIT_BYTES = 64 << 30
+FILE_COUNT_LIMIT = 10_000
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle says of itself.
+
+    Attributes:
+        schema_version: Version of this record; another one is refused.
+        version: topt-deploy's, that wrote it.
+        source: What it was made from: run, city, number of regions, hashes of the tables.
+        tasks: By name: the prompt column (or null), the training's own figures and their protocol.
+        views: Categories of every count view, in order.
+        mobility: Whether flows are read.
+        prompts: By column: ``width``, and ``encoder`` where the training table named it.
+        ranges: Smallest and largest training value of every count and total flow.
+        inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
+        opset: ONNX operator set.
+        variants: By precision: file, providers, tolerance and what the parity gate measured.
+        golden: Base names of the golden cities under ``golden/``.
+        files: Every other file: size in bytes and SHA-256.
+    """
+
+    schema_version: int
+    version: str
+    source: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+    views: Mapping[str, tuple[str, ...]]
+    mobility: bool
+    prompts: Mapping[str, Mapping[str, Any]]
+    ranges: Mapping[str, tuple[float, float]]
+    inputs: tuple[str, ...]
+    opset: int
+    variants: Mapping[str, Mapping[str, Any]]
+    golden: tuple[str, ...]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def schema(self) -> Schema:
+        """What the model reads of a city."""
+        return Schema(
+            views={view: tuple(names) for view, names in self.views.items()},
+            mobility=self.mobility,
+            prompts={column: int(facts["width"]) for column, facts in self.prompts.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle whose names and sizes agree with its manifest.
+
+    Attributes:
+        path: The folder or zip file.
+        manifest: Its manifest.
+        sha256: Hash of the manifest, and through it of everything.
+    """
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, which are what the manifest says.
+
+        Raises:
+            BadBundle: If they are not.
+        """
+        facts = self.manifest.files[name]
+        with _Files(self.path) as files:
+            data = files.read(name, int(facts["size"]))
+        if len(data) != facts["size"] or sha256_bytes(data) != facts["sha256"]:
+            raise _refuse(self.path, f"{name} is not the file that the manifest describes")
+        return data
+
+    def verify(self, *, skip: frozenset[str] = frozenset()) -> None:
+        """Hash every listed file, but those in ``skip`` that are about to be :meth:`read` anyway."""
+        for name in self.manifest.files:
+            if name not in skip:
+                self.read(name)
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle and check its manifest, its list of files and their sizes.
+
+    Raises:
+        NoInput: If there is nothing at ``path``.
+        BadBundle: If it is not a sound bundle.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NoInput("no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle")
+    with _Files(path) as files:
+        sizes = files.sizes()
+        if MANIFEST not in sizes or SEAL not in sizes:
+            raise _refuse(path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle")
+        data = files.read(MANIFEST, MANIFEST_LIMIT_BYTES)
+        seal = files.read(SEAL, 200)
+    digest = sha256_bytes(data)
+    if seal != _seal(digest):
+        raise _refuse(path, "the manifest is not the one that was sealed")
+    manifest = _parse(path, data)
+    found = {name: size for name, size in sizes.items() if name not in (MANIFEST, SEAL)}
+    listed = {name: facts.get("size") for name, facts in manifest.files.items()}
+    for problem, names in (
+        ("not listed in the manifest", sorted(set(found) - set(listed))),
+        ("missing", sorted(set(listed) - set(found))),
+        ("of another size than listed", sorted(n for n in found.keys() & listed.keys() if found[n] != listed[n])),
+    ):
+        if names:
+            raise _refuse(path, f"files {problem}: {', '.join(names[:5])}")
+    return Bundle(path=path, manifest=manifest, sha256=digest)
+
+
+def seal_bundle(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of everything in ``folder``, and its seal: the last step of making a bundle."""
+    with _Files(folder) as files:
+        listing = {
+            name: {"size": size, "sha256": sha256_bytes(files.read(name, size))}
+            for name, size in sorted(files.sizes().items())
+        }
+    text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(folder / MANIFEST, text)
+    write_text(folder / SEAL, _seal(sha256_bytes(text.encode())).decode())
+
+
+def _seal(digest: str) -> bytes:
+    return f"{digest}  {MANIFEST}\n".encode()  # the format of sha256sum -c
+
+
+def _refuse(path: Path, reason: str) -> BadBundle:
+    return BadBundle(reason, file=path, fix="copy or export the bundle again; do not edit its files")
+
+
+def _parse(path: Path, data: bytes) -> Manifest:
+    try:
+        record = json.loads(data)
+        if record["schema_version"] != SCHEMA_VERSION:
+            raise BadBundle(
+                "the bundle is of another schema version",
+                file=path,
+                expected=SCHEMA_VERSION,
+                found=record["schema_version"],
+                fix="use the topt-deploy that wrote it, or export again",
+            )
+        for key in ("inputs", "golden"):
+            record[key] = tuple(record[key])
+        return Manifest(**record)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _refuse(path, f"the manifest cannot be read ({error})") from error
+
+
+class _Files:
+    """The files of a folder or of a zip, by safe relative names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip: zipfile.ZipFile | None = None
+
+    def __enter__(self) -> "_Files":
+        if not self.path.is_dir():
+            import zipfile
+
+            with reading(self.path):
+                try:
+                    self._zip = zipfile.ZipFile(self.path)
+                except zipfile.BadZipFile as error:
+                    raise _refuse(self.path, f"neither a folder nor a zip file ({error})") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._zip is not None:
+            self._zip.close()
+
+    def sizes(self) -> dict[str, int]:
+        """Sizes by name; anything but plain files under plain names is refused."""
+        found: dict[str, int] = {}
+        for name, size in self._entries():
+            if not _NAME.match(name):
+                raise _refuse(self.path, f"a file has the name {name!r}, which no bundle has")
+            if name in found:
+                raise _refuse(self.path, f"two files have the name {name!r}")
+            if size > FILE_LIMIT_BYTES or len(found) >= FILE_COUNT_LIMIT:
+                raise _refuse(self.path, "too large, or too many files, for a bundle")
+            found[name] = size
+        return found
+
+    def _entries(self) -> Iterator[tuple[str, int]]:
+        if self._zip is not None:
+            for info in self._zip.infolist():
+                if not info.is_dir():
+                    yield info.filename, info.file_size
+            return
+        folders = [self.path]
+        while folders:
+            folder = folders.pop()
+            with reading(folder), os.scandir(folder) as entries:
+                for entry in entries:
+                    name = Path(entry.path).relative_to(self.path).as_posix()
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        yield name, entry.stat(follow_symlinks=False).st_size
+                    else:
+                        raise _refuse(self.path, f"{name} is a link or a special file")
+
+    def read(self, name: str, limit: int) -> bytes:
+        """At most ``limit`` bytes of a file, and one more where it has more."""
+        if self._zip is not None:
+            import zipfile
+            import zlib
+
+            try:
+                with self._zip.open(name) as stream:
+                    return stream.read(limit + 1)
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+                raise _refuse(self.path, f"{name} cannot be unpacked ({error})") from error
+        path = self.path / name
+        with reading(path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with os.fdopen(descriptor, "rb") as stream:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise _refuse(self.path, f"{name} is not a plain file")
+                return stream.read(limit + 1)

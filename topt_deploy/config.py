@@ -1,0 +1,361 @@
+"""Configuration: small frozen dataclasses, read from TOML, stored as JSON beside the weights.
+
+A file names a ``preset`` to start from and overrides what it likes. ``[srel]``, ``[prompt4re]`` and
+``[target]`` hold for every task; ``[tasks.NAME.srel]`` and so on for one. Tasks exist only here: a task's
+name is the name of its label column.
+"""
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import BadConfig
+from .fileio import reading
+
+DEFAULT_PRESET = "default"
+CONFIG_FILE = "topt.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SrelConfig:
+    """Stage 1, spatial-aware region embedding learning. Tasks with equal settings share one embedding.
+
+    Attributes:
+        width: D, the width of every layer and of the embedding.
+        heads: Attention heads, of the intra-view blocks and the Graphormer layers.
+        intra_blocks, inter_blocks, layers: Intra-view blocks, external-attention blocks, Graphormer layers.
+        ffn_width: Inner width of the feed-forward layers.
+        memory: d_m, slots of the external attention's memory.
+        channels: c, channels that an attention score is expanded to.
+        view_width: d', width of the view-weight score.
+        distance_bias, centrality: Whether the two spatial priors are used (ablation).
+        bias: λ at the start, the weight of the adjacency in the attention scores.
+        decay: The adjacency's form: exp(-d/ℓ), exp(-(d/ℓ)²) or 1/(1+d/ℓ).
+        decay_length_m: ℓ; 0 takes the city's median distance to the fifth nearest region.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
+        mobility_weight, similarity_weight: Weights of the loss terms. The mobility term sums over N² pairs.
+    """
+
+    width: int = 144
+    heads: int = 1
+    intra_blocks: int = 1
+    inter_blocks: int = 2
+    layers: int = 2
+    ffn_width: int = 288
+    memory: int = 36
+    channels: int = 32
+    view_width: int = 32
+    distance_bias: bool = True
+    centrality: bool = True
+    bias: float = 0.1
+    decay: Literal["exponential", "gaussian", "inverse"] = "exponential"
+    decay_length_m: float = 0.0
+    dropout: float = 0.1
+    epochs: int = 4000
+    lr: float = 7e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 5e-4
+    decoupled: bool = False
+    mobility_weight: float = 1.0
+    similarity_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt4ReConfig:
+    """Stage 2, task-aware prompting.
+
+    Attributes:
+        enabled: Off is the ablation without Prompt4RE: a regression on the embedding.
+        prompt: ``task`` reads ``prompt_<task>``; ``none`` reads ``prompt_none``, the ablation without
+            task-relevant prompt.
+        alignment: Off is the ablation without alignment: the prompt is projected and concatenated.
+        components: Principal components of the prompt vectors that are kept; 0 keeps all.
+        width: Width of the attention; 0 takes the embedding's. The authors' code has the prompt's own.
+        skip: The head also sees the standardised features themselves, beside a standardised embedding.
+        hidden: Width of a hidden layer in the FNN; 0 is the paper's single linear layer.
+        ridge_alpha: α of the ridge fit that the FNN starts from.
+        ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training only
+            moves away from the ridge fit for what the prompts explain. Off is the paper: ridge is where it starts.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
+        members: Independently initialised heads whose mean is the prediction.
+        folds, fold_seed: The held-out estimate: KFold(folds, shuffle=True, random_state=fold_seed).
+    """
+
+    enabled: bool = True
+    prompt: Literal["task", "none"] = "task"
+    alignment: bool = True
+    components: int = 0
+    width: int = 0
+    heads: int = 4
+    skip: bool = False
+    hidden: int = 0
+    dropout: float = 0.1
+    epochs: int = 3000
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    ridge_alpha: float = 1.0
+    ridge_penalty: bool = False
+    members: int = 1
+    folds: int = 10
+    fold_seed: int = 2024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How counts enter the loss.
+
+    Attributes:
+        transform: What the Gaussian likelihood sees; predictions are transformed back.
+        likelihood: ``gaussian`` is the paper's squared error; the others have a log link on the count itself.
+        drop_zeros: Regions with a zero count leave training and the held-out figures (the published
+            protocol for check-ins); they still get a prediction.
+    """
+
+    transform: Literal["none", "sqrt", "log1p"] = "none"
+    likelihood: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian"
+    drop_zeros: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One task's settings."""
+
+    srel: SrelConfig = field(default_factory=SrelConfig)
+    prompt4re: Prompt4ReConfig = field(default_factory=Prompt4ReConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+    def prompt_column(self, task: str) -> str | None:
+        """The column the task's prompt vectors are read from; None without Prompt4RE."""
+        if not self.prompt4re.enabled:
+            return None
+        return "prompt_none" if self.prompt4re.prompt == "none" else f"prompt_{task}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run's settings.
+
+    Attributes:
+        preset: The preset that the settings started from, for the record.
+        seed: Seed of every random number in training.
+        views: Count views to read.
+        mobility: Whether flows are read.
+        checkpoint_every: Epochs between checkpoints.
+        tasks: Settings per task, by label column.
+    """
+
+    preset: str = DEFAULT_PRESET
+    seed: int = 0
+    views: tuple[str, ...] = ("poi", "land_use")
+    mobility: bool = True
+    checkpoint_every: int = 500
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Every prompt column that some task reads, once."""
+        columns = (task.prompt_column(name) for name, task in self.tasks.items())
+        return tuple(dict.fromkeys(column for column in columns if column is not None))
+
+    def embeddings(self) -> dict[str, SrelConfig]:
+        """The distinct stage-1 models: name (of the first task that uses it) and settings."""
+        groups: dict[SrelConfig, str] = {}
+        for name, task in self.tasks.items():
+            groups.setdefault(task.srel, name)
+        return {name: srel for srel, name in groups.items()}
+
+    def embedding_of(self, task: str) -> str:
+        """The name, among :meth:`embeddings`, of the stage-1 model that ``task`` builds on."""
+        return next(name for name, srel in self.embeddings().items() if srel == self.tasks[task].srel)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def as_json(self) -> str:
+        """JSON text that :meth:`from_dict` reads back."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "configuration") -> "Config":
+        """Read back what :meth:`as_dict` gave."""
+        values = dict(values)
+        tasks = {name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()}
+        config: Config = _build(cls, values | {"tasks": tasks}, where)
+        return config
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(f.name.removesuffix(".toml") for f in _presets().iterdir() if f.name.endswith(".toml"))
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    tasks: Iterable[str] = (),
+    overrides: Iterable[str] = (),
+) -> Config:
+    """Assemble a configuration: preset, then file, then ``KEY=VALUE`` overrides.
+
+    Args:
+        preset: A shipped preset; else the file's own ``preset``, else the default one.
+        file: A TOML file.
+        tasks: Keep these tasks only; a name the preset does not know gets the common settings.
+        overrides: Such as ``prompt4re.epochs=100`` (all tasks) or ``tasks.crime.srel.lr=1e-3``.
+
+    Raises:
+        BadConfig: Naming the file, the key, and what is known.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if file is not None:
+        layers.append((str(file), _read_toml(file.read_text, file)))
+    name = preset or (layers[0][1].get("preset") if layers else None) or DEFAULT_PRESET
+    if name not in presets():
+        raise BadConfig("no such preset", file=file, expected=f"one of {presets()}", found=repr(name))
+    source = _presets() / f"{name}.toml"
+    layers.insert(0, (f"preset {name}", _read_toml(source.read_text, source)))
+    layers += [(f"--set {override}", _parse_override(override)) for override in overrides]
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        _merge(merged, _spread(layer, where), where)
+    merged["preset"] = name
+    common = {section: merged.pop(section, {}) for section in _SECTIONS}
+    specific = merged.pop("tasks", {})
+    chosen = tuple(tasks) or tuple(specific)
+    if not chosen:
+        raise BadConfig("no task is named", file=file, fix="add a [tasks.NAME] section, or --task NAME")
+    where = layers[-1][0] if file is None else str(file)
+    built = {}
+    for task in chosen:
+        values = {section: common[section] | specific.get(task, {}).get(section, {}) for section in _SECTIONS}
+        built[task] = _task(values, f"{where}: tasks.{task}")
+    config: Config = _build(Config, merged | {"tasks": built}, where)
+    return config
+
+
+_SECTIONS = ("srel", "prompt4re", "target")
+
+
+def _presets() -> Any:
+    return resources.files("topt_deploy") / "presets"
+
+
+def _read_toml(read: Any, where: object) -> dict[str, Any]:
+    try:
+        with reading(Path(str(where))):
+            return tomllib.loads(read(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"not valid TOML ({error})", file=where) from error
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadConfig("not KEY=VALUE", file=f"--set {text}", expected="such as prompt4re.epochs=100")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word: --set target.transform=sqrt
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _spread(layer: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Refuse unknown top-level keys early, so that a typo is named where it stands."""
+    known = {f.name for f in dataclasses.fields(Config)} | set(_SECTIONS)
+    unknown = sorted(set(layer) - known)
+    if unknown:
+        raise BadConfig(f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}")
+    for task, values in layer.get("tasks", {}).items():
+        if not isinstance(values, dict) or set(values) - set(_SECTIONS):
+            raise BadConfig(
+                f"[tasks.{task}] may hold the sections {', '.join(_SECTIONS)}", file=where, found=repr(values)
+            )
+    return dict(layer)
+
+
+def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
+    """Merge ``layer`` into ``base``. A common value that comes later also overrides a task's earlier one."""
+    for section in _SECTIONS:
+        for task in base.get("tasks", {}).values():
+            for key in layer.get(section, {}):
+                task.get(section, {}).pop(key, None)
+    _deep_update(base, layer)
+
+
+def _deep_update(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            _deep_update(base.setdefault(key, {}), value)
+        else:
+            base[key] = value
+
+
+def _task(values: Mapping[str, Any], where: str) -> TaskConfig:
+    task = TaskConfig(
+        srel=_build(SrelConfig, values.get("srel", {}), f"{where}.srel"),
+        prompt4re=_build(Prompt4ReConfig, values.get("prompt4re", {}), f"{where}.prompt4re"),
+        target=_build(TargetConfig, values.get("target", {}), f"{where}.target"),
+    )
+    _check(task, where)
+    return task
+
+
+def _check(task: TaskConfig, where: str) -> None:
+    if task.target.likelihood != "gaussian" and task.target.transform != "none":
+        raise BadConfig(
+            f"likelihood {task.target.likelihood!r} works on the counts themselves",
+            file=where,
+            expected="target.transform = 'none'",
+            found=repr(task.target.transform),
+        )
+    attention = task.prompt4re.width or task.srel.width
+    for name, width, heads in (
+        ("srel", task.srel.width, task.srel.heads),
+        ("prompt4re", attention, task.prompt4re.heads),
+    ):
+        if heads < 1 or width % heads:
+            raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
+    if task.prompt4re.folds < 2:
+        raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Build a dataclass from plain values, checking names and types."""
+    hints = get_type_hints(cls)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise BadConfig(f"unknown key {key!r}", file=where, expected=f"one of {', '.join(sorted(hints))}")
+        checked[key] = _convert(value, hints[key], key, where)
+    return cls(**checked)
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        expected = f"one of {', '.join(map(repr, get_args(kind)))}"
+    elif kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
+        if not 0 <= value < math.inf:
+            raise BadConfig("out of range", file=where, column=key, expected="a number ≥ 0", found=value)
+        return kind(value)
+    elif kind in (bool, str) and type(value) is kind:
+        return value
+    elif get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    elif get_origin(kind) is Mapping or isinstance(value, Mapping):
+        return value
+    else:
+        expected = getattr(kind, "__name__", str(kind))
+    raise BadConfig("wrong value", file=where, column=key, expected=expected, found=repr(value))

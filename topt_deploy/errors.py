@@ -1,0 +1,148 @@
+"""Errors that a user can act on, each with the exit code a batch system reads.
+
+The codes are those of BSD's sysexits.h where one fits (docs/contracts.md lists them all). Every message
+names, as far as they apply, the file, the column, the region ids, what was expected, what was found and
+what to do; no user mistake ends in a traceback.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of both commands."""
+
+    DONE = 0
+    USAGE = 2
+    PARTIAL = 3
+    BAD_DATA = 65
+    NO_INPUT = 66
+    NO_DEVICE = 69
+    BUG = 70
+    CANNOT_CREATE = 73
+    IO_ERROR = 74
+    TRY_AGAIN = 75
+    BAD_BUNDLE = 76
+    NO_PERMISSION = 77
+    BAD_CONFIG = 78
+
+
+class ToptError(Exception):
+    """An error for the user.
+
+    Args:
+        message: What is wrong, in one sentence.
+        file, column: Where it is wrong.
+        ids: The region ids concerned; the first few are shown and all are counted.
+        expected, found: Both sides of the disagreement.
+        fix: What to do about it.
+    """
+
+    exit_code = Exit.BUG
+    IDS_SHOWN = 5
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object = None,
+        column: str | None = None,
+        ids: Iterable[object] | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.column = column
+        self.ids = None if ids is None else [str(i) for i in ids]
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = [self.file] if self.file else []
+        place += [f"column {self.column!r}"] if self.column else []
+        lines = [f"{', '.join(place)}: {self.message}" if place else self.message]
+        if self.ids is not None:
+            shown = ", ".join(repr(i) for i in self.ids[: self.IDS_SHOWN])
+            rest = len(self.ids) - self.IDS_SHOWN
+            lines.append(
+                f"  regions:  {shown}" + (f" and {rest} more ({len(self.ids)} in all)" if rest > 0 else "")
+            )
+        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
+        lines += [f"  found:    {self.found}"] if self.found is not None else []
+        lines += [f"  to do:    {self.fix}"] if self.fix else []
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same facts for machines (``--log-format json``); absent ones are left out."""
+        ids = None if self.ids is None else self.ids[: self.IDS_SHOWN]
+        facts = {
+            "error": type(self).__name__,
+            "exit_code": int(self.exit_code),
+            "message": self.message,
+            "file": self.file,
+            "column": self.column,
+            "region_ids": ids,
+            "region_count": None if self.ids is None else len(self.ids),
+            "expected": self.expected,
+            "found": self.found,
+            "to_do": self.fix,
+        }
+        return {key: value for key, value in facts.items() if value is not None}
+
+
+class UsageError(ToptError):
+    """The command line asks for something that does not exist or does not go together."""
+
+    exit_code = Exit.USAGE
+
+
+class BadData(ToptError):
+    """The input was read and is not what the contract says."""
+
+    exit_code = Exit.BAD_DATA
+
+
+class NoInput(ToptError):
+    """An input file is missing."""
+
+    exit_code = Exit.NO_INPUT
+
+
+class NoDevice(ToptError):
+    """The requested device or provider is absent; there is never a silent fall-back."""
+
+    exit_code = Exit.NO_DEVICE
+
+
+class CannotCreate(ToptError):
+    """The output's folder is missing or cannot be written."""
+
+    exit_code = Exit.CANNOT_CREATE
+
+
+class IOFailure(ToptError):
+    """Reading or writing failed: disk full, I/O error."""
+
+    exit_code = Exit.IO_ERROR
+
+
+class BadBundle(ToptError):
+    """The bundle is not whole, not what its manifest says, or fails its own test."""
+
+    exit_code = Exit.BAD_BUNDLE
+
+
+class NoPermission(ToptError):
+    """An input may not be read by this user."""
+
+    exit_code = Exit.NO_PERMISSION
+
+
+class BadConfig(ToptError):
+    """A configuration file or value is wrong."""
+
+    exit_code = Exit.BAD_CONFIG

@@ -1,0 +1,368 @@
+"""Region shapes: GeoParquet and GIS files in, centroids and GIS files out; always longitude, latitude.
+
+A coordinate reference system is read, never guessed: a geometry that states none is refused. The libraries of
+the ``geo`` extra are imported where they are used, for most predictions need only the columns lon and lat.
+"""
+
+import importlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import BadConfig, BadData, NoInput, UsageError
+from .fileio import atomic_file, reading
+
+Array = np.ndarray[Any, Any]
+
+GEOMETRY = "geometry"
+LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
+"""Accepted systems: x is the longitude in both, for GeoParquet overrides the authority's axis order."""
+DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """The features of a file, in its order. N features.
+
+    Attributes:
+        ids: str (N,), the id column as text; None where none was asked for.
+        lonlat: float64 (N, 2), centroids in degrees, CRS84.
+        wkb: Shapes as WKB, CRS84; None where the file has only points in columns lon and lat.
+    """
+
+    ids: Array | None
+    lonlat: Array
+    wkb: pa.Array | None
+
+
+def centroids(table: pa.Table, name: str, ids: Array) -> Array:
+    """Planar centroids of a table's GeoParquet geometry.
+
+    Args:
+        table: Has a WKB geometry column, and the ``geo`` key of GeoParquet 1.0 to 2.0 in its schema metadata
+            (:func:`with_geo_key` derives it from Parquet's own GEOMETRY type where it is absent).
+        name: What errors call the table.
+        ids: str (N,), the region id of each row.
+
+    Returns:
+        float64 (N, 2), longitude and latitude in degrees.
+
+    Raises:
+        BadData: If the reference system is unstated or not CRS84, or a geometry is null, empty or invalid.
+    """
+    column = _check_geo_key(table, name)
+    return _points(_shapes(table.column(column), name, column, ids))
+
+
+def with_geo_key(table: pa.Table, file: pq.ParquetFile) -> pa.Table:
+    """Describe native GEOMETRY columns in the table's ``geo`` key, as GeoParquet does.
+
+    pyarrow reads Parquet's GEOMETRY and GEOGRAPHY types (GeoParquet 2.0, whose ``geo`` key is optional) as
+    plain binary and drops their reference system; only the file's own schema still tells it.
+    """
+    metadata = table.schema.metadata or {}
+    if b"geo" in metadata:
+        return table
+    columns: dict[str, dict[str, object]] = {}
+    for position in range(len(file.schema)):
+        column = file.schema.column(position)
+        native = json.loads(column.logical_type.to_json())
+        if native["Type"] in {"Geometry", "Geography"} and column.path in table.column_names:
+            crs = native.get("crs") or "OGC:CRS84"
+            if crs.startswith("projjson:"):  # names a key of the file's metadata
+                crs = (
+                    (file.metadata.metadata or {})
+                    .get(crs.removeprefix("projjson:").encode(), b"null")
+                    .decode()
+                )
+            columns[column.path] = {"encoding": "WKB", "geometry_types": [], "crs": crs}
+    if not columns:
+        return table
+    primary = GEOMETRY if GEOMETRY in columns else next(iter(columns))
+    geo = {"version": "2.0.0", "primary_column": primary, "columns": columns}
+    return table.replace_schema_metadata({**metadata, b"geo": json.dumps(geo).encode()})
+
+
+def geo_metadata(geometry_types: Iterable[str]) -> bytes:
+    """The ``geo`` value of a GeoParquet 1.1 file with one WKB column ``geometry``; no ``crs`` means CRS84."""
+    column = {"encoding": "WKB", "geometry_types": sorted(set(geometry_types))}
+    return json.dumps(
+        {"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}}
+    ).encode()
+
+
+def geometry_types(wkb: pa.Array) -> list[str]:
+    """The names of the geometry types that occur, as GeoParquet spells them."""
+    shapely = geo_library("shapely")
+    shapes = shapely.from_wkb(wkb.to_numpy(zero_copy_only=False))
+    flat, solid = (sorted({s.geom_type for s in shapes[shapely.has_z(shapes) == z]}) for z in (False, True))
+    return flat + [f"{name} Z" for name in solid]
+
+
+def read_geometry(path: Path, id_col: str | None) -> Places:
+    """Read the features of a GIS file (GeoJSON, GeoPackage, shapefile), Parquet or CSV table.
+
+    A GIS file is reprojected to CRS84 from the system that it states; a table has GeoParquet geometry or
+    columns lon and lat in degrees.
+
+    Raises:
+        NoInput, BadData: Naming the file and what it lacks.
+    """
+    path = Path(path)
+    name = str(path)
+    with reading(path):
+        path.stat()
+    suffix = path.suffix.lower()
+    if suffix in {".csv", ".parquet"}:
+        table = _read_csv(path, id_col) if suffix == ".csv" else _read_parquet(path)
+        wkb = None
+        ids = _ids(table, name, id_col)
+        labels = np.array([f"row {row}" for row in range(len(table))]) if ids is None else ids
+        if {"lon", "lat"} <= set(table.column_names):
+            lonlat = np.stack([_degrees(table, name, axis) for axis in ("lon", "lat")], axis=1)
+        else:
+            column = _check_geo_key(table, name)
+            shapes = _shapes(table.column(column), name, column, labels)
+            lonlat, wkb = _points(shapes), _wkb(shapes)
+        return Places(ids=ids, lonlat=lonlat, wkb=wkb)
+    return _read_gis(path, id_col)
+
+
+def write_geo(path: Path, table: pa.Table) -> None:
+    """Write a table as .gpkg or .geojson for GIS users, atomically.
+
+    Args:
+        path: Its suffix chooses the format.
+        table: Has WKB ``geometry``, CRS84, or columns lon and lat. A list column ``name`` becomes ``name_0``,
+            ``name_1``, … since these formats have no lists.
+
+    Raises:
+        UsageError: If the suffix is neither.
+        BadData: If the table has no positions.
+    """
+    shapely, pyogrio = geo_library("shapely"), geo_library("pyogrio")
+    path = Path(path)
+    driver = DRIVERS.get(path.suffix.lower())
+    if driver is None:
+        raise UsageError("unknown GIS format", file=path, expected=" or ".join(DRIVERS), found=path.suffix)
+    columns = set(table.column_names)
+    if GEOMETRY in columns:
+        wkb = table.column(GEOMETRY).combine_chunks()
+        types = geometry_types(wkb)
+    elif {"lon", "lat"} <= columns:
+        wkb = _wkb(shapely.points(table.column("lon").to_numpy(), table.column("lat").to_numpy()))
+        types = ["Point"]
+    else:
+        raise BadData("the regions' positions are absent", expected="column geometry, or lon and lat")
+    flat = {}
+    for field in table.schema:
+        column = table.column(field.name)
+        if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
+            values = [value or [] for value in column.to_pylist()]
+            for item in range(max((len(value) for value in values), default=0)):
+                entries = [value[item] if item < len(value) else None for value in values]
+                flat[f"{field.name}_{item}"] = pa.array(entries, field.type.value_type)
+        elif field.name != GEOMETRY:
+            flat[field.name] = column
+    with atomic_file(path) as temporary:
+        temporary.unlink()  # GDAL takes an existing empty file for a broken one
+        pyogrio.write_arrow(
+            pa.table({**flat, GEOMETRY: wkb}),
+            temporary,
+            driver=driver,
+            layer=path.stem,
+            geometry_name=GEOMETRY,
+            geometry_type=types[0] if len(types) == 1 else "Unknown",
+            crs="EPSG:4326",
+        )
+
+
+def geo_library(module: str) -> Any:
+    """A library of the ``geo`` extra.
+
+    Raises:
+        BadConfig: If it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadConfig(
+            f"reading or writing geometries needs {module}, which is not installed",
+            fix="pip install 'topt-deploy[geo]', or give columns lon and lat in degrees instead",
+        ) from error
+
+
+def _check_geo_key(table: pa.Table, name: str) -> str:
+    """The geometry column to read, its encoding and reference system checked."""
+    described = (table.schema.metadata or {}).get(b"geo")
+    if described is None:
+        raise BadData(
+            "the geometry's reference system is not stated",
+            file=name,
+            column=GEOMETRY,
+            expected="GeoParquet metadata (the 'geo' key of versions 1.0 to 2.0)",
+            found="none",
+            fix="write it as GeoParquet in CRS84, or add columns lon and lat in degrees; it is never guessed",
+        )
+    try:
+        geo = json.loads(described)
+        column = GEOMETRY if GEOMETRY in geo["columns"] else geo["primary_column"]
+        meta = geo["columns"][column]
+        encoding = meta["encoding"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadData(
+            "the 'geo' metadata cannot be read", file=name, expected="GeoParquet 1.0 to 2.0"
+        ) from error
+    if column not in table.column_names:
+        raise BadData("the geometry column is absent", file=name, column=column, found=table.column_names)
+    if encoding != "WKB":
+        raise BadData(
+            "unknown geometry encoding", file=name, column=column, expected="WKB", found=encoding,
+            fix="write the file with encoding WKB",
+        )  # fmt: skip
+    crs = _crs_name(meta.get("crs", "OGC:CRS84"))
+    if crs not in LONLAT_CRS:
+        raise BadData(
+            "the geometry is in another reference system",
+            file=name,
+            column=column,
+            expected="OGC:CRS84 (longitude, latitude) or EPSG:4326",
+            found=crs,
+            fix="reproject it to CRS84 and write it again, or add columns lon and lat in degrees",
+        )
+    return str(column)
+
+
+def _crs_name(crs: Any) -> str:
+    """``authority:code`` of a PROJJSON object or of a string that the Parquet format allows."""
+    if isinstance(crs, str):
+        if crs.startswith("srid:"):
+            return f"EPSG:{crs.removeprefix('srid:')}"
+        if not crs.startswith("{"):
+            return "unknown (null)" if crs == "null" else crs
+        crs = json.loads(crs)
+    if not isinstance(crs, dict):
+        return "unknown (null)"
+    identity = crs.get("id") or {}
+    if "authority" in identity and "code" in identity:
+        return f"{identity['authority']}:{identity['code']}"
+    return f"{crs.get('name', 'unnamed')} (without an authority's code)"
+
+
+def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array:
+    """WKB as shapely geometries (N,), none of them null, empty or invalid."""
+    shapely = geo_library("shapely")
+    if isinstance(column.type, pa.ExtensionType):  # where geoarrow's types are registered
+        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        raise BadData("not a geometry", file=name, column=label, expected="binary (WKB)", found=column.type)
+    shapes = shapely.from_wkb(column.to_numpy(), on_invalid="ignore")
+    kinds = (
+        ("null or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
+        ("empty", shapely.is_empty(shapes), "add the missing shapes"),
+        ("invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
+    )
+    for kind, bad, fix in kinds:
+        if bad.any():
+            raise BadData(
+                "geometries cannot be used", file=name, column=label, ids=ids[bad],
+                expected="a valid shape or point in every row", found=kind, fix=fix,
+            )  # fmt: skip
+    return shapes
+
+
+def _points(shapes: Array) -> Array:
+    shapely = geo_library("shapely")
+    return shapely.get_coordinates(shapely.centroid(shapes))
+
+
+def _wkb(shapes: Array) -> pa.Array:
+    return pa.array(geo_library("shapely").to_wkb(shapes), pa.binary())
+
+
+def _read_csv(path: Path, id_col: str | None) -> pa.Table:
+    from pyarrow import csv
+
+    # Read as text, or the id 007 becomes the number 7.
+    options = csv.ConvertOptions(column_types={id_col: pa.string()} if id_col else None)
+    with reading(path):
+        try:
+            return csv.read_csv(path, convert_options=options)
+        except pa.ArrowInvalid as error:
+            raise BadData(f"not a CSV table ({error})", file=path, expected="a header and columns") from error
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    from .table import read_parquet
+
+    table = read_parquet(path)
+    with pq.ParquetFile(path) as file:
+        return with_geo_key(table, file)
+
+
+def _read_gis(path: Path, id_col: str | None) -> Places:
+    shapely, pyogrio, pyproj = geo_library("shapely"), geo_library("pyogrio"), geo_library("pyproj")
+    name = str(path)
+    try:
+        layers = pyogrio.list_layers(path)[:, 0]
+        if len(layers) == 0:
+            raise NoInput("holds no layer", file=name)
+        if len(layers) > 1:
+            raise BadData(
+                "holds several layers", file=name, expected="one", found=", ".join(layers),
+                fix="export the layer of the regions to a file of its own",
+            )  # fmt: skip
+        meta, table = pyogrio.read_arrow(path)
+    except pyogrio.errors.DataSourceError as error:
+        raise BadData(
+            f"not a readable GIS file ({error})", file=name, expected="GeoJSON, GeoPackage, shapefile"
+        ) from error
+    if meta["crs"] is None:
+        raise BadData(
+            "the file states no reference system", file=name, expected="a stated one (a shapefile's .prj)",
+            found="none", fix="assign the system that the coordinates are in; it is never guessed",
+        )  # fmt: skip
+    ids = _ids(table, name, id_col)
+    column = meta["geometry_name"] or "wkb_geometry"
+    labels = np.array([f"feature {row}" for row in range(len(table))]) if ids is None else ids
+    shapes = shapely.force_2d(_shapes(table.column(column), name, column, labels))
+    to_lonlat = pyproj.Transformer.from_crs(meta["crs"], "OGC:CRS84", always_xy=True)
+    shapes = shapely.transform(shapes, to_lonlat.transform, interleaved=False)
+    return Places(ids=ids, lonlat=_points(shapes), wkb=_wkb(shapes))
+
+
+def _ids(table: pa.Table, name: str, id_col: str | None) -> Array | None:
+    """The id column as text (N,); a whole number that a shapefile stores as 7.0 is "7"."""
+    if id_col is None:
+        return None
+    if id_col not in table.column_names:
+        raise BadData(
+            "the id column is absent", file=name, column=id_col, found=", ".join(table.column_names)
+        )
+    values = [
+        int(v) if isinstance(v, float) and v.is_integer() else v for v in table.column(id_col).to_pylist()
+    ]
+    blank = [f"row {row}" for row, value in enumerate(values) if value is None]
+    if blank:
+        raise BadData("ids are missing", file=name, column=id_col, ids=blank, expected="an id in every row")
+    ids = np.array([str(value) for value in values], dtype=np.str_)
+    unique, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise BadData("ids occur more than once", file=name, column=id_col, ids=unique[counts > 1])
+    return ids
+
+
+def _degrees(table: pa.Table, name: str, axis: str) -> Array:
+    column = table.column(axis)
+    if column.null_count or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise BadData(
+            "not degrees in every row", file=name, column=axis, expected="a number in every row",
+            found=f"{column.type} with {column.null_count} empty",
+        )  # fmt: skip
+    return column.cast(pa.float64()).to_numpy()

@@ -1,0 +1,120 @@
+"""Multi-view learning and inter-view fusion: the first half of stage 1 (HAFusion, ICDE 2024, sections IV-A, IV-B)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import SrelConfig
+from .layers import FeedForward, SelfAttention, Standardize
+
+
+class ScoreFeature(nn.Module):
+    """What a region's row of the attention map looks like, as a feature.
+
+    Every score s_ij is expanded to c channels a_c·s_ij + b_c, pooled over j with its own softmax weights and
+    projected to D. Softmax ignores b_c, so the pooled value is a_c·Σ_j softmax_j(a_c s_ij) s_ij + b_c.
+
+    *Shape:* scores (N, N) → (N, D)
+    """
+
+    def __init__(self, *, width: int, channels: int) -> None:
+        super().__init__()
+        # As a 1×1 convolution from one channel starts: uniform in ±1/√1.
+        self.scale = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+        self.shift = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+        self.proj = nn.Linear(channels, width)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        weights = (self.scale[:, None, None] * scores).softmax(dim=-1)  # (c, N, N)
+        pooled = (weights * scores).sum(dim=-1).T  # (N, c)
+        out: Tensor = self.proj(self.scale * pooled + self.shift)
+        return out
+
+
+class IntraViewBlock(nn.Module):
+    """A self-attention block whose output also sees its own attention map (:class:`ScoreFeature`).
+
+    *Shape:* (N, D) → (N, D)
+    """
+
+    def __init__(self, config: SrelConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width=config.width, heads=config.heads, dropout=config.dropout)
+        self.score_feature = ScoreFeature(width=config.width, channels=config.channels)
+        self.feed_forward = FeedForward(width=config.width, inner=config.ffn_width, dropout=config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed, scores = self.attention(x)
+        out: Tensor = self.feed_forward(x, mixed + self.score_feature(scores))
+        return out
+
+
+class ViewEncoder(nn.Module):
+    """One view: standardised, projected to the width, through the intra-view blocks.
+
+    *Shape:* (N, F) → (N, D)
+    """
+
+    def __init__(self, *, features: int, config: SrelConfig) -> None:
+        super().__init__()
+        self.standardize = Standardize(features)
+        self.proj = nn.Linear(features, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(IntraViewBlock(config) for _ in range(config.intra_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(torch.relu(self.proj(self.standardize(x))))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ExternalAttention(nn.Module):
+    """Attention of a region's views to a memory of d_m slots that all regions share, doubly normalised.
+
+    Softmax over the views, then each view's weights sum to one over the slots.
+
+    *Shape:* (N, V, D) → (N, V, D)
+    """
+
+    def __init__(self, *, width: int, memory: int) -> None:
+        super().__init__()
+        self.keys = nn.Linear(width, memory, bias=False)
+        self.values = nn.Linear(memory, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.keys(x).softmax(dim=1)  # over V
+        weights = weights / weights.sum(dim=2, keepdim=True)  # over the slots
+        out: Tensor = self.values(weights)
+        return out
+
+
+class ViewFusion(nn.Module):
+    """Mix every view with what it takes from the others, weigh the views, and add them up to H̃.
+
+    The view weights come from an attentive score between pairs of views, averaged over the second view and over
+    the regions, and softmaxed: one weight per view and city.
+
+    *Shape:* (N, V, D) → (N, D), and the view weights (V,)
+    """
+
+    def __init__(self, config: SrelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ExternalAttention(width=config.width, memory=config.memory) for _ in range(config.inter_blocks)
+        )
+        self.mix_own = nn.Parameter(torch.tensor(0.1))
+        self.mix_others = nn.Parameter(torch.tensor(0.9))
+        self.score = nn.Linear(config.width, config.view_width, bias=False)
+        self.score_from = nn.Linear(config.view_width, 1)
+        self.score_to = nn.Linear(config.view_width, 1)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        others = views
+        for block in self.blocks:
+            others = block(others)
+        mixed = (self.mix_own * views + self.mix_others * others) / (self.mix_own + self.mix_others)
+        score = self.score(mixed)  # (N, V, d')
+        pairs = self.score_from(score) + self.score_to(score).transpose(1, 2)  # (N, V, V)
+        weights = F.leaky_relu(pairs, 0.3).mean(dim=(0, 2)).softmax(dim=0)  # (V,)
+        return (weights[:, None] * mixed).sum(dim=1), weights

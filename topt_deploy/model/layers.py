@@ -1,0 +1,83 @@
+"""Layers that both stages are built from: standardisation, attention, feed-forward.
+
+Shape letters, here and in the whole package: N regions, V views, D width, H prompt width, M members.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Standardize(nn.Module):
+    """Subtract a mean and divide by a scale, both fixed from the training city and stored with the weights.
+
+    *Shape:* (..., N, F) → (..., N, F)
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+
+    def fit(self, x: Tensor) -> None:
+        """Take mean and standard deviation over N from ``x`` (N, F). A constant feature keeps scale 1."""
+        x = x.double()
+        std = x.std(dim=0, correction=0)
+        self.mean.copy_(x.mean(dim=0))
+        self.scale.copy_(torch.where(std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.ones_like(std)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.scale
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the regions, with an optional additive bias on the scores.
+
+    softmax_j(q_i·k_j / √d + B_ij), d = D / heads (ToPT's Graphormer layer; B = 0 is the ordinary form).
+
+    *Shape:* x (N, D), bias (N, N) → (N, D), and the head-averaged attention weights (N, N)
+    """
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        n, width = x.shape
+        q, k, v = (part.reshape(n, self.heads, -1).transpose(0, 1) for part in self.qkv(x).chunk(3, dim=-1))
+        scores = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)  # (heads, N, N)
+        if bias is not None:
+            scores = scores + bias
+        weights = scores.softmax(dim=-1)
+        mixed = (self.dropout(weights) @ v).transpose(0, 1).reshape(n, width)
+        return self.out(mixed), weights.mean(dim=0)
+
+
+class FeedForward(nn.Module):
+    """Residual, layer norm, feed-forward, residual, layer norm: the second half of a post-norm block.
+
+    *Shape:* x (N, D), update (N, D) → (N, D)
+    """
+
+    def __init__(self, *, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, inner)
+        self.linear2 = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(update))
+        inner = self.dropout(torch.relu(self.linear1(x)))
+        out: Tensor = self.norm2(x + self.dropout(self.linear2(inner)))
+        return out

@@ -1,0 +1,189 @@
+"""Stage 2, Prompt4RE: task-aware prompting of region embeddings (ToPT, section "Prompt4RE").
+
+A head is M members with weights of their own that are computed as one batch. In training the members are the
+folds and the final fit; in a deployed model they are the final fit, or an ensemble of it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Prompt4ReConfig
+
+
+class PromptBasis(nn.Module):
+    """The frozen first step of a head: prompt vectors, standardised, in the basis of the training city.
+
+    Prompts of N regions span at most N of the H ≫ N dimensions, and a gradient never leaves their span. So the
+    vectors are standardised per dimension and rotated onto their R principal directions once; what is trained
+    works on R numbers instead of H. With all components kept, any linear map of the vectors can still be had.
+
+    *Shape:* (N, H) → (N, R)
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, *, prompt_width: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(prompt_width))
+        self.register_buffer("basis", torch.zeros(prompt_width, rank))
+
+    @classmethod
+    def fit(cls, prompts: Tensor, components: int = 0) -> "PromptBasis":
+        """Fix the basis from the training city's prompts (N, H). Components are scaled to unit mean square in all.
+
+        Args:
+            prompts: All regions' vectors; no label is used.
+            components: How many principal components to keep; 0 keeps all.
+        """
+        x = prompts.double()
+        mean = x.mean(dim=0)
+        std = x.std(dim=0, correction=0)
+        scale = torch.where(std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.inf)  # a constant carries nothing
+        _, singular, right = torch.linalg.svd((x - mean) / scale, full_matrices=False)
+        keep = int((singular > singular.amax() * 1e-5).sum())
+        keep = max(1, min(keep, components or keep))
+        # A fixed sign makes the basis the same on every machine: the largest entry of a direction is positive.
+        right = right[:keep]
+        largest = right.gather(1, right.abs().argmax(dim=1, keepdim=True))
+        right = right * torch.where(largest < 0, -1.0, 1.0)
+        size = singular[:keep].square().mean().div(len(x)).sqrt().clamp(min=1e-12)
+        module = cls(prompt_width=x.shape[1], rank=keep)
+        module.mean.copy_(mean)
+        module.basis.copy_(right.T / scale[:, None] / size)
+        return module
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        return (prompts - self.mean) @ self.basis
+
+
+class MemberLinear(nn.Module):
+    """M linear maps side by side.
+
+    *Shape:* (M or 1, N, I) → (M, N, O)
+    """
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class MemberLayerNorm(nn.Module):
+    """M layer norms side by side.
+
+    *Shape:* (M, N, W) → (M, N, W)
+    """
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(members, 1, width))
+        self.bias = nn.Parameter(torch.zeros(members, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+
+
+class Alignment(nn.Module):
+    """Prompt–region alignment: multi-head cross-attention, queries from E, keys and values from the prompts.
+
+    P' = LayerNorm(MHA(E, P) + E·W_res).
+
+    *Shape:* E (1, N, I), prompts (1, N, R) → (M, N, W)
+    """
+
+    def __init__(self, *, members: int, inputs: int, inner: int, rank: int, config: Prompt4ReConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = MemberLinear(members, inputs, inner)
+        self.key = MemberLinear(members, rank, inner)
+        self.value = MemberLinear(members, rank, inner)
+        self.residual = MemberLinear(members, inputs, inner)
+        self.norm = MemberLayerNorm(members, inner)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(M, N, W) → (M, heads, N, W / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, embedding: Tensor, prompts: Tensor) -> Tensor:
+        q, k, v = self._split(self.query(embedding)), self._split(self.key(prompts)), self._split(self.value(prompts))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (M, heads, N, N)
+        mixed = (self.dropout(weights) @ v).transpose(1, 2).flatten(-2)
+        out: Tensor = self.norm(mixed + self.residual(embedding))
+        return out
+
+
+class Prompt4Re(nn.Module):
+    """A task's head: soft prompt S from the prompts, F = [E ‖ S], ŷ = FNN(F), for M members at once.
+
+    *Shape:* E (N, I), prompts (N, R) or None → ŷ (M, N), on the standardised target scale
+
+    Args:
+        members: M.
+        inputs: I, what the head sees of a region: D, or more where features are passed along (``skip``).
+        width: D, the width of the soft prompt.
+        rank: R, the width of :class:`PromptBasis`; 0 without prompts.
+        config: Stage-2 settings. ``alignment`` off projects the prompts instead of aligning them.
+    """
+
+    def __init__(self, *, members: int, inputs: int, width: int, rank: int, config: Prompt4ReConfig) -> None:
+        super().__init__()
+        self.prompted = rank > 0
+        self.alignment = None
+        inner = config.width or width
+        if self.prompted:
+            if config.alignment:
+                self.alignment = Alignment(members=members, inputs=inputs, inner=inner, rank=rank, config=config)
+            self.soft_prompt = MemberLinear(members, inner if config.alignment else rank, width)
+        joined = inputs + width if self.prompted else inputs
+        self.linear = MemberLinear(members, joined, 1)
+        nn.init.normal_(self.linear.weight, std=math.sqrt(2 / (joined + 1)))  # Xavier, as the authors have it
+        self.hidden = self.hidden_out = None
+        if config.hidden:
+            self.hidden = MemberLinear(members, joined, config.hidden)
+            self.hidden_out = MemberLinear(members, config.hidden, 1)
+            nn.init.zeros_(self.hidden_out.weight)  # so that the FNN starts from the ridge fit as well
+        self.dropout = nn.Dropout(config.dropout)
+
+    def start_from_ridge(self, weight: Tensor, intercept: Tensor, *, prompts_from_zero: bool) -> None:
+        """Set the FNN's E part from ridge fits: weight (M, I), intercept (M,); and the rest, if asked, to zero."""
+        with torch.no_grad():
+            if prompts_from_zero:
+                self.linear.weight.zero_()
+            self.linear.weight[:, : weight.shape[1], 0] = weight
+            self.linear.bias[:, 0, 0] = intercept
+
+    def forward(self, embedding: Tensor, prompts: Tensor | None) -> Tensor:
+        joined = embedding[None]  # (1, N, I)
+        if self.prompted:
+            assert prompts is not None
+            source = prompts[None] if self.alignment is None else self.alignment(joined, prompts[None])
+            soft = self.soft_prompt(source)  # S (M, N, D)
+            joined = torch.cat([joined.expand(len(soft), -1, -1), soft], dim=-1)  # F = [E ‖ S]
+        out = self.linear(joined)
+        if self.hidden is not None and self.hidden_out is not None:
+            out = out + self.hidden_out(self.dropout(torch.relu(self.hidden(joined))))
+        return out.squeeze(-1)  # type: ignore[no-any-return]
+
+
+def ridge(x: Tensor, y: Tensor, weights: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Ridge regressions with an unpenalised intercept, one per member, in float64.
+
+    *Shape:* x (N, D), y (M, N), weights (M, N) ∈ {0, 1} → coefficients (M, D), intercepts (M,)
+    """
+    x, y, weights = x.double(), y.double(), weights.double()
+    count = weights.sum(dim=1, keepdim=True)
+    mean_x = weights @ x / count  # (M, D)
+    mean_y = (weights * y).sum(dim=1) / count[:, 0]
+    centred = (x[None] - mean_x[:, None]) * weights[..., None]  # (M, N, D)
+    gram = centred.transpose(1, 2) @ centred + alpha * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    moment = centred.transpose(1, 2) @ (y - mean_y[:, None])[..., None]
+    coefficients = torch.linalg.solve(gram, moment)[..., 0]
+    return coefficients, mean_y - (coefficients * mean_x).sum(dim=1)

@@ -1,0 +1,159 @@
+"""Stage 1, SREL: spatial-aware region embedding learning (ToPT, section "SREL")."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import SrelConfig
+from ..features import EARTH_RADIUS_M
+from .fusion import ViewEncoder, ViewFusion
+from .layers import FeedForward, SelfAttention
+
+NEIGHBOURS = 5
+"""The automatic decay length is the median distance to this many-th nearest region."""
+
+
+def distance_m(position: Tensor) -> Tensor:
+    """Great-circle (haversine) distances in metres from centred positions on the sphere.
+
+    *Shape:* (N, 3) → (N, N)
+    """
+    # Coordinate by coordinate: differences keep float32's precision where a Gram matrix would cancel.
+    chord2 = sum((position[:, None, axis] - position[None, :, axis]).square() for axis in range(3))
+    assert isinstance(chord2, Tensor)
+    return 2 * EARTH_RADIUS_M * torch.asin((chord2.sqrt() / (2 * EARTH_RADIUS_M)).clamp(max=1))
+
+
+class Adjacency(nn.Module):
+    """Distance-decayed adjacency A of the regions, zero on the diagonal; ``length_m`` is fixed in training.
+
+    *Shape:* position (N, 3) in metres → (N, N)
+    """
+
+    length_m: Tensor
+
+    def __init__(self, config: SrelConfig) -> None:
+        super().__init__()
+        self.decay = config.decay
+        self.register_buffer("length_m", torch.tensor(config.decay_length_m or 1.0))
+        self.automatic = config.decay_length_m == 0
+
+    def fit(self, position: Tensor) -> None:
+        """Set the decay length from the training city, unless the configuration gives it."""
+        if self.automatic:
+            nearest = distance_m(position).sort(dim=1).values[:, : NEIGHBOURS + 1]
+            self.length_m.copy_(nearest[:, -1].median().clamp(min=1.0))
+
+    def forward(self, position: Tensor) -> Tensor:
+        x = distance_m(position) / self.length_m
+        if self.decay == "exponential":
+            near = torch.exp(-x)
+        elif self.decay == "gaussian":
+            near = torch.exp(-x.square())
+        else:
+            near = 1 / (1 + x)
+        index = torch.arange(len(position), device=position.device)
+        return torch.where(index[:, None] == index[None, :], torch.zeros_like(near), near)
+
+
+class GraphormerLayer(nn.Module):
+    """Self-attention with the bias B = λ·A on its scores, then feed-forward.
+
+    *Shape:* x (N, D), bias (N, N) → (N, D)
+    """
+
+    def __init__(self, config: SrelConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width=config.width, heads=config.heads, dropout=config.dropout)
+        self.feed_forward = FeedForward(width=config.width, inner=config.ffn_width, dropout=config.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        mixed, _ = self.attention(x, bias)
+        out: Tensor = self.feed_forward(x, mixed)
+        return out
+
+
+class Srel(nn.Module):
+    """Region embeddings from views and positions. Permutation-equivariant; no width depends on N.
+
+    *Shape:* views {name: (N, F_v)}, adjacency (N, N) → E (N, D)
+
+    Args:
+        feature_widths: F_v of every view, in order (:func:`topt_deploy.features.feature_widths`).
+        config: Stage-1 settings.
+    """
+
+    def __init__(self, feature_widths: Mapping[str, int], config: SrelConfig) -> None:
+        super().__init__()
+        self.adjacency = Adjacency(config)
+        self.encoders = nn.ModuleDict(
+            {view: ViewEncoder(features=width, config=config) for view, width in feature_widths.items()}
+        )
+        self.fusion = ViewFusion(config)
+        self.centrality = nn.Linear(1, config.width) if config.centrality else None
+        self.bias = nn.Parameter(torch.tensor(config.bias)) if config.distance_bias else None  # λ
+        self.layers = nn.ModuleList(GraphormerLayer(config) for _ in range(config.layers))
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 2 * config.width),
+            nn.LeakyReLU(0.3),
+            nn.Linear(2 * config.width, config.width),
+        )
+
+    def fit_statistics(self, inputs: Mapping[str, Tensor], position: Tensor) -> None:
+        """Fix feature statistics and the decay length from the training city."""
+        for view, encoder in self.encoders.items():
+            assert isinstance(encoder, ViewEncoder)
+            encoder.standardize.fit(inputs[view])
+        self.adjacency.fit(position)
+
+    def forward(self, views: Mapping[str, Tensor], adjacency: Tensor) -> Tensor:
+        encoded = torch.stack([encoder(views[view]) for view, encoder in self.encoders.items()], dim=1)
+        x, _ = self.fusion(encoded)  # H̃ (N, D)
+        if self.centrality is not None:
+            strength = adjacency.sum(dim=1, keepdim=True)  # (N, 1)
+            x = x + self.centrality(strength / strength.amax().clamp(min=1e-12))
+        bias = None if self.bias is None else self.bias * adjacency
+        for layer in self.layers:
+            x = layer(x, bias)
+        out: Tensor = self.mlp(x)
+        return out
+
+
+class SrelLoss(nn.Module):
+    """Multi-task loss of stage 1 (HAFusion): reconstruct flows and the similarity of every count view.
+
+    The decoders live here because nothing needs them after training.
+
+    Args:
+        similarities: Per count view, cosine similarities of its raw counts (N, N).
+        flow: The OD matrix over its mean (N, N), or None without flows.
+        config: Stage-1 settings.
+    """
+
+    def __init__(self, similarities: Mapping[str, Tensor], flow: Tensor | None, config: SrelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.flow = flow
+        self.similarities = dict(similarities)
+        self.decoders = nn.ModuleDict({view: nn.Linear(config.width, config.width) for view in similarities})
+        if flow is not None:
+            self.source = nn.Linear(config.width, config.width)
+            self.destination = nn.Linear(config.width, config.width)
+
+    def forward(self, embedding: Tensor) -> dict[str, Tensor]:
+        """The weighted terms, by name; their sum is the loss.
+
+        *Shape:* (N, D) → scalars
+        """
+        terms = {}
+        if self.flow is not None:
+            product = self.source(embedding) @ self.destination(embedding).T
+            forth = torch.log(product.softmax(dim=1) + 1e-4)
+            back = torch.log(product.T.softmax(dim=1) + 1e-4)
+            terms["mobility"] = -self.config.mobility_weight * (self.flow * forth + self.flow.T * back).sum()
+        for view, similarity in self.similarities.items():
+            x = F.normalize(self.decoders[view](embedding), dim=1)
+            terms[view] = self.config.similarity_weight * F.mse_loss(x @ x.T, similarity)
+        return terms

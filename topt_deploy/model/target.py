@@ -1,0 +1,100 @@
+"""From counts to the scale that a head works on, and back; and the loss on that scale."""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TargetConfig
+
+MAX_LOG = 20.0
+"""Log rates are capped here: e²⁰ is half a billion."""
+
+
+class Target(nn.Module):
+    """A task's target scale for M members: transformed, then standardised with each member's training labels.
+
+    With a log link the network gives the log rate instead, and standardisation sets where it starts.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, *, members: int, config: TargetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(members, 1))
+        self.register_buffer("scale", torch.ones(members, 1))
+        negative_binomial = config.likelihood == "negative_binomial"
+        self.log_dispersion = nn.Parameter(torch.zeros(members, 1)) if negative_binomial else None
+
+    @property
+    def log_link(self) -> bool:
+        """Whether the network's output is a log rate."""
+        return self.config.likelihood != "gaussian"
+
+    def _transform(self, counts: Tensor) -> Tensor:
+        if self.log_link or self.config.transform == "log1p":
+            return torch.log1p(counts)
+        return counts.sqrt() if self.config.transform == "sqrt" else counts
+
+    def fit(self, counts: Tensor, weights: Tensor) -> Tensor:
+        """Take each member's mean and deviation over its training labels; return the scaled labels (M, N).
+
+        Args:
+            counts: (N,), anything where no member trains.
+            weights: (M, N) ∈ {0, 1}, the regions that a member trains on.
+        """
+        value = self._transform(counts.double())[None]
+        total = weights.double().sum(dim=1, keepdim=True)
+        mean = (weights * value).sum(dim=1, keepdim=True) / total
+        variance = (weights * (value - mean).square()).sum(dim=1, keepdim=True) / total
+        self.mean.copy_(mean)
+        self.scale.copy_(variance.sqrt().clamp(min=1e-6))
+        return self.scaled(counts)
+
+    def scaled(self, counts: Tensor) -> Tensor:
+        """*Shape:* (N,) → (M, N)"""
+        return (self._transform(counts.double())[None] - self.mean) / self.scale
+
+    def counts(self, output: Tensor) -> Tensor:
+        """Predicted counts, never negative.
+
+        *Shape:* (M, N) → (M, N)
+        """
+        value = output * self.scale + self.mean
+        if self.log_link:
+            return torch.exp(value.clamp(max=MAX_LOG))
+        if self.config.transform == "log1p":
+            return torch.expm1(value.clamp(max=MAX_LOG)).clamp(min=0)
+        value = value.clamp(min=0)
+        return value.square() if self.config.transform == "sqrt" else value
+
+    def loss(self, output: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
+        """Each member's mean loss over its training regions.
+
+        *Shape:* output (M, N), counts (N,), weights (M, N) → (M,)
+        """
+        if not self.log_link:
+            each = (output - self.scaled(counts).to(output)).square()
+        else:
+            log_rate = (output * self.scale + self.mean).clamp(max=MAX_LOG)
+            counts = counts.to(output)
+            if self.log_dispersion is None:
+                each = log_rate.exp() - counts * log_rate
+            else:  # variance = rate + rate²·e^dispersion
+                inverse = torch.exp(-self.log_dispersion)
+                rate = log_rate.exp()
+                each = (
+                    (counts + inverse) * torch.log(rate + inverse)
+                    - counts * log_rate
+                    - torch.lgamma(counts + inverse)
+                    + torch.lgamma(inverse)
+                    + inverse * self.log_dispersion
+                )
+            each = each / self._unit(counts, weights)
+        return (each * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def _unit(self, counts: Tensor, weights: Tensor) -> Tensor:
+        """Poisson losses grow with the counts; dividing by their mean keeps one learning rate fit for all tasks."""
+        if self.config.likelihood == "negative_binomial":
+            return torch.ones(len(weights), 1, device=counts.device)
+        return ((counts * weights).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Getting a city's data and training on it, with PyTorch."""

@@ -1,0 +1,148 @@
+"""The one training loop, for both stages: Adam, checkpoints, and going on after an interruption."""
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.config import Prompt4ReConfig, SrelConfig
+from topt_deploy.errors import BadConfig, NoDevice
+from topt_deploy.model.checkpoint import restore_training, save_training
+
+from .progress import Reporter
+
+LOG_EVERY = 25
+"""Epochs between two readings of the loss: each one makes a GPU wait for the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Where and how steps are computed.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32``; ``tf32`` (CUDA: matrix products only); ``bf16`` (autocast, weights stay float32).
+        compile: Compile the step with TorchInductor; on CUDA it is captured as a CUDA graph.
+    """
+
+    device: torch.device
+    precision: str = "fp32"
+    compile: bool = False
+
+    @classmethod
+    def choose(cls, device: str, precision: str | None, compile_: bool | None) -> "Engine":
+        """Settle what was left open: TF32 and captured steps on CUDA, plain float32 on a CPU.
+
+        Raises:
+            NoDevice: If CUDA was asked for and is not there.
+            BadConfig: If the precision does not exist on the device.
+        """
+        cuda = device == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise NoDevice(
+                "CUDA was requested and PyTorch finds no CUDA device",
+                expected="an NVIDIA GPU with its driver, and a CUDA build of PyTorch",
+                found=f"PyTorch {torch.__version__}",
+                fix="use --device cpu, or install a CUDA build of PyTorch",
+            )
+        if precision == "tf32" and not cuda:
+            raise BadConfig("precision tf32 exists on CUDA only", expected="fp32 or bf16", found="device cpu")
+        return cls(
+            device=torch.device(device),
+            precision=precision or ("tf32" if cuda else "fp32"),
+            compile=cuda if compile_ is None else compile_,
+        )
+
+    def seed(self, seed: int, stage: str) -> None:
+        """Seed every generator for a stage, so that no stage depends on what ran before it."""
+        torch.manual_seed(zlib.crc32(f"{seed}/{stage}".encode()))
+
+    def steps(self, loss: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
+        """The loss as this engine computes it."""
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        if self.compile:
+            loss = torch.compile(loss, mode="reduce-overhead" if self.device.type == "cuda" else "default")
+        return loss
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that a forward pass runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+
+def learning_rate(settings: SrelConfig | Prompt4ReConfig, epoch: int) -> float:
+    """The rate of an epoch: a function of the epoch alone, so that a resumed run needs no scheduler state."""
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
+    return settings.lr
+
+
+def fit(
+    module: nn.Module,
+    loss: Callable[[], Mapping[str, Tensor]],
+    settings: SrelConfig | Prompt4ReConfig,
+    *,
+    stage: str,
+    identity: str,
+    engine: Engine,
+    reporter: Reporter,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 500,
+) -> None:
+    """Minimise the sum of the loss's terms over the module's parameters, in full batches.
+
+    Goes on from ``checkpoint`` where there is one; the result is then bit for bit that of a run that was never
+    interrupted, on the same machine with the same number of threads.
+
+    Args:
+        module: What is trained; left in training mode.
+        loss: Computes the loss's terms, by name.
+        settings: Epochs, rate, schedule and weight decay.
+        stage: Name for people and files.
+        identity: Hash of everything the stage depends on; a checkpoint with another one is refused.
+        checkpoint: The stage's checkpoint file.
+    """
+    adam = torch.optim.AdamW if settings.decoupled else torch.optim.Adam
+    optimiser = adam(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    epoch = 0
+    if checkpoint is not None and checkpoint.exists():
+        facts = restore_training(checkpoint, module, optimiser)
+        if facts["identity"] != identity:
+            raise BadConfig(
+                "this checkpoint belongs to other data or another configuration",
+                file=checkpoint,
+                fix="resume with the files and settings the run began with, or start a new run",
+            )
+        epoch = facts["epoch"]
+        reporter.rewind(stage, epoch)
+    module.train()
+    step = engine.steps(loss)
+    with reporter.stage(stage, epochs=settings.epochs, start=epoch) as progress:
+        while epoch < settings.epochs:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(settings, epoch)
+            with engine.autocast():
+                terms = step()
+                total = torch.stack([term.float() for term in terms.values()]).sum()
+            optimiser.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            epoch += 1
+            if epoch % LOG_EVERY == 0 or epoch == settings.epochs:
+                values = {name: float(term.detach()) for name, term in terms.items()}
+                if not math.isfinite(sum(values.values())):
+                    raise BadConfig(
+                        f"{stage}: the loss is not finite at epoch {epoch}",
+                        found=str(values),
+                        fix="lower the learning rate, or use precision fp32",
+                    )
+                reporter.record(stage=stage, epoch=epoch, loss=sum(values.values()), terms=values)
+                progress.update(epoch, sum(values.values()))
+            if checkpoint is not None and (epoch % checkpoint_every == 0 or epoch == settings.epochs):
+                save_training(checkpoint, module, optimiser, {"identity": identity, "epoch": epoch, "stage": stage})

@@ -1,0 +1,181 @@
+"""A training run: a folder that holds its settings, its progress and, at the end, the fused model."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from topt_deploy import __version__
+from topt_deploy.config import Config
+from topt_deploy.errors import BadConfig, NoInput
+from topt_deploy.features import features, range_columns
+from topt_deploy.fileio import atomic_file, reading, sha256_file, write_json
+from topt_deploy.model.checkpoint import save_model
+from topt_deploy.model.topt import ModelSpec, TopT, all_features
+from topt_deploy.runs import MODEL_FILE, RUN_FILE, Run
+from topt_deploy.table import City, infer_schema, read_city
+
+from .fit import Engine
+from .metrics import Metrics, metrics
+from .progress import Reporter
+from .stage1 import embed, train_embedding
+from .stage2 import HeadResult, train_head
+
+Array = np.ndarray[Any, Any]
+
+HELD_OUT_FILE = "held_out.parquet"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """What a run says about one task.
+
+    Attributes:
+        held_out: Over the regions' own held-out folds, weights of the last epoch: what to expect on regions whose
+            label is unknown.
+        in_sample: The deployed model on regions it was trained on: how closely it fits, not how well it predicts.
+        mean_baseline: Predicting the training folds' mean, under the same folds.
+    """
+
+    held_out: Metrics
+    in_sample: Metrics
+    mean_baseline: Metrics
+
+
+def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
+    """Create a run folder and record what the run depends on."""
+    out.mkdir(parents=True, exist_ok=False)
+    run = Run(
+        path=out,
+        config=config,
+        city_dir=city_dir.resolve(),
+        regions_sha256=sha256_file(regions),
+        mobility_sha256=None if mobility is None else sha256_file(mobility),
+        finished=False,
+        facts={"started": datetime.now().astimezone().isoformat(timespec="seconds")},
+    )
+    run.save()
+    return run
+
+
+def train_run(
+    run: Run, *, regions: Path, mobility: Path | None, engine: Engine, reporter: Reporter
+) -> dict[str, TaskReport]:
+    """Train both stages of every task, going on from what the run folder already holds.
+
+    Args:
+        run: A started run.
+        regions, mobility: The city's tables; their bytes must be those the run was started with.
+
+    Returns:
+        A report per task, also in the run's files.
+
+    Raises:
+        BadConfig: If the input has changed since the run was started.
+    """
+    began = time.monotonic()
+    config = run.config
+    for file, recorded in ((regions, run.regions_sha256), (mobility, run.mobility_sha256)):
+        if file is not None and sha256_file(file) != recorded:
+            raise BadConfig("has changed since this run was started", file=file, fix="start a new run")
+    schema = infer_schema(
+        regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns()
+    )
+    city = read_city(regions, mobility, schema, labels=config.tasks)
+    inputs = {name: torch.from_numpy(a).to(engine.device) for name, a in features(city).items()}
+    identity = hashlib.sha256(
+        f"{run.regions_sha256}{run.mobility_sha256}{config.views}{config.mobility}{engine.precision}".encode()
+    ).hexdigest()
+    checkpoints = run.path / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    common: dict[str, Any] = {"engine": engine, "reporter": reporter, "identity": identity}
+
+    embeddings: dict[str, Tensor] = {}
+    srels = {}
+    for name in config.embeddings():
+        path = checkpoints / f"srel-{name}.safetensors"
+        srels[name] = train_embedding(city, inputs, schema, config, name, checkpoint=path, **common)
+        embeddings[name] = embed(srels[name], inputs)
+    results: dict[str, HeadResult] = {}
+    for task, settings in config.tasks.items():
+        column = settings.prompt_column(task)
+        results[task] = train_head(
+            embeddings[config.embedding_of(task)],
+            all_features(inputs, schema),
+            None if column is None else inputs[column],
+            city.labels[task],
+            config,
+            task,
+            checkpoint=checkpoints / f"prompt4re-{task}.safetensors",
+            **common,
+        )
+    ranks = {
+        task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
+    }
+    model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks))
+    for name, srel in srels.items():
+        model.srel[name].load_state_dict(srel.cpu().state_dict())
+    for task, result in results.items():
+        model.heads[task].load_state_dict(result.head.state_dict())
+    save_model(run.path / MODEL_FILE, model)
+    _write_held_out(run.path / HELD_OUT_FILE, city, results)
+    reports = {task: report(city.labels[task], result) for task, result in results.items()}
+    ranges = {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()}
+    run.finish(
+        {
+            "regions": len(city),
+            "city_id": city.city_id,
+            "reports": {task: asdict(r) for task, r in reports.items()},
+            "ranges": ranges,
+            "seconds": round(time.monotonic() - began, 1),
+            "device": engine.device.type,
+            "precision": engine.precision,
+            "threads": torch.get_num_threads(),
+            "versions": {"topt-deploy": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+    )
+    return reports
+
+
+def report(labels: Array, result: HeadResult) -> TaskReport:
+    """Metrics of a task under its own folds."""
+    truth = np.where(result.fold >= 0, labels, np.nan)
+    means = np.full(len(labels), np.nan)
+    for k in range(int(result.fold.max()) + 1):
+        means[result.fold == k] = labels[(result.fold >= 0) & (result.fold != k)].mean()
+    return TaskReport(
+        held_out=metrics(truth, result.held_out),
+        in_sample=metrics(truth, result.in_sample),
+        mean_baseline=metrics(truth, means),
+    )
+
+
+def _write_held_out(path: Path, city: City, results: Mapping[str, HeadResult]) -> None:
+    """One row per region and task: label, fold, held-out and in-sample prediction."""
+    tables = [
+        pa.table(
+            {
+                "region_id": city.region_id.tolist(),
+                "task": [task] * len(city),
+                "label": pa.array(city.labels[task], from_pandas=True),
+                "fold": result.fold,
+                "held_out": pa.array(result.held_out, from_pandas=True),
+                "in_sample": result.in_sample,
+            }
+        )
+        for task, result in results.items()
+    ]
+    with atomic_file(path) as temporary:
+        pq.write_table(pa.concat_tables(tables), temporary)

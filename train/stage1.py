@@ -1,0 +1,101 @@
+"""Stage 1: train SREL on a city's features. No label is used."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.config import Config
+from topt_deploy.features import POSITION, feature_widths
+from topt_deploy.model.srel import Srel, SrelLoss
+from topt_deploy.table import City, Schema
+
+from .fit import Engine, fit
+from .progress import Reporter
+
+
+def similarity_targets(city: City) -> dict[str, Tensor]:
+    """Cosine similarities between the regions' raw counts, per view (N, N). An empty region is similar to none."""
+    targets = {}
+    for view, counts in city.views.items():
+        norm = np.linalg.norm(counts, axis=1, keepdims=True)
+        unit = counts / np.where(norm == 0, 1, norm)
+        targets[view] = torch.from_numpy((unit @ unit.T).astype(np.float32))
+    return targets
+
+
+def flow_target(city: City) -> Tensor | None:
+    """The OD matrix that stage 1 reconstructs, over its mean (N, N)."""
+    if city.flows is None:
+        return None
+    n = len(city)
+    dense = np.zeros((n, n), dtype=np.float64)
+    dense[city.flows.origin, city.flows.dest] = city.flows.target
+    return torch.from_numpy((dense / dense.mean()).astype(np.float32))
+
+
+class SrelTraining(nn.Module):
+    """SREL with the decoders it is trained through."""
+
+    def __init__(self, srel: Srel, loss: SrelLoss) -> None:
+        super().__init__()
+        self.srel = srel
+        self.loss = loss
+
+
+def train_embedding(
+    city: City,
+    inputs: Mapping[str, Tensor],
+    schema: Schema,
+    config: Config,
+    name: str,
+    *,
+    engine: Engine,
+    reporter: Reporter,
+    identity: str,
+    checkpoint: Path | None = None,
+) -> Srel:
+    """Train the stage-1 model ``name`` of :meth:`Config.embeddings`.
+
+    Args:
+        inputs: :func:`topt_deploy.features.features` as tensors on the engine's device.
+        identity: Hash of the run's data; the settings are added to it.
+
+    Returns:
+        The trained model in evaluation mode, on the engine's device.
+    """
+    settings = config.embeddings()[name]
+    stage = f"srel/{name}"
+    engine.seed(config.seed, stage)
+    srel = Srel(feature_widths(schema), settings)
+    srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
+    flow = flow_target(city)
+    loss = SrelLoss(
+        {view: target.to(engine.device) for view, target in similarity_targets(city).items()},
+        None if flow is None else flow.to(engine.device),
+        settings,
+    )
+    training = SrelTraining(srel, loss).to(engine.device)
+    with torch.no_grad():
+        adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once
+    fit(
+        training,
+        lambda: loss(srel(inputs, adjacency)),
+        settings,
+        stage=stage,
+        identity=hashlib.sha256(f"{identity}{config.seed}{settings}".encode()).hexdigest(),
+        engine=engine,
+        reporter=reporter,
+        checkpoint=checkpoint,
+        checkpoint_every=config.checkpoint_every,
+    )
+    return srel.eval()
+
+
+@torch.no_grad()
+def embed(srel: Srel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Embeddings E (N, D) in evaluation mode."""
+    return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))  # type: ignore[no-any-return]
