@@ -24,7 +24,9 @@ class SyntheticCity:
     mobility: pa.Table | None
 
 
-def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, regions: int, seed: int) -> SyntheticCity:
+def synthetic_city(
+    model: TopT, ranges: Mapping[str, tuple[float, float]], *, regions: int, seed: int
+) -> SyntheticCity:
     """Draw a city that the model could have been trained on.
 
     Args:
@@ -75,5 +77,3 @@ def _prompts(model: TopT, regions: int, rng: np.random.Generator) -> dict[str, n
         coordinates = torch.from_numpy(rng.standard_normal((regions, inverse.shape[0])))
         drawn[column] = (coordinates @ inverse + head.basis.mean).float().numpy()
     return drawn
-
-

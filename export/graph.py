@@ -5,9 +5,11 @@ import io
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx
 import torch
+from onnx.external_data_helper import set_external_data
 from onnx.helper import make_opsetid
 from torch import Tensor, nn
 
@@ -15,6 +17,10 @@ from topt_deploy.model.topt import TopT
 
 OPSET = 20
 REGIONS_AXIS = "regions"
+WEIGHTS = "topt.weights"
+"""Name of the external data, beside the model."""
+EXTERNAL_FROM_BYTES = 1024
+ALIGNMENT = 64
 
 
 class _ByPosition(nn.Module):
@@ -30,7 +36,23 @@ class _ByPosition(nn.Module):
         return tuple(predictions.values())
 
 
-def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """An ONNX model with its large initialisers as external data, the standard's own form.
+
+    Attributes:
+        model: The serialised model; it names :data:`WEIGHTS` beside it.
+        weights: The external data.
+        initializers: Offset in bytes and shape of every external initialiser, all float32. ONNX Runtime takes them
+            from a buffer of the caller's by this list: checked bytes, and one copy in memory instead of three.
+    """
+
+    model: bytes
+    weights: bytes
+    initializers: dict[str, tuple[int, tuple[int, ...]]]
+
+
+def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
     """Export with a named dynamic axis for the regions.
 
     Args:
@@ -38,23 +60,25 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> bytes:
         sample: Inputs of some city; its number of regions does not matter to the result.
 
     Returns:
-        The serialised ONNX model, checked, with inputs named as the features and outputs as the tasks.
+        The checked graph, with inputs named as the features and outputs as the tasks.
     """
     module = _ByPosition(model).eval()
     arguments = tuple(sample[name] for name in module.names)
     regions = torch.export.Dim(REGIONS_AXIS, min=2, max=1 << 24)
-    noise = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(noise), torch.no_grad():
+    # Traced here and not by torch.onnx.export, which would quietly fix the axis where the code made it constant.
+    with torch.no_grad():
+        traced = torch.export.export(
+            module, arguments, dynamic_shapes=(tuple({0: regions} for _ in arguments),), strict=False
+        )
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everyone that torchvision is absent
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            module,
-            arguments,
+            traced,
             dynamo=True,
             opset_version=OPSET,
             input_names=module.names,
             output_names=list(model.heads),
-            dynamic_shapes=(tuple({0: regions} for _ in arguments),),
             optimize=True,
             verbose=False,
         )
@@ -62,8 +86,25 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> bytes:
     proto = program.model_proto
     _strip(proto)
     onnx.checker.check_model(proto, full_check=True)
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data
+    return _split(proto)
+
+
+def _split(proto: onnx.ModelProto) -> Graph:
+    """Move the large initialisers out of the model."""
+    weights = bytearray()
+    initializers = {}
+    for tensor in proto.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.raw_data) < EXTERNAL_FROM_BYTES:
+            continue
+        initializers[tensor.name] = (len(weights), tuple(tensor.dims))
+        data = tensor.raw_data
+        set_external_data(tensor, WEIGHTS, offset=len(weights), length=len(data))
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.ClearField("raw_data")
+        weights += data + b"\0" * (-len(data) % ALIGNMENT)
+    return Graph(
+        model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers
+    )
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -73,6 +114,8 @@ def _strip(proto: onnx.ModelProto) -> None:
     graph.name, graph.doc_string = "topt", ""
     del graph.metadata_props[:]
     del proto.metadata_props[:]
+    for value in (*graph.input, *graph.output):  # the tracer calls the axis something like s15
+        value.type.tensor_type.shape.dim[0].dim_param = REGIONS_AXIS
     for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
         for item in group:
             item.doc_string = ""

@@ -1,7 +1,9 @@
 """The parity gate: the exported graph must say what the model in PyTorch says, on more cities than one."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
+
+from .graph import WEIGHTS, Graph
 
 Array = np.ndarray[Any, Any]
 
@@ -50,21 +54,28 @@ def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str
     return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
 
 
-def run_graph(graph: bytes, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the exported graph on the CPU, by task."""
+def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the exported graph on the CPU as any ONNX tool would, from its two files; by task."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(graph.model)
+        path.with_name(WEIGHTS).write_bytes(graph.weights)
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
 def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run the model in PyTorch, by task."""
-    return {task: p.numpy() for task, p in predict(model, {k: torch.from_numpy(v) for k, v in inputs.items()}).items()}
+    return {
+        task: p.numpy()
+        for task, p in predict(model, {k: torch.from_numpy(v) for k, v in inputs.items()}).items()
+    }
 
 
-def parity_gate(model: TopT, graph: bytes, cities: Mapping[str, Mapping[str, Array]]) -> Sequence[Parity]:
+def parity_gate(model: TopT, graph: Graph, cities: Mapping[str, Mapping[str, Array]]) -> Sequence[Parity]:
     """Compare on every city.
 
     Raises:

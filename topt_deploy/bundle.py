@@ -32,7 +32,7 @@ FILE_COUNT_LIMIT = 10_000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
     """What a bundle says of itself.
 
@@ -47,7 +47,7 @@ class Manifest:
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
-        variants: By precision: file, providers, tolerance and what the parity gate measured.
+        variants: By precision: graph, weights and where each initialiser lies in them, providers, tolerance and what the parity gate measured.
         golden: Base names of the golden cities under ``golden/``.
         files: Every other file: size in bytes and SHA-256.
     """
@@ -76,7 +76,7 @@ class Manifest:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bundle:
     """An opened bundle whose names and sizes agree with its manifest.
 
@@ -119,11 +119,15 @@ def open_bundle(path: Path) -> Bundle:
     """
     path = Path(path)
     if not path.exists():
-        raise NoInput("no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle")
+        raise NoInput(
+            "no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle"
+        )
     with _Files(path) as files:
         sizes = files.sizes()
         if MANIFEST not in sizes or SEAL not in sizes:
-            raise _refuse(path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle")
+            raise _refuse(
+                path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle"
+            )
         data = files.read(MANIFEST, MANIFEST_LIMIT_BYTES)
         seal = files.read(SEAL, 200)
     digest = sha256_bytes(data)
@@ -135,7 +139,10 @@ def open_bundle(path: Path) -> Bundle:
     for problem, names in (
         ("not listed in the manifest", sorted(set(found) - set(listed))),
         ("missing", sorted(set(listed) - set(found))),
-        ("of another size than listed", sorted(n for n in found.keys() & listed.keys() if found[n] != listed[n])),
+        (
+            "of another size than listed",
+            sorted(n for n in found.keys() & listed.keys() if found[n] != listed[n]),
+        ),
     ):
         if names:
             raise _refuse(path, f"files {problem}: {', '.join(names[:5])}")
@@ -149,7 +156,10 @@ def seal_bundle(folder: Path, manifest: Manifest) -> None:
             name: {"size": size, "sha256": sha256_bytes(files.read(name, size))}
             for name, size in sorted(files.sizes().items())
         }
-    text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = (
+        json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )
     write_text(folder / MANIFEST, text)
     write_text(folder / SEAL, _seal(sha256_bytes(text.encode())).decode())
 

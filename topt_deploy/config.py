@@ -77,9 +77,10 @@ class Prompt4ReConfig:
         alignment: Off is the ablation without alignment: the prompt is projected and concatenated.
         components: Principal components of the prompt vectors that are kept; 0 keeps all.
         width: Width of the attention; 0 takes the embedding's. The authors' code has the prompt's own.
-        skip: The head also sees the standardised features themselves, beside a standardised embedding.
+        skip: Beside the embedding the head sees features and prompts themselves, all standardised.
         hidden: Width of a hidden layer in the FNN; 0 is the paper's single linear layer.
-        ridge_alpha: α of the ridge fit that the FNN starts from.
+        ridge_alpha: α of the ridge fit that the FNN starts from; 0 chooses it by leave-one-out, inside the training
+            regions of each fold.
         ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training only
             moves away from the ridge fit for what the prompts explain. Off is the paper: ridge is where it starts.
         decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
@@ -187,7 +188,9 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], where: str = "configuration") -> "Config":
         """Read back what :meth:`as_dict` gave."""
         values = dict(values)
-        tasks = {name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()}
+        tasks = {
+            name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()
+        }
         config: Config = _build(cls, values | {"tasks": tasks}, where)
         return config
 
@@ -275,7 +278,9 @@ def _spread(layer: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(Config)} | set(_SECTIONS)
     unknown = sorted(set(layer) - known)
     if unknown:
-        raise BadConfig(f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}")
+        raise BadConfig(
+            f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}"
+        )
     for task, values in layer.get("tasks", {}).items():
         if not isinstance(values, dict) or set(values) - set(_SECTIONS):
             raise BadConfig(
@@ -325,7 +330,9 @@ def _check(task: TaskConfig, where: str) -> None:
         ("prompt4re", attention, task.prompt4re.heads),
     ):
         if heads < 1 or width % heads:
-            raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
+            raise BadConfig(
+                f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}"
+            )
     if task.prompt4re.folds < 2:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 
@@ -352,7 +359,11 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         return kind(value)
     elif kind in (bool, str) and type(value) is kind:
         return value
-    elif get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+    elif (
+        get_origin(kind) is tuple
+        and isinstance(value, (list, tuple))
+        and all(isinstance(v, str) for v in value)
+    ):
         return tuple(value)
     elif get_origin(kind) is Mapping or isinstance(value, Mapping):
         return value

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from .errors import BadConfig, BadData, NoInput, UsageError
 from .fileio import atomic_file, reading
+from .table import GEOMETRY, read_parquet
 
 Array = np.ndarray[Any, Any]
 
-GEOMETRY = "geometry"
 LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
 """Accepted systems: x is the longitude in both, for GeoParquet overrides the authority's axis order."""
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
@@ -299,8 +299,6 @@ def _read_csv(path: Path, id_col: str | None) -> pa.Table:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    from .table import read_parquet
-
     table = read_parquet(path)
     with pq.ParquetFile(path) as file:
         return with_geo_key(table, file)

@@ -12,6 +12,8 @@ from .fileio import reading, write_json
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.safetensors"
+INPUTS_FILE = "inputs.safetensors"
+"""The training city's features: a finished run is exported without the city being at hand."""
 RUNS_DIR = "runs"
 
 
@@ -62,7 +64,9 @@ def open_run(path: Path) -> Run:
     """
     file = path / RUN_FILE
     if not file.exists():
-        raise NoInput("no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train")
+        raise NoInput(
+            "no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train"
+        )
     try:
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -86,7 +90,9 @@ def newest_run(city_dir: Path, *, finished: bool) -> Run:
         NoInput: If there is none.
     """
     folder = city_dir / RUNS_DIR
-    candidates = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+    candidates = sorted(
+        folder.glob(f"*/{RUN_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True
+    )
     for file in candidates:
         run = open_run(file.parent)
         if run.finished == finished:

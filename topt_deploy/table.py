@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import BadData, NoInput
-from .fileio import reading
+from .fileio import atomic_file, reading
 
 Array = np.ndarray[Any, Any]
 
 REGION_ID = "region_id"
 CITY_ID = "city_id"
+GEOMETRY = "geometry"
 FLOW_COLUMNS = {
     "origin_id": ("origin_id", "h_geocode", "PULocationID"),
     "dest_id": ("dest_id", "w_geocode", "DOLocationID"),
@@ -33,7 +34,7 @@ TARGET_FLOW = "target_flow"
 PROMPT_PREFIX = "prompt_"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Schema:
     """What a model reads of a city.
 
@@ -48,7 +49,7 @@ class Schema:
     prompts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Flows:
     """Directed flows between regions, sparse; no pair occurs twice.
 
@@ -64,7 +65,7 @@ class Flows:
     target: Array
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class City:
     """One city, regions sorted by id. N regions.
 
@@ -76,7 +77,10 @@ class City:
         views: float64 (N, C) counts per count view.
         flows: None where the schema reads none.
         prompts: float32 (N, H) per prompt column.
+        encoders: Per prompt column, the encoder that its field metadata names, if any.
         labels: float64 (N,) per task; NaN marks a region to predict.
+        geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
+        synthetic: Whether the table says of itself that it is made up.
     """
 
     region_id: Array
@@ -86,13 +90,16 @@ class City:
     views: Mapping[str, Array]
     flows: Flows | None
     prompts: Mapping[str, Array]
+    encoders: Mapping[str, str]
     labels: Mapping[str, Array]
+    geometry: tuple[pa.ChunkedArray, bytes | None] | None
+    synthetic: bool
 
     def __len__(self) -> int:
         return len(self.region_id)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Source:
     """A table together with the name that error messages give it."""
 
@@ -113,7 +120,7 @@ def read_parquet(path: Path, keep: Callable[[list[str]], list[str]] | None = Non
     """
     with reading(path):
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, pre_buffer=False) as file:  # no I/O threads for a local file
                 columns = None if keep is None else keep(file.schema_arrow.names)
                 return file.read(columns=columns, use_threads=False)
         except (pa.ArrowException, EOFError) as error:
@@ -127,6 +134,16 @@ def read_parquet(path: Path, keep: Callable[[list[str]], list[str]] | None = Non
                 reason = str(error).splitlines()[0]
                 raise BadData(f"damaged Parquet file ({reason})", file=path, fix="write it again") from error
             raise
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table atomically; the same table gives the same bytes.
+
+    Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
+    """
+    text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, use_dictionary=text)
 
 
 def infer_schema(
@@ -215,7 +232,10 @@ def read_city(
         prompts={
             c: _lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()
         },
+        encoders={column: name for column in schema.prompts if (name := _encoder(source, column))},
         labels={task: _label(source, ids, task)[order] for task in labels},
+        geometry=_geometry(source),
+        synthetic=(source.table.schema.metadata or {}).get(b"synthetic") == b"true",
     )
 
 
@@ -227,9 +247,7 @@ def _open(table: Path | pa.Table, name: str, keep: Callable[[list[str]], list[st
 
 def _wanted_columns(have: list[str], schema: Schema, labels: Iterable[str], id_col: str) -> list[str]:
     """The columns worth reading: texts and images of a large city stay on disk."""
-    exact = {id_col, CITY_ID, "lon", "lat", *schema.views, *schema.prompts, *labels}
-    if not {"lon", "lat"} <= set(have):
-        exact.add("geometry")
+    exact = {id_col, CITY_ID, "lon", "lat", GEOMETRY, *schema.views, *schema.prompts, *labels}
     prefixes = tuple(f"{view}_" for view in schema.views)
     return [name for name in have if name in exact or name.startswith(prefixes)]
 
@@ -304,7 +322,7 @@ def _city_id(source: _Source) -> str | None:
 def _lonlat(source: _Source, ids: Array) -> Array:
     if source.has("lon") and source.has("lat"):
         lonlat = np.stack([_floats(source, ids, "lon"), _floats(source, ids, "lat")], axis=1)
-    elif source.has("geometry"):
+    elif source.has(GEOMETRY):
         from .geometry import centroids
 
         lonlat = centroids(source.table, source.name, ids)
@@ -327,6 +345,17 @@ def _lonlat(source: _Source, ids: Array) -> Array:
             fix="reproject to CRS84; the reference system is never guessed",
         )
     return lonlat
+
+
+def _encoder(source: _Source, column: str) -> str | None:
+    metadata = source.table.schema.field(column).metadata or {}
+    return metadata.get(b"encoder", b"").decode() or None
+
+
+def _geometry(source: _Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
+    if not source.has(GEOMETRY):
+        return None
+    return source.table.column(GEOMETRY), (source.table.schema.metadata or {}).get(b"geo")
 
 
 def _categories(source: _Source, view: str) -> tuple[str, ...]:
@@ -429,7 +458,9 @@ def _floats(source: _Source, ids: Array, column: str, nulls: bool = False) -> Ar
             "values are missing", file=source.name, column=column, ids=ids[where],
             expected="a number in every row", found="null", fix="fill them in; write 0 where there is none",
         )  # fmt: skip
-    values = data.cast(pa.float64()).to_numpy()
+    if pa.types.is_decimal(data.type) or pa.types.is_null(data.type):
+        data = data.cast(pa.float64())
+    values = data.to_numpy().astype(np.float64)  # nulls become NaN; a cast would import pyarrow.compute
     if nulls and data.null_count < int(np.isnan(values).sum()):
         where = np.isnan(values) & ~np.array(data.is_null().to_pylist())
         raise BadData(
@@ -476,13 +507,14 @@ def _lists(source: _Source, ids: Array, column: str, width: int) -> Array:
             expected=f"{width} numbers", found=found,
             fix="the columns must be those of the training data, in number and order",
         )  # fmt: skip
-    flat = pa.concat_arrays([chunk.flatten() for chunk in data.chunks])
-    if flat.null_count or not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)):
+    parts = [_entries(chunk, width) for chunk in data.chunks]
+    kind = parts[0].type
+    if any(p.null_count for p in parts) or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise BadData(
             "list entries are missing or not numbers", file=source.name, column=column,
-            expected="numbers without nulls", found=f"{flat.type} with {flat.null_count} nulls",
+            expected="numbers without nulls", found=f"{kind}, {sum(p.null_count for p in parts)} nulls",
         )  # fmt: skip
-    values = flat.to_numpy(zero_copy_only=False).reshape(len(ids), width)
+    values = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).reshape(len(ids), width)
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         raise BadData(
@@ -490,6 +522,13 @@ def _lists(source: _Source, ids: Array, column: str, width: int) -> Array:
             expected="finite numbers", fix="compute them again",
         )  # fmt: skip
     return values if values.dtype == np.float32 else values.astype(np.float64)
+
+
+def _entries(chunk: pa.Array, width: int) -> pa.Array:
+    """The entries of a chunk of lists, none of them null and all of one width; flatten() would import compute."""
+    fixed = pa.types.is_fixed_size_list(chunk.type)
+    start = chunk.offset * width if fixed else chunk.offsets[0].as_py()
+    return chunk.values.slice(start, len(chunk) * width)
 
 
 def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
@@ -505,8 +544,9 @@ def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str |
             )
         columns[role] = present[0]
     if city_id is not None and source.has(CITY_ID):
-        mine = np.array([c == city_id for c in source.table.column(CITY_ID).to_pylist()], dtype=bool)
-        source = _Source(source.table.filter(pa.array(mine)), source.name, source.path)
+        mine = [c == city_id for c in source.table.column(CITY_ID).to_pylist()]
+        if not all(mine):  # a table of this city alone is spared the import of pyarrow.compute
+            source = _Source(source.table.filter(pa.array(mine)), source.name, source.path)
     ends = {}
     for role in ("origin_id", "dest_id"):
         data = source.table.column(columns[role])

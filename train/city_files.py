@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from topt_deploy.fileio import atomic_file, write_error
+from topt_deploy.fileio import write_error
+from topt_deploy.table import write_parquet
 
 Array = np.ndarray[Any, Any]
 
@@ -27,8 +27,7 @@ def write_city(folder: Path, regions: pa.Table, mobility: pa.Table) -> None:
     except OSError as error:
         raise write_error(folder, error) from error
     for name, table in ((MOBILITY, mobility), (REGIONS, regions)):
-        with atomic_file(folder / name) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+        write_parquet(folder / name, table)
 
 
 def fixed_lists(values: Array) -> pa.FixedSizeListArray:

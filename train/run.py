@@ -1,7 +1,6 @@
 """A training run: a folder that holds its settings, its progress and, at the end, the fused model."""
 
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -12,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.config import Config
-from topt_deploy.errors import BadConfig, NoInput
+from topt_deploy.errors import BadConfig
 from topt_deploy.features import features, range_columns
-from topt_deploy.fileio import atomic_file, reading, sha256_file, write_json
-from topt_deploy.model.checkpoint import save_model
+from topt_deploy.fileio import sha256_file
+from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
-from topt_deploy.runs import MODEL_FILE, RUN_FILE, Run
-from topt_deploy.table import City, infer_schema, read_city
+from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.table import City, infer_schema, read_city, write_parquet
 
 from .fit import Engine
 from .metrics import Metrics, metrics
@@ -36,6 +34,10 @@ Array = np.ndarray[Any, Any]
 
 HELD_OUT_FILE = "held_out.parquet"
 METRICS_FILE = "metrics.jsonl"
+PROTOCOL = (
+    "held out = every labelled region predicted by the fold that did not train on it (KFold, shuffled, fixed seed),"
+    " last epoch, nothing selected; stage 1 and the prompt basis see the features of all regions and no label"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +124,16 @@ def train_run(
             **common,
         )
     ranks = {
-        task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
+        task: result.head.basis.basis.shape[1]
+        for task, result in results.items()
+        if result.head.basis is not None
     }
     model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks))
     for name, srel in srels.items():
         model.srel[name].load_state_dict(srel.cpu().state_dict())
     for task, result in results.items():
         model.heads[task].load_state_dict(result.head.state_dict())
+    save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders)})
     save_model(run.path / MODEL_FILE, model)
     _write_held_out(run.path / HELD_OUT_FILE, city, results)
     reports = {task: report(city.labels[task], result) for task, result in results.items()}
@@ -137,13 +142,19 @@ def train_run(
         {
             "regions": len(city),
             "city_id": city.city_id,
+            "synthetic": city.synthetic,
+            "protocol": PROTOCOL,
             "reports": {task: asdict(r) for task, r in reports.items()},
             "ranges": ranges,
             "seconds": round(time.monotonic() - began, 1),
             "device": engine.device.type,
             "precision": engine.precision,
             "threads": torch.get_num_threads(),
-            "versions": {"topt-deploy": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "topt-deploy": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
     )
     return reports
@@ -177,5 +188,4 @@ def _write_held_out(path: Path, city: City, results: Mapping[str, HeadResult]) -
         )
         for task, result in results.items()
     ]
-    with atomic_file(path) as temporary:
-        pq.write_table(pa.concat_tables(tables), temporary)
+    write_parquet(path, pa.concat_tables(tables))

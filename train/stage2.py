@@ -102,22 +102,20 @@ def train_head(
     model = TaskHead(members=len(weights), **sizes)
     if basis is not None:
         model.basis = basis
-    if model.skip is not None:
-        model.skip.fit(torch.cat([embedding, features], dim=1).cpu())
     model.to(engine.device)
     with torch.no_grad():  # what depends on no trained weight is computed once
-        seen = model.see(embedding, features)
-        coordinates = None if prompts is None or model.basis is None else model.basis(prompts)
-        scaled = model.target.fit(counts, weights)
-        model.head.start_from_ridge(
-            *ridge(seen, scaled, weights, settings.ridge_alpha), prompts_from_zero=settings.ridge_penalty
-        )
-    penalty = settings.ridge_alpha / weights.sum(dim=1) if settings.ridge_penalty else None  # (M,)
+        coordinates = model.coordinates(prompts)
+        if model.skip is not None:
+            model.skip.fit(model.joined(embedding, features, coordinates))
+        seen = model.see(embedding, features, coordinates)
+        start = ridge(seen, model.target.fit(counts, weights), weights, settings.ridge_alpha)
+        model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
+    penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None  # (M,)
 
     def loss() -> dict[str, Tensor]:
         terms = {"fit": model.target.loss(model.head(seen, coordinates), counts, weights).sum()}
         if penalty is not None:
-            terms["ridge"] = (penalty * model.head.linear.weight[:, : seen.shape[1], 0].square().sum(dim=1)).sum()
+            terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
 
     fit(

@@ -5,6 +5,7 @@ folds and the final fit; in a deployed model they are the final fit, or an ensem
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,9 @@ class PromptBasis(nn.Module):
         x = prompts.double()
         mean = x.mean(dim=0)
         std = x.std(dim=0, correction=0)
-        scale = torch.where(std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.inf)  # a constant carries nothing
+        scale = torch.where(
+            std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.inf
+        )  # a constant carries nothing
         _, singular, right = torch.linalg.svd((x - mean) / scale, full_matrices=False)
         keep = int((singular > singular.amax() * 1e-5).sum())
         keep = max(1, min(keep, components or keep))
@@ -113,7 +116,11 @@ class Alignment(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, embedding: Tensor, prompts: Tensor) -> Tensor:
-        q, k, v = self._split(self.query(embedding)), self._split(self.key(prompts)), self._split(self.value(prompts))
+        q, k, v = (
+            self._split(self.query(embedding)),
+            self._split(self.key(prompts)),
+            self._split(self.value(prompts)),
+        )
         weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (M, heads, N, N)
         mixed = (self.dropout(weights) @ v).transpose(1, 2).flatten(-2)
         out: Tensor = self.norm(mixed + self.residual(embedding))
@@ -140,7 +147,9 @@ class Prompt4Re(nn.Module):
         inner = config.width or width
         if self.prompted:
             if config.alignment:
-                self.alignment = Alignment(members=members, inputs=inputs, inner=inner, rank=rank, config=config)
+                self.alignment = Alignment(
+                    members=members, inputs=inputs, inner=inner, rank=rank, config=config
+                )
             self.soft_prompt = MemberLinear(members, inner if config.alignment else rank, width)
         joined = inputs + width if self.prompted else inputs
         self.linear = MemberLinear(members, joined, 1)
@@ -152,13 +161,13 @@ class Prompt4Re(nn.Module):
             nn.init.zeros_(self.hidden_out.weight)  # so that the FNN starts from the ridge fit as well
         self.dropout = nn.Dropout(config.dropout)
 
-    def start_from_ridge(self, weight: Tensor, intercept: Tensor, *, prompts_from_zero: bool) -> None:
-        """Set the FNN's E part from ridge fits: weight (M, I), intercept (M,); and the rest, if asked, to zero."""
+    def start_from_ridge(self, fit: "RidgeFit", *, prompts_from_zero: bool) -> None:
+        """Set the FNN's E part from ridge fits, and the soft prompt's part, if asked, to zero."""
         with torch.no_grad():
             if prompts_from_zero:
                 self.linear.weight.zero_()
-            self.linear.weight[:, : weight.shape[1], 0] = weight
-            self.linear.bias[:, 0, 0] = intercept
+            self.linear.weight[:, : fit.coefficients.shape[1], 0] = fit.coefficients
+            self.linear.bias[:, 0, 0] = fit.intercepts
 
     def forward(self, embedding: Tensor, prompts: Tensor | None) -> Tensor:
         joined = embedding[None]  # (1, N, I)
@@ -173,17 +182,48 @@ class Prompt4Re(nn.Module):
         return out.squeeze(-1)  # type: ignore[no-any-return]
 
 
-def ridge(x: Tensor, y: Tensor, weights: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class RidgeFit:
+    """Ridge regressions of M members: coefficients (M, I), intercepts (M,), and the α of each (M,)."""
+
+    coefficients: Tensor
+    intercepts: Tensor
+    alphas: Tensor
+
+
+ALPHAS = tuple(10 ** (k / 2) for k in range(-2, 9))
+"""The grid that leave-one-out chooses α from: 0.1 to 10⁴ by half decades."""
+
+
+def ridge(x: Tensor, y: Tensor, weights: Tensor, alpha: float) -> RidgeFit:
     """Ridge regressions with an unpenalised intercept, one per member, in float64.
 
-    *Shape:* x (N, D), y (M, N), weights (M, N) ∈ {0, 1} → coefficients (M, D), intercepts (M,)
+    One singular value decomposition per member gives the fit, and the exact leave-one-out errors, for every α.
+
+    Args:
+        x: (N, I).
+        y: (M, N).
+        weights: (M, N) ∈ {0, 1}: the regions that a member is fitted on.
+        alpha: α; 0 lets every member choose its own by leave-one-out among its own regions.
     """
     x, y, weights = x.double(), y.double(), weights.double()
     count = weights.sum(dim=1, keepdim=True)
-    mean_x = weights @ x / count  # (M, D)
-    mean_y = (weights * y).sum(dim=1) / count[:, 0]
-    centred = (x[None] - mean_x[:, None]) * weights[..., None]  # (M, N, D)
-    gram = centred.transpose(1, 2) @ centred + alpha * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    moment = centred.transpose(1, 2) @ (y - mean_y[:, None])[..., None]
-    coefficients = torch.linalg.solve(gram, moment)[..., 0]
-    return coefficients, mean_y - (coefficients * mean_x).sum(dim=1)
+    mean_x = weights @ x / count  # (M, I)
+    mean_y = (weights * y).sum(dim=1, keepdim=True) / count
+    u, s, vt = torch.linalg.svd((x[None] - mean_x[:, None]) * weights[..., None], full_matrices=False)
+    target = (y - mean_y) * weights
+    rotated = (u * target[..., None]).sum(dim=1)  # (M, R) = Uᵀy
+    if alpha:
+        alphas = torch.full_like(count[:, 0], alpha)
+    else:
+        grid = torch.tensor(ALPHAS, dtype=x.dtype, device=x.device)
+        shrink = s[:, None].square() / (s[:, None].square() + grid[:, None])  # (M, A, R)
+        fitted = torch.einsum("mnr,mar->man", u, shrink * rotated[:, None])
+        leverage = torch.einsum("mnr,mar->man", u.square(), shrink) + 1 / count[:, None]
+        # A region that decides its own fit has leverage 1; the clamp makes its α lose instead of dividing by zero.
+        error = (target[:, None] - fitted) / (1 - leverage).clamp(min=1e-9)
+        alphas = grid[(error.square() * weights[:, None]).sum(dim=2).argmin(dim=1)]
+    scaled = rotated * s / (s.square() + alphas[:, None]).clamp(min=1e-300)
+    coefficients = (vt * scaled[..., None]).sum(dim=1)
+    intercepts = mean_y[:, 0] - (coefficients * mean_x).sum(dim=1)
+    return RidgeFit(coefficients=coefficients, intercepts=intercepts, alphas=alphas)

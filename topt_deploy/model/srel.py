@@ -54,7 +54,7 @@ class Adjacency(nn.Module):
             near = torch.exp(-x.square())
         else:
             near = 1 / (1 + x)
-        index = torch.arange(len(position), device=position.device)
+        index = torch.arange(position.shape[0], device=position.device)
         return torch.where(index[:, None] == index[None, :], torch.zeros_like(near), near)
 
 
@@ -113,7 +113,7 @@ class Srel(nn.Module):
         x, _ = self.fusion(encoded)  # H̃ (N, D)
         if self.centrality is not None:
             strength = adjacency.sum(dim=1, keepdim=True)  # (N, 1)
-            x = x + self.centrality(strength / strength.amax().clamp(min=1e-12))
+            x = x + self.centrality(strength / strength.amax(dim=0).clamp(min=1e-12))
         bias = None if self.bias is None else self.bias * adjacency
         for layer in self.layers:
             x = layer(x, bias)

@@ -46,7 +46,7 @@ class TaskHead(nn.Module):
         self, *, members: int, features: int, prompt_width: int, rank: int, settings: TaskConfig
     ) -> None:
         super().__init__()
-        width = settings.srel.width + (features if settings.prompt4re.skip else 0)
+        width = settings.srel.width + ((features + rank) if settings.prompt4re.skip else 0)
         self.skip = Standardize(width) if settings.prompt4re.skip else None
         self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
         self.head = Prompt4Re(
@@ -54,16 +54,25 @@ class TaskHead(nn.Module):
         )
         self.target = Target(members=members, config=settings.target)
 
-    def see(self, embedding: Tensor, features: Tensor) -> Tensor:
-        """What the head sees of every region: E, or with ``skip`` the standardised [E ‖ features]."""
+    def coordinates(self, prompts: Tensor | None) -> Tensor | None:
+        """The prompts in their basis (N, R); None without prompts."""
+        return None if self.basis is None else self.basis(prompts)
+
+    def joined(self, embedding: Tensor, features: Tensor, coordinates: Tensor | None) -> Tensor:
+        """With ``skip``, [E ‖ features ‖ prompt coordinates]."""
+        parts = [embedding, features] + ([] if coordinates is None else [coordinates])
+        return torch.cat(parts, dim=1)
+
+    def see(self, embedding: Tensor, features: Tensor, coordinates: Tensor | None) -> Tensor:
+        """What the head sees of every region: E, or with ``skip`` all of it, standardised."""
         if self.skip is None:
             return embedding
-        joined: Tensor = self.skip(torch.cat([embedding, features], dim=1))
-        return joined
+        seen: Tensor = self.skip(self.joined(embedding, features, coordinates))
+        return seen
 
     def forward(self, embedding: Tensor, features: Tensor, prompts: Tensor | None) -> Tensor:
-        coordinates = None if self.basis is None else self.basis(prompts)
-        return self.target.counts(self.head(self.see(embedding, features), coordinates))
+        coordinates = self.coordinates(prompts)
+        return self.target.counts(self.head(self.see(embedding, features, coordinates), coordinates))
 
 
 def all_features(inputs: Mapping[str, Tensor], schema: Schema) -> Tensor:

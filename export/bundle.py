@@ -1,0 +1,152 @@
+"""Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
+
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from topt_deploy import __version__
+from topt_deploy.bundle import CARD, SCHEMA_VERSION, Manifest, seal_bundle
+from topt_deploy.errors import UsageError
+from topt_deploy.features import features
+from topt_deploy.fileio import atomic_file, atomic_folder
+from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.table import read_city, write_parquet
+
+from .card import model_card
+from .golden import SyntheticCity, synthetic_city
+from .graph import OPSET, WEIGHTS, export_graph
+from .parity import TOLERANCE, Parity, parity_gate, run_model
+
+GRAPH = "models/topt.onnx"
+WEIGHTS_FILE = f"models/{WEIGHTS}"
+GOLDEN_SIZES = (7, 31)
+"""Regions of the golden cities that travel with the bundle."""
+GATE_SIZES = (203,)
+"""Regions of further cities that the parity gate sees, beside the golden ones and the training city."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An exported bundle and what the parity gate measured."""
+
+    path: Path
+    parity: tuple[Parity, ...]
+    bytes: int
+
+
+def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bool = False) -> Exported:
+    """Export ``run`` to ``out``; nothing stands under that name until all of it is right.
+
+    Args:
+        run: A finished run.
+        out: The bundle's folder, or file with ``as_zip``. An older bundle there is replaced.
+        say: Told what is being done.
+
+    Raises:
+        BadBundle: If the parity gate fails.
+        UsageError: If the run is not finished, or ``out`` is something other than a bundle.
+    """
+    if not run.finished:
+        raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
+    if out.exists() and (out.is_dir() if as_zip else not (out / "manifest.json").exists()):
+        raise UsageError("is there already, and is no bundle", file=out, fix="name another --out")
+    model = load_model(run.path / MODEL_FILE)
+    inputs, facts = load_tensors(run.path / INPUTS_FILE)
+    say("exporting the graph")
+    graph = export_graph(model, inputs)
+    say("parity gate: PyTorch against ONNX Runtime")
+    ranges = {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
+    cities = {f"golden-{n}": synthetic_city(model, ranges, regions=n, seed=n) for n in GOLDEN_SIZES}
+    others = {f"synthetic-{n}": synthetic_city(model, ranges, regions=n, seed=n) for n in GATE_SIZES}
+    schema = model.spec.schema
+    arrays = {
+        name: features(read_city(city.regions, city.mobility, schema))
+        for name, city in (cities | others).items()
+    }
+    arrays = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}} | arrays
+    parity = tuple(parity_gate(model, graph, arrays))
+    for measured in parity:
+        say(
+            f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}"
+        )
+    config = run.config
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        version=__version__,
+        source={
+            "run": run.path.name,
+            "city_id": run.facts["city_id"],
+            "regions": run.facts["regions"],
+            "regions_sha256": run.regions_sha256,
+            "mobility_sha256": run.mobility_sha256,
+            "preset": config.preset,
+            "seed": config.seed,
+            "versions": run.facts["versions"] | {"torch (export)": torch.__version__},
+            "protocol": run.facts["protocol"],
+            "synthetic": run.facts["synthetic"],
+        },
+        tasks={
+            task: {"prompt": settings.prompt_column(task), "report": run.facts["reports"][task]}
+            for task, settings in config.tasks.items()
+        },
+        views={view: tuple(names) for view, names in schema.views.items()},
+        mobility=schema.mobility,
+        prompts={c: {"width": w, "encoder": facts["encoders"].get(c)} for c, w in schema.prompts.items()},
+        ranges=ranges,
+        inputs=tuple(model.input_names()),
+        opset=OPSET,
+        variants={
+            "fp32": {
+                "graph": GRAPH,
+                "weights": WEIGHTS_FILE,
+                "initializers": graph.initializers,
+                "providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
+                "tolerance": TOLERANCE,
+                "parity": [asdict(measured) for measured in parity],
+            }
+        },
+        golden=tuple(cities),
+    )
+    with atomic_folder(out) if not as_zip else _zipped(out) as folder:
+        (folder / "models").mkdir()
+        (folder / GRAPH).write_bytes(graph.model)
+        (folder / WEIGHTS_FILE).write_bytes(graph.weights)
+        (folder / "golden").mkdir()
+        for name, city in cities.items():
+            expected = {task: pa.array(values) for task, values in run_model(model, arrays[name]).items()}
+            _write_golden(folder / "golden", name, city, pa.table(expected))
+        card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        seal_bundle(folder, manifest)
+    size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    return Exported(path=out, parity=parity, bytes=size)
+
+
+def _write_golden(folder: Path, name: str, city: SyntheticCity, expected: pa.Table) -> None:
+    """A golden city as Parquet: its two tables, and what PyTorch predicts of it in the order of its rows."""
+    tables = {"regions": city.regions, "mobility": city.mobility, "expected": expected}
+    for part, table in tables.items():
+        if table is not None:
+            write_parquet(folder / f"{name}.{part}.parquet", table)
+
+
+@contextmanager
+def _zipped(out: Path) -> Iterator[Path]:
+    """Yield a folder whose files become the zip file ``out``; the same content gives the same bytes."""
+    with atomic_file(out) as temporary, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield folder
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+                info = zipfile.ZipInfo(
+                    file.relative_to(folder).as_posix()
+                )  # dated 1980: no clock in the bytes
+                info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                archive.writestr(info, file.read_bytes())

@@ -1,0 +1,61 @@
+"""The model card that travels in every bundle."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topt_deploy.bundle import Manifest
+
+from .parity import Parity
+
+_USE = """\
+## Intended use
+
+Estimates of reported counts for whole regions of a city, to plan services and to fill gaps where counts are
+missing. Predictions are of *reported* events: they carry every bias of who reports what, and where.
+
+Not for decisions about individuals, and not for allocating patrols: a model of reported crime sends more
+patrols to where more was reported, which reports more.
+"""
+
+
+def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) -> str:
+    """Markdown: what the model was trained on, what to expect of it, and what it is for."""
+    source = manifest.source
+    title = source.get("city_id") or "a city without a name"
+    lines = [f"# ToPT for {title}", ""]
+    if synthetic:
+        lines += ["**Trained on a synthetic city. Its predictions say nothing about any real place.**", ""]
+    lines += [
+        f"Trained on {source['regions']} regions by topt-deploy {manifest.version}"
+        f" (preset {source['preset']}, seed {source['seed']}).",
+        "",
+        "## What to expect",
+        "",
+        f"Protocol: {source['protocol']}.",
+        "",
+        "| task | MAE held out | RMSE | R² | MAE of the mean | R² in sample (no measure of quality) |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [_row(task, facts["report"]) for task, facts in manifest.tasks.items()]
+    lines += ["", _USE, "## What it reads", ""]
+    lines += [
+        f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()
+    ]
+    lines += ["- flows between the regions"] if manifest.mobility else []
+    lines += [
+        f"- `{column}`: {facts['width']} numbers from {facts.get('encoder') or 'an encoder that the data did not name'}"
+        for column, facts in manifest.prompts.items()
+    ]
+    lines += [
+        "",
+        "## Parity of this export with PyTorch",
+        "",
+        "| city | regions | largest relative difference |",
+    ]
+    lines += ["|---|---|---|", *(f"| {p.city} | {p.regions} | {p.worst:.1e} |" for p in parity)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(task: str, report: Mapping[str, Any]) -> str:
+    held, mean, fit = report["held_out"], report["mean_baseline"], report["in_sample"]
+    return f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {held['r2']:.3f} | {mean['mae']:.1f} | {fit['r2']:.3f} |"

@@ -1,0 +1,268 @@
+"""The Python face of the runtime: a loaded bundle that turns a city's tables into predictions, Arrow to Arrow."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from topt_deploy.bundle import Bundle, open_bundle
+from topt_deploy.errors import BadBundle, BadData, UsageError
+from topt_deploy.features import features, range_columns
+from topt_deploy.table import REGION_ID, City, read_city
+
+from .session import PROVIDERS, Session, check_device
+
+Array = np.ndarray[Any, Any]
+
+PRECISION = "fp32"
+OK = "ok"
+EXTRAPOLATED = "extrapolated"
+REASONS_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Check:
+    """One golden city of the self-test: its size, and the largest relative difference to the exporter's values."""
+
+    city: str
+    regions: int
+    worst: float
+
+
+class Predictor:
+    """A loaded bundle. Any number of threads may call :meth:`predict` at once.
+
+    Args:
+        bundle: An opened bundle.
+        device: ``cpu`` or ``cuda``.
+        threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
+        check_device(device)
+        self.bundle = bundle
+        self._device, self._threads = device, threads
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+
+    @property
+    def session(self) -> Session:
+        """The model, prepared on first use: a process that predicts once has read its input by then, and let it go."""
+        with self._lock:
+            if self._session is None:
+                variant = self.bundle.manifest.variants[PRECISION]
+                self._session = Session(
+                    self.bundle.read(variant["graph"]),
+                    self.bundle.read(variant["weights"]),
+                    variant["initializers"],
+                    device=self._device,
+                    threads=self._threads,
+                )
+                if self._session.outputs != self.tasks:
+                    raise BadBundle(
+                        "the graph's outputs are not the manifest's tasks", file=self.bundle.path,
+                        expected=self.tasks, found=self._session.outputs,
+                    )  # fmt: skip
+            return self._session
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the bundle predicts."""
+        return tuple(self.bundle.manifest.tasks)
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs the model."""
+        return PROVIDERS[self._device]
+
+    def predict(
+        self,
+        regions: pa.Table | Path,
+        mobility: pa.Table | Path | None = None,
+        *,
+        tasks: Sequence[str] = (),
+        id_col: str = REGION_ID,
+        wide: bool = False,
+    ) -> pa.Table:
+        """Predict one city.
+
+        Args:
+            regions: The regions table, or its Parquet file (docs/contracts.md).
+            mobility: Flows between the regions, where the model reads them.
+            tasks: Tasks to predict; all of the bundle's by default.
+            id_col: The column that holds the region ids.
+            wide: One row per region, instead of one per region and task.
+
+        Returns:
+            The predictions table of the contract, in the order of the input's rows.
+
+        Raises:
+            BadData, NoInput: If the input is not what the bundle reads.
+            UsageError: If the bundle lacks a task.
+        """
+        manifest = self.bundle.manifest
+        chosen = tuple(tasks) or self.tasks
+        for task in chosen:
+            if task not in manifest.tasks:
+                raise UsageError(
+                    f"the bundle does not predict {task!r}",
+                    file=self.bundle.path,
+                    expected=f"one of {', '.join(self.tasks)}",
+                    fix="choose one of these, or train the task",
+                )
+        city = read_city(regions, mobility, manifest.schema, id_col=id_col)
+        self._check_encoders(city, regions)
+        inputs = features(city)
+        predicted = self.session.run(inputs, chosen)
+        for task, values in predicted.items():
+            if not np.isfinite(values).all():
+                raise BadData(
+                    "the model gives no finite number for this input", file=_name(regions), column=task,
+                    ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
+                )  # fmt: skip
+        table = _wide if wide else _long
+        return table(city, predicted, self._extrapolated(city))
+
+    def selftest(self) -> list[Check]:
+        """Predict the bundle's golden cities on this machine.
+
+        Raises:
+            BadBundle: If a value differs by more than the bundle's tolerance from the exporter's.
+        """
+        manifest = self.bundle.manifest
+        tolerance = float(manifest.variants[PRECISION]["tolerance"])
+        checks = []
+        for city in manifest.golden:
+            parts = {part: self._golden(city, part) for part in ("regions", "mobility", "expected")}
+            found = self.predict(parts["regions"], parts["mobility"], wide=True)
+            worst = 0.0
+            for task in self.tasks:
+                a, b = (parts["expected"].column(task).to_numpy(), found.column(task).to_numpy())
+                worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))
+            if not worst <= tolerance:
+                raise BadBundle(
+                    f"self-test failed on {city}: this machine does not reproduce the exporter's predictions",
+                    file=self.bundle.path,
+                    expected=f"relative difference ≤ {tolerance:g}",
+                    found=f"{worst:.3g}",
+                    fix="export with another precision, or report it with the processor's name",
+                )
+            checks.append(Check(city=city, regions=len(found), worst=worst))
+        return checks
+
+    def _golden(self, city: str, part: str) -> pa.Table | None:
+        name = f"golden/{city}.{part}.parquet"
+        if name not in self.bundle.manifest.files:
+            return None
+        return pq.ParquetFile(pa.BufferReader(self.bundle.read(name))).read()
+
+    def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
+        for column, facts in self.bundle.manifest.prompts.items():
+            expected, found = facts.get("encoder"), city.encoders.get(column)
+            if expected and found and expected != found:
+                raise BadData(
+                    "prompts come from another encoder than the model's", file=_name(regions), column=column,
+                    expected=expected, found=found, fix="encode them with the model's encoder",
+                )  # fmt: skip
+
+    def _extrapolated(self, city: City) -> list[str]:
+        """Per region, in canonical order, which quantities lie outside the training range; empty if none."""
+        outside: list[list[str]] = [[] for _ in range(len(city))]
+        for column, values in range_columns(city, self.bundle.manifest.schema).items():
+            low, high = self.bundle.manifest.ranges[column]
+            for side, where in (("below", values < low), ("above", values > high)):
+                for region in np.flatnonzero(where):
+                    outside[region].append(f"{column} {side} the training range")
+        return [
+            "; ".join(r[:REASONS_SHOWN])
+            + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
+            for r in outside
+        ]
+
+
+def open_predictor(bundle: Path, *, device: str = "cpu", threads: int = 0) -> Predictor:
+    """Open a bundle and check every byte of it; its model is prepared when it is first used."""
+    opened = open_bundle(bundle)
+    variant = opened.manifest.variants[PRECISION]
+    opened.verify(skip=frozenset({str(variant["graph"]), str(variant["weights"])}))  # checked as they are read
+    return Predictor(opened, device=device, threads=threads)
+
+
+def load(bundle: str | Path, *, device: str = "cpu", threads: int = 0) -> Predictor:
+    """Open a bundle, check every byte of it, and prepare its model.
+
+    Args:
+        bundle: The bundle folder or zip.
+        device: ``cpu`` or ``cuda``; an absent one is an error.
+        threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        NoInput, BadBundle, NoDevice: Naming what is wrong.
+    """
+    predictor = open_predictor(Path(bundle), device=device, threads=threads)
+    _ = predictor.session
+    return predictor
+
+
+def _name(regions: pa.Table | Path) -> str:
+    return "regions table" if isinstance(regions, pa.Table) else str(regions)
+
+
+def _common(city: City) -> dict[str, Any]:
+    """What every output row says of its region, in input order."""
+    back = np.argsort(city.input_row)
+    return {
+        "city_id": pa.array([city.city_id] * len(city), pa.string()),
+        "region_id": pa.array(city.region_id[back].tolist(), pa.string()),
+    }
+
+
+def _quality(city: City, reasons: list[str]) -> dict[str, Any]:
+    back = np.argsort(city.input_row)
+    ordered = [reasons[i] or None for i in back]
+    return {
+        "status": pa.array([EXTRAPOLATED if reason else OK for reason in ordered], pa.string()),
+        "reason": pa.array(ordered, pa.string()),
+    }
+
+
+def _with_geometry(city: City, columns: dict[str, Any], repeat: int) -> pa.Table:
+    if city.geometry is None:
+        return pa.table(columns)
+    shapes, geo = city.geometry
+    table = pa.table(columns | {"geometry": pa.chunked_array(shapes.chunks * repeat, shapes.type)})
+    return table.replace_schema_metadata({b"geo": geo}) if geo else table
+
+
+def _long(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
+    """One row per task and region, task by task."""
+    back = np.argsort(city.input_row)
+    n, tasks = len(city), list(predicted)
+    unknown = pa.array([None] * (n * len(tasks)), pa.float64())
+
+    def repeated(columns: dict[str, Any]) -> dict[str, Any]:
+        return {name: pa.concat_arrays([column] * len(tasks)) for name, column in columns.items()}
+
+    columns = (
+        repeated(_common(city))
+        | {
+            "task": pa.array([task for task in tasks for _ in range(n)], pa.string()),
+            "prediction": pa.array(np.concatenate([predicted[t][back] for t in tasks]).astype(np.float64)),
+            "lower": unknown,
+            "upper": unknown,
+        }
+        | repeated(_quality(city, reasons))
+    )
+    return _with_geometry(city, columns, len(tasks))
+
+
+def _wide(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
+    """One row per region, one column per task."""
+    back = np.argsort(city.input_row)
+    values = {task: pa.array(array[back].astype(np.float64)) for task, array in predicted.items()}
+    return _with_geometry(city, _common(city) | values | _quality(city, reasons), 1)

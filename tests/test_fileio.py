@@ -1,0 +1,234 @@
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from topt_deploy import fileio
+from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission
+from topt_deploy.fileio import (
+    atomic_file,
+    atomic_folder,
+    reading,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+class Failed(Exception):
+    pass
+
+
+class TestAtomicFile:
+    def test_the_name_appears_only_when_all_is_written(self, tmp_path):
+        path = tmp_path / "out.parquet"
+        with atomic_file(path) as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(".")
+            assert temporary.suffix == ".parquet"
+            temporary.write_text("new")
+            assert not path.exists()
+        assert path.read_text() == "new"
+        assert names(tmp_path) == ["out.parquet"]
+
+    @pytest.mark.parametrize("error", [Failed(), KeyboardInterrupt(), OSError(errno.EIO, "I/O error")])
+    def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path, error):
+        path = tmp_path / "out.txt"
+        path.write_text("old")
+
+        def write():
+            with atomic_file(path) as temporary:
+                temporary.write_text("half of the n")
+                raise error
+
+        expected = IOFailure if isinstance(error, OSError) else type(error)
+        with pytest.raises(expected):
+            write()
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["out.txt"]
+
+    def test_it_is_flushed_before_it_is_renamed(self, tmp_path, monkeypatch):
+        done = []
+        monkeypatch.setattr(fileio.os, "fsync", lambda descriptor: done.append("fsync"))
+        replace = Path.replace
+        monkeypatch.setattr(Path, "replace", lambda a, b: (done.append("rename"), replace(a, b))[1])
+        write_text(tmp_path / "out.txt", "new")
+        assert done == ["fsync", "rename", "fsync"]  # the file, its name, the folder
+
+    def test_a_missing_folder(self, tmp_path):
+        path = tmp_path / "none" / "out.txt"
+        with pytest.raises(CannotCreate, match="cannot create this output") as caught:
+            write_text(path, "x")
+        assert caught.value.exit_code == Exit.CANNOT_CREATE == 73
+        for part in (str(path), f"an existing folder {str(path.parent)!r}", "create the folder"):
+            assert part in str(caught.value)
+
+    def test_a_file_where_the_folder_should_be(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CannotCreate):
+            write_text(tmp_path / "file" / "out.txt", "x")
+
+    def test_a_folder_of_that_name(self, tmp_path):
+        (tmp_path / "out.txt").mkdir()
+        with pytest.raises(CannotCreate):
+            write_text(tmp_path / "out.txt", "x")
+        assert names(tmp_path) == ["out.txt"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_folder_that_may_not_be_written(self, tmp_path):
+        tmp_path.chmod(0o500)
+        with pytest.raises(CannotCreate):
+            write_text(tmp_path / "out.txt", "x")
+
+    @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+    def test_a_refusal_of_the_system_is_not_a_disk_failure(self, tmp_path, monkeypatch, code):
+        monkeypatch.setattr(Path, "touch", lambda *_, **__: raise_os_error(code))
+        with pytest.raises(CannotCreate, match=os.strerror(code)):
+            write_text(tmp_path / "out.txt", "x")
+
+    def test_a_full_disk_while_writing(self, tmp_path):
+        path = tmp_path / "out.txt"
+        path.write_text("old")
+
+        def write():
+            with atomic_file(path), open("/dev/full", "w") as full:
+                full.write("x")
+
+        with pytest.raises(IOFailure, match="No space left on device") as caught:
+            write()
+        assert caught.value.exit_code == Exit.IO_ERROR == 74
+        assert "free space" in caught.value.fix
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["out.txt"]
+
+    @pytest.mark.parametrize("step", ["fsync", "replace"])
+    def test_a_full_disk_at_the_end(self, tmp_path, monkeypatch, step):
+        path = tmp_path / "out.txt"
+        path.write_text("old")
+        target = os if step == "fsync" else Path
+        monkeypatch.setattr(target, step, lambda *_: raise_os_error(errno.ENOSPC))
+        with pytest.raises(IOFailure, match="No space left"):
+            write_text(path, "new")
+        assert path.read_text() == "old"
+        assert names(tmp_path) == ["out.txt"]
+
+    def test_two_writers_do_not_meet(self, tmp_path):
+        path = tmp_path / "out.txt"
+        with atomic_file(path) as one, atomic_file(path) as two:
+            assert one != two
+            one.write_text("1")
+            two.write_text("2")
+        assert path.read_text() == "1"
+
+
+def raise_os_error(code):
+    raise OSError(code, os.strerror(code))
+
+
+class TestAtomicFolder:
+    def make(self, path, content, fail=None):
+        with atomic_folder(path) as temporary:
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "file").write_text(content)
+            if fail:
+                raise fail
+
+    def test_appears_as_a_whole(self, tmp_path):
+        self.make(tmp_path / "b.topt", "new")
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "new"
+        assert names(tmp_path) == ["b.topt"]
+
+    def test_replaces_the_old_one_with_all_its_files(self, tmp_path):
+        self.make(tmp_path / "b.topt", "old")
+        (tmp_path / "b.topt" / "left over").write_text("")
+        self.make(tmp_path / "b.topt", "new")
+        assert names(tmp_path / "b.topt") == ["sub"]
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "new"
+        assert names(tmp_path) == ["b.topt"]
+
+    @pytest.mark.parametrize(
+        ("error", "expected"), [(Failed(), Failed), (OSError(errno.ENOSPC, "No space left"), IOFailure)]
+    )
+    def test_a_failure_leaves_the_old_one(self, tmp_path, error, expected):
+        self.make(tmp_path / "b.topt", "old")
+        with pytest.raises(expected):
+            self.make(tmp_path / "b.topt", "new", fail=error)
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
+    def test_a_failed_swap_puts_the_old_one_back(self, tmp_path, monkeypatch):
+        self.make(tmp_path / "b.topt", "old")
+        rename = Path.rename
+
+        def failing(source, target):
+            if target == tmp_path / "b.topt" and not source.name.endswith(".old"):
+                raise_os_error(errno.EIO)
+            return rename(source, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        with pytest.raises(IOFailure):
+            self.make(tmp_path / "b.topt", "new")
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
+    def test_a_missing_parent(self, tmp_path):
+        with pytest.raises(CannotCreate):
+            self.make(tmp_path / "none" / "b.topt", "new")
+
+    def test_in_place_of_a_file_no_hidden_copy_stays(self, tmp_path):
+        (tmp_path / "b.topt").write_text("a zip, perhaps")
+        self.make(tmp_path / "b.topt", "new")
+        assert names(tmp_path) == ["b.topt"]
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("code", "kind", "exit_code"),
+        [
+            (errno.ENOENT, NoInput, 66),
+            (errno.EACCES, NoPermission, 77),
+            (errno.EISDIR, BadData, 65),
+            (errno.EIO, IOFailure, 74),
+        ],
+    )
+    def test_every_failure_has_its_exit_code(self, code, kind, exit_code):
+        with pytest.raises(kind) as caught, reading(Path("some/file")):
+            raise_os_error(code)
+        assert caught.value.exit_code == exit_code
+        assert str(caught.value).startswith("some/file: ")
+
+    def test_other_errors_pass(self):
+        with pytest.raises(Failed), reading(Path("x")):
+            raise Failed
+
+
+def test_json_is_readable_and_exact(tmp_path):
+    value = {"café": [1, 2.5, None], "b": {"x": "€"}}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "café" in text
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_has_no_nan(tmp_path, value):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"x": value})
+    assert names(tmp_path) == []
+
+
+def test_hashes(tmp_path):
+    data = os.urandom(100_000)
+    (tmp_path / "x").write_bytes(data)
+    assert sha256_file(tmp_path / "x") == sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+    with pytest.raises(NoInput):
+        sha256_file(tmp_path / "y")

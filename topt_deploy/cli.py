@@ -1,0 +1,46 @@
+"""``topt-deploy``: commands by name. A stage is imported when its command is called, and not before."""
+
+import importlib
+
+import click
+
+from . import __version__
+from .commandline import run
+
+_COMMANDS = {
+    "sample": ("topt_deploy.train.commands_data:sample", "Make up a synthetic city to try everything on."),
+    "import": ("topt_deploy.train.commands_data:import_group", "Turn published research data into a city."),
+    "train": ("topt_deploy.train.command:train", "Train both stages on a city."),
+    "export": (
+        "topt_deploy.export.command:export",
+        "Export a trained run as a bundle, behind the parity gate.",
+    ),
+}
+"""Where each command lives, and its short help: listing them must not import PyTorch."""
+
+
+class _Lazy(click.Group):
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="topt-deploy")
+def cli() -> None:
+    """Train ToPT on a city and export it; topt-run then predicts without PyTorch."""
+
+
+def main() -> None:
+    """Entry point."""
+    run(cli)

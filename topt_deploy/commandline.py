@@ -1,0 +1,66 @@
+"""What both commands share: how an error reaches the user and the exit code reaches the batch system."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from .errors import Exit, ToptError
+
+LOG_FORMATS = ("text", "json")
+
+
+class Log:
+    """Where messages go: text for people, or one JSON object a line for machines.
+
+    Results go to standard output, errors to standard error, in both forms.
+    """
+
+    def __init__(self, form: str = "text") -> None:
+        self.json = form == "json"
+
+    def result(self, text: str, **facts: object) -> None:
+        """Say what was done."""
+        click.echo(json.dumps(facts) if self.json else text)
+
+    def error(self, error: ToptError) -> None:
+        """Say what went wrong."""
+        click.echo(json.dumps(error.as_dict()) if self.json else f"error: {error}", err=True)
+
+
+def run(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code. A traceback is shown for a bug of ours only."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    log = Log(_log_format(arguments))
+    try:
+        code = command.main(arguments, standalone_mode=False)
+    except ToptError as error:
+        log.error(error)
+        code = error.exit_code
+    except click.UsageError as error:
+        error.show()
+        code = Exit.USAGE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = Exit.DONE
+    except Exception:
+        traceback.print_exc()
+        click.echo("This is a bug in topt-deploy. Please report it with the lines above.", err=True)
+        code = Exit.BUG
+    sys.exit(code if isinstance(code, int) else Exit.DONE)
+
+
+def _log_format(arguments: Sequence[str]) -> str:
+    """``--log-format``, known before parsing, so that parsing's own errors can follow it."""
+    for position, argument in enumerate(arguments):
+        if argument == "--log-format" and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith("--log-format="):
+            return argument.partition("=")[2]
+    return "text"

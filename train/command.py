@@ -1,0 +1,148 @@
+"""``topt-deploy train``."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from topt_deploy.config import CONFIG_FILE, load_config, presets
+from topt_deploy.errors import NoInput, UsageError
+from topt_deploy.runs import RUNS_DIR, newest_run, open_run
+
+if TYPE_CHECKING:
+    from .run import TaskReport
+
+
+@click.command("train")
+@click.argument("city", type=click.Path(file_okay=False, path_type=Path), default=".")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder [default: CITY/runs/<time>].")
+@click.option("--preset", type=click.Choice(presets()), help="Settings to start from [default: the file's].")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path), help=f"TOML settings [default: CITY/{CONFIG_FILE}]."
+)
+@click.option("--task", "tasks", multiple=True, help="Train this task only (repeatable).")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
+@click.option("--seed", type=int, help="Seed of the run [default: the settings'].")
+@click.option("--resume", is_flag=True, help="Go on with --out, or with the newest unfinished run.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: fp32; tf32 on CUDA]"
+)
+@click.option(
+    "--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA]."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: 1 up to 500 regions].")
+def train(
+    city: Path,
+    out: Path | None,
+    preset: str | None,
+    file: Path | None,
+    tasks: tuple[str, ...],
+    overrides: tuple[str, ...],
+    seed: int | None,
+    resume: bool,
+    device: str,
+    precision: str | None,
+    compile_: bool | None,
+    threads: int | None,
+) -> None:
+    """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet.
+
+    Regions whose label is null are the ones to predict. At the end, held-out figures say what to expect there.
+    """
+    regions, mobility = city / "regions.parquet", city / "mobility.parquet"
+    if not regions.exists():
+        raise NoInput(
+            "no city here",
+            file=regions,
+            expected="a folder with regions.parquet and mobility.parquet",
+            fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",
+        )
+    if resume:
+        changed = [o for o, v in (("--preset", preset), ("--config", file), ("--task", tasks), ("--set", overrides),
+                                  ("--seed", seed)) if v]  # fmt: skip
+        if changed:
+            raise UsageError(
+                f"{changed[0]} cannot change with --resume", fix="a run keeps its settings; start a new one"
+            )
+        run = open_run(out) if out else newest_run(city, finished=False)
+        if run.finished:
+            raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
+    else:
+        if file is None and (city / CONFIG_FILE).exists():
+            file = city / CONFIG_FILE
+        settings = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
+        config = load_config(preset=preset, file=file, tasks=tasks, overrides=settings)
+        out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
+        if out.exists():
+            raise UsageError(
+                "the run folder exists", file=out, fix="name another with --out, or go on with --resume"
+            )
+
+    import torch
+
+    from .fit import Engine
+    from .progress import Reporter
+    from .run import METRICS_FILE, start_run, train_run
+
+    engine = Engine.choose(device, precision, compile_)
+    torch.set_num_threads(threads or _threads(regions))
+    if not resume:
+        assert out is not None
+        run = start_run(out, city, config, regions=regions, mobility=mobility if config.mobility else None)
+    with Reporter(run.path / METRICS_FILE) as reporter:
+        reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
+        try:
+            reports = train_run(
+                run,
+                regions=regions,
+                mobility=mobility if run.config.mobility else None,
+                engine=engine,
+                reporter=reporter,
+            )
+        except KeyboardInterrupt:
+            reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
+            raise
+    click.echo(summary(reports))
+    here = city.resolve() == Path.cwd()
+    click.echo(f"run  {run.path}")
+    click.echo(
+        "next: topt-deploy export --format onnx"
+        + ("" if here else f" {run.path} --out {city / 'model.topt'}")
+    )
+
+
+def _threads(regions: Path) -> int:
+    """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
+    import os
+
+    import pyarrow.parquet as pq
+
+    from topt_deploy.table import read_parquet
+
+    read_parquet(regions, lambda names: [])  # says what is wrong with a file that is no Parquet
+    return 1 if pq.read_metadata(regions).num_rows <= 500 else os.cpu_count() or 1
+
+
+def summary(reports: "dict[str, TaskReport]") -> str:
+    """The table that a run ends with."""
+    lines = [
+        "held out: each region predicted by the fold that did not train on it (fixed folds, last epoch, nothing",
+        "selected); this is what to expect where labels are null. In sample: how closely the final fit follows",
+        "its own labels; no measure of quality.",
+        "",
+        f"{'task':<16}{'regions':>8} │{'MAE':>9}{'RMSE':>9}{'R²':>7} held out │{'MAE':>9} of the mean │{'R²':>7} in sample",
+    ]
+    for task, r in reports.items():
+        h = r.held_out
+        lines.append(
+            f"{task:<16}{h.regions:>8} │{h.mae:>9.1f}{h.rmse:>9.1f}{h.r2:>7.3f}          │"
+            f"{r.mean_baseline.mae:>9.1f}             │{r.in_sample.r2:>7.3f}"
+        )
+    for task, r in reports.items():
+        if r.held_out.mae >= r.mean_baseline.mae:
+            lines.append(
+                f"warning: on {task} this model is no better than predicting the mean; do not use it"
+            )
+    return "\n".join(lines)
