@@ -16,8 +16,9 @@ from topt_deploy.errors import UsageError
 from topt_deploy.features import features
 from topt_deploy.fileio import atomic_file, atomic_folder
 from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
-from topt_deploy.table import read_city, write_parquet
+from topt_deploy.table import read_city
 
 from .card import model_card
 from .golden import SyntheticCity, synthetic_city
@@ -67,15 +68,12 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
     others = {f"synthetic-{n}": synthetic_city(model, ranges, regions=n, seed=n) for n in GATE_SIZES}
     schema = model.spec.schema
     arrays = {
-        name: features(read_city(city.regions, city.mobility, schema))
-        for name, city in (cities | others).items()
+        name: features(read_city(city.regions, city.mobility, schema)) for name, city in (cities | others).items()
     }
     arrays = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}} | arrays
     parity = tuple(parity_gate(model, graph, arrays))
     for measured in parity:
-        say(
-            f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}"
-        )
+        say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
     config = run.config
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -145,8 +143,6 @@ def _zipped(out: Path) -> Iterator[Path]:
         yield folder
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-                info = zipfile.ZipInfo(
-                    file.relative_to(folder).as_posix()
-                )  # dated 1980: no clock in the bytes
+                info = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # dated 1980: no clock in the bytes
                 info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
                 archive.writestr(info, file.read_bytes())

@@ -38,9 +38,7 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
     ]
     lines += [_row(task, facts["report"]) for task, facts in manifest.tasks.items()]
     lines += ["", _USE, "## What it reads", ""]
-    lines += [
-        f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()
-    ]
+    lines += [f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()]
     lines += ["- flows between the regions"] if manifest.mobility else []
     lines += [
         f"- `{column}`: {facts['width']} numbers from {facts.get('encoder') or 'an encoder that the data did not name'}"
@@ -58,4 +56,6 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
 
 def _row(task: str, report: Mapping[str, Any]) -> str:
     held, mean, fit = report["held_out"], report["mean_baseline"], report["in_sample"]
-    return f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {held['r2']:.3f} | {mean['mae']:.1f} | {fit['r2']:.3f} |"
+    return (
+        f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {held['r2']:.3f} | {mean['mae']:.1f} | {fit['r2']:.3f} |"
+    )

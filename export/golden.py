@@ -24,9 +24,7 @@ class SyntheticCity:
     mobility: pa.Table | None
 
 
-def synthetic_city(
-    model: TopT, ranges: Mapping[str, tuple[float, float]], *, regions: int, seed: int
-) -> SyntheticCity:
+def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, regions: int, seed: int) -> SyntheticCity:
     """Draw a city that the model could have been trained on.
 
     Args:

@@ -102,9 +102,7 @@ def _split(proto: onnx.ModelProto) -> Graph:
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.ClearField("raw_data")
         weights += data + b"\0" * (-len(data) % ALIGNMENT)
-    return Graph(
-        model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers
-    )
+    return Graph(model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

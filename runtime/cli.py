@@ -39,18 +39,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("regions", type=_PATH)
-@click.option(
-    "--bundle", type=_PATH, help=f"[default: {DEFAULT_BUNDLE} beside REGIONS, else ${BUNDLE_VARIABLE}]"
-)
+@click.option("--bundle", type=_PATH, help=f"[default: {DEFAULT_BUNDLE} beside REGIONS, else ${BUNDLE_VARIABLE}]")
 @click.option("--mobility", type=_PATH, help=f"[default: {DEFAULT_MOBILITY} beside REGIONS]")
 @click.option("--out", type=_PATH, help=f"[default: {DEFAULT_OUT} beside REGIONS]")
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
 @click.option("--wide", is_flag=True, help="One row per region, one column per task.")
 @click.option("--geo", type=_PATH, help="Also write a map for GIS: FILE.gpkg or FILE.geojson (extra `geo`).")
 @click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model."
-)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
 @device_option
 @log_format
 def predict(
@@ -67,7 +63,7 @@ def predict(
     log_format: str,
 ) -> None:
     """Predict every task of a bundle for the city in REGIONS, a regions.parquet."""
-    from topt_deploy.table import write_parquet
+    from topt_deploy.parquet import write_parquet
 
     from .predictor import open_predictor
     from .receipt import Stopwatch, receipt_path, write_receipt
@@ -105,9 +101,7 @@ def predict(
         watch=watch,
     )
     text = f"{_preview(table)}\n\npredictions {out}\nreceipt     {receipt_path(out)}"
-    Log(log_format).result(
-        text, event="predicted", file=str(out), **{k: receipt[k] for k in ("status", "seconds")}
-    )
+    Log(log_format).result(text, event="predicted", file=str(out), **{k: receipt[k] for k in ("status", "seconds")})
 
 
 @cli.command()
@@ -133,9 +127,7 @@ def info(bundle: Path, log_format: str) -> None:
     ]
     for task, facts in m.tasks.items():
         held = facts["report"]["held_out"]
-        lines.append(
-            f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {held['r2']:.3f}"
-        )
+        lines.append(f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {held['r2']:.3f}")
     facts: dict[str, Any] = {
         "sha256": opened.sha256,
         "tasks": m.tasks,
@@ -179,10 +171,10 @@ def _default_bundle(regions: Path) -> Path:
 def _write_map(path: Path, wide: "pa.Table", regions: Path, id_col: str) -> None:
     """A map of the predictions, one feature per region: its polygon, or else its point."""
     from topt_deploy.geometry import write_geo
-    from topt_deploy.table import read_parquet
+    from topt_deploy.parquet import read_parquet
 
     if "geometry" not in wide.column_names:
-        positions = read_parquet(regions, lambda names: [n for n in names if n in ("lon", "lat")])
+        positions = read_parquet(regions, ["lon", "lat"])
         for axis in ("lon", "lat"):  # predictions keep the input's order of rows
             wide = wide.append_column(axis, positions.column(axis))
     write_geo(path, wide)
@@ -194,10 +186,7 @@ def _preview(table: "pa.Table") -> str:
     rows = table.slice(0, ROWS_SHOWN).select(names).to_pylist()
     text = [names, *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in text) for i in range(len(names))]
-    shown = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in text
-    ]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in text]
     return "\n".join([*shown, f"({len(table)} rows)"])
 
 
@@ -216,4 +205,4 @@ def main() -> None:
     sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
     # Arrow's own allocator keeps what it has freed; at this size the system's costs nothing and halves the memory.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    run(cli)
+    run(cli, teardown=False)

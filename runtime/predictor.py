@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from topt_deploy.bundle import Bundle, open_bundle
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
-from topt_deploy.table import REGION_ID, City, read_city
+from topt_deploy.parquet import ParquetFile
+from topt_deploy.table import GEOMETRY, REGION_ID, City, read_city
 
 from .session import PROVIDERS, Session, check_device
 
@@ -118,6 +118,7 @@ class Predictor:
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         inputs = features(city)
+        pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         predicted = self.session.run(inputs, chosen)
         for task, values in predicted.items():
             if not np.isfinite(values).all():
@@ -159,7 +160,7 @@ class Predictor:
         name = f"golden/{city}.{part}.parquet"
         if name not in self.bundle.manifest.files:
             return None
-        return pq.ParquetFile(pa.BufferReader(self.bundle.read(name))).read()
+        return ParquetFile(self.bundle.read(name), name).read()
 
     def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
         for column, facts in self.bundle.manifest.prompts.items():
@@ -179,8 +180,7 @@ class Predictor:
                 for region in np.flatnonzero(where):
                     outside[region].append(f"{column} {side} the training range")
         return [
-            "; ".join(r[:REASONS_SHOWN])
-            + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
+            "; ".join(r[:REASONS_SHOWN]) + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
             for r in outside
         ]
 
@@ -213,56 +213,49 @@ def _name(regions: pa.Table | Path) -> str:
     return "regions table" if isinstance(regions, pa.Table) else str(regions)
 
 
-def _common(city: City) -> dict[str, Any]:
-    """What every output row says of its region, in input order."""
-    back = np.argsort(city.input_row)
-    return {
-        "city_id": pa.array([city.city_id] * len(city), pa.string()),
-        "region_id": pa.array(city.region_id[back].tolist(), pa.string()),
-    }
+# Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
 
 
-def _quality(city: City, reasons: list[str]) -> dict[str, Any]:
+def _columns(city: City, predicted: dict[str, Array], reasons: list[str]) -> dict[str, list[Any]]:
+    """What is said of every region, in the order of the input's rows."""
     back = np.argsort(city.input_row)
     ordered = [reasons[i] or None for i in back]
     return {
-        "status": pa.array([EXTRAPOLATED if reason else OK for reason in ordered], pa.string()),
-        "reason": pa.array(ordered, pa.string()),
+        "city_id": [city.city_id] * len(city),
+        "region_id": city.region_id[back].tolist(),
+        **{task: values[back].astype(np.float64).tolist() for task, values in predicted.items()},
+        "status": [EXTRAPOLATED if reason else OK for reason in ordered],
+        "reason": ordered,
     }
 
 
-def _with_geometry(city: City, columns: dict[str, Any], repeat: int) -> pa.Table:
+def _table(city: City, columns: dict[str, list[Any]], types: dict[str, pa.DataType], repeat: int) -> pa.Table:
+    """The columns as Arrow, with the city's geometry passed through."""
+    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
     if city.geometry is None:
-        return pa.table(columns)
+        return pa.table(arrays)
     shapes, geo = city.geometry
-    table = pa.table(columns | {"geometry": pa.chunked_array(shapes.chunks * repeat, shapes.type)})
+    table = pa.table(arrays | {GEOMETRY: pa.chunked_array(shapes.chunks * repeat, shapes.type)})
     return table.replace_schema_metadata({b"geo": geo}) if geo else table
 
 
 def _long(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
     """One row per task and region, task by task."""
-    back = np.argsort(city.input_row)
+    c = _columns(city, predicted, reasons)
     n, tasks = len(city), list(predicted)
-    unknown = pa.array([None] * (n * len(tasks)), pa.float64())
-
-    def repeated(columns: dict[str, Any]) -> dict[str, Any]:
-        return {name: pa.concat_arrays([column] * len(tasks)) for name, column in columns.items()}
-
-    columns = (
-        repeated(_common(city))
-        | {
-            "task": pa.array([task for task in tasks for _ in range(n)], pa.string()),
-            "prediction": pa.array(np.concatenate([predicted[t][back] for t in tasks]).astype(np.float64)),
-            "lower": unknown,
-            "upper": unknown,
-        }
-        | repeated(_quality(city, reasons))
-    )
-    return _with_geometry(city, columns, len(tasks))
+    columns = {
+        "city_id": c["city_id"] * len(tasks),
+        "region_id": c["region_id"] * len(tasks),
+        "task": [task for task in tasks for _ in range(n)],
+        "prediction": [value for task in tasks for value in c[task]],
+        "lower": [None] * (n * len(tasks)),
+        "upper": [None] * (n * len(tasks)),
+        "status": c["status"] * len(tasks),
+        "reason": c["reason"] * len(tasks),
+    }
+    return _table(city, columns, dict.fromkeys(("prediction", "lower", "upper"), pa.float64()), len(tasks))
 
 
 def _wide(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
     """One row per region, one column per task."""
-    back = np.argsort(city.input_row)
-    values = {task: pa.array(array[back].astype(np.float64)) for task, array in predicted.items()}
-    return _with_geometry(city, _common(city) | values | _quality(city, reasons), 1)
+    return _table(city, _columns(city, predicted, reasons), dict.fromkeys(predicted, pa.float64()), 1)

@@ -61,9 +61,7 @@ def write_receipt(
     record = {
         "output": {"file": output.name, "sha256": sha256_file(output), "rows": len(predictions)},
         "inputs": {
-            role: {"file": str(path), "sha256": sha256_file(path)}
-            for role, path in inputs.items()
-            if path is not None
+            role: {"file": str(path), "sha256": sha256_file(path)} for role, path in inputs.items() if path is not None
         },
         "bundle": {"file": str(predictor.bundle.path), "sha256": predictor.bundle.sha256},
         "options": options,

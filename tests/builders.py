@@ -1,6 +1,7 @@
-"""Small cities, configurations and the like for tests. Imports no torch at the top: the runtime's tests may use it."""
+"""Small cities, configurations and the like for tests. Imports no torch: the runtime's tests may use it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,7 @@ POI = ("bar", "café", "school", "shop")
 LAND_USE = ("green", "homes", "works")
 TASKS = ("crime", "calls")
 CENTRE = (-87.65, 41.85)
-SREL = SrelConfig(
-    width=8, heads=2, ffn_width=12, memory=4, channels=3, view_width=4, inter_blocks=2, epochs=6, lr=1e-3
-)
+SREL = SrelConfig(width=8, heads=2, ffn_width=12, memory=4, channels=3, view_width=4, inter_blocks=2, epochs=6, lr=1e-3)
 PROMPT4RE = Prompt4ReConfig(heads=2, epochs=6, folds=3, lr=1e-3)
 
 
@@ -67,10 +66,10 @@ def replaced(table: pa.Table, **columns: Any) -> pa.Table:
     """``table`` with these columns replaced or added."""
     for name, values in columns.items():
         array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
-        there = name in table.column_names
-        table = table.set_column(table.column_names.index(name), name, array) if there else table.append_column(
-            name, array
-        )  # fmt: skip
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, array)
+        else:
+            table = table.append_column(name, array)
     return table
 
 
@@ -87,8 +86,6 @@ def task_config(
     target: Mapping[str, Any] | None = None,
 ) -> TaskConfig:
     """A task's settings: tiny ones, and what is given."""
-    from dataclasses import replace
-
     return TaskConfig(
         srel=replace(SREL, **(srel or {})),
         prompt4re=replace(PROMPT4RE, **(prompt4re or {})),

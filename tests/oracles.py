@@ -77,7 +77,7 @@ def feed_forward(x: Array, update: Array, module) -> Array:
 
 
 def score_feature(scores: Array, module) -> Array:
-    """topt_deploy.model.fusion.ScoreFeature, with the shift left inside the softmax as the paper writes it."""
+    """topt_deploy.model.fusion.ScoreFeature, with the shift inside the softmax as the paper writes it."""
     a, b = array(module.scale), array(module.shift)
     n = len(scores)
     pooled = np.zeros((n, len(a)))

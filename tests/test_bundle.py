@@ -124,10 +124,8 @@ class TestSound:
         assert zipped.sha256 == hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         assert vars(zipped.manifest) == vars(open_bundle(folder).manifest)
 
-    @pytest.mark.parametrize(
-        "compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
-    )
-    def test_zips_of_every_kind(self, folder, tmp_path, compression):
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    def test_zips_with_and_without_compression(self, folder, tmp_path, compression):
         open_bundle(pack(folder, tmp_path / "m.zip", compression)).verify()
 
     def test_a_zip_with_entries_for_folders(self, folder, tmp_path):
@@ -137,9 +135,7 @@ class TestSound:
         open_bundle(tmp_path / "m.zip").verify()
 
     def test_schema_is_what_the_model_reads(self, folder):
-        expected = Schema(
-            views={"poi": ("b", "a"), "land_use": ("x",)}, mobility=True, prompts={"prompt_crime": 16}
-        )
+        expected = Schema(views={"poi": ("b", "a"), "land_use": ("x",)}, mobility=True, prompts={"prompt_crime": 16})
         assert vars(open_bundle(folder).manifest.schema) == vars(expected)
 
     def test_the_manifest_lists_every_other_file(self, folder):
@@ -204,7 +200,10 @@ class TestDamage:
         refuse(packed(resize), "of another size than listed", CARD)
 
     def test_a_seal_of_another_manifest(self, packed):
-        refuse(packed(lambda f: (f / SEAL).write_text(f"{'0' * 64}  {MANIFEST}\n")), "not the one that was sealed")
+        refuse(
+            packed(lambda f: (f / SEAL).write_text(f"{'0' * 64}  {MANIFEST}\n")),
+            "not the one that was sealed",
+        )
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(NoInput, match="no such bundle") as caught:
@@ -260,9 +259,24 @@ class TestNotPlainFiles:
 
 
 HOSTILE_NAMES = [
-    "../outside", "models/../../outside", "/etc/passwd", "C:\\windows", "models\\fp32.onnx", ".hidden",
-    "models/.hidden", "./a", "a//b", "a b", "a\nb", "ä", "..", "-rf", "a/", "~root", "a:b",
-]  # fmt: skip
+    "../outside",
+    "models/../../outside",
+    "/etc/passwd",
+    "C:\\windows",
+    "models\\fp32.onnx",
+    ".hidden",
+    "models/.hidden",
+    "./a",
+    "a//b",
+    "a b",
+    "a\nb",
+    "ä",
+    "..",
+    "-rf",
+    "a/",
+    "~root",
+    "a:b",
+]
 
 
 class TestZip:
@@ -288,7 +302,10 @@ class TestZip:
     @pytest.mark.parametrize("name", [n for n in HOSTILE_NAMES if n not in (".hidden", "models/.hidden")])
     def test_a_name_listed_in_a_folders_manifest(self, folder, tmp_path, name):
         (tmp_path / "outside").write_bytes(b"x")
-        reseal(folder, lambda r: r["files"].update({name: {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}))
+        reseal(
+            folder,
+            lambda r: r["files"].update({name: {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}),
+        )
         refuse(folder, "missing")
 
     @pytest.mark.parametrize("name", ["a b", ".hidden", "ä", "-rf"])
@@ -343,6 +360,10 @@ class TestZip:
         (tmp_path / "m.zip").write_bytes(raw)
         refuse(tmp_path / "m.zip", "cannot be unpacked")
 
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_rare_compressions_whose_decoders_raise_errors_of_their_own(self, folder, tmp_path, compression):
+        refuse(pack(folder, tmp_path / "m.zip", compression), "compress")
+
     @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
     def test_an_entry_that_claims_another_compression(self, folder, tmp_path, method):
         raw = bytearray(pack(folder, tmp_path / "m.zip").read_bytes())
@@ -350,7 +371,7 @@ class TestZip:
             entry = raw.find(signature)
             raw[entry + offset] = method
         (tmp_path / "m.zip").write_bytes(raw)
-        refuse(tmp_path / "m.zip", "cannot be unpacked")
+        refuse(tmp_path / "m.zip")
 
     @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
     def test_any_damage_is_refused_or_harmless(self, folder, tmp_path, compression):
@@ -402,16 +423,34 @@ class TestManifest:
     @pytest.mark.parametrize(
         "files",
         [
-            None, [], 3, "x", {CARD: None}, {CARD: 3}, {CARD: []}, {CARD: {}}, {CARD: {"size": 10}},
-            {CARD: {"size": "10", "sha256": ""}}, {CARD: {"size": 10.0}}, {CARD: {"size": -1, "sha256": ""}},
+            None,
+            [],
+            3,
+            "x",
+            {CARD: None},
+            {CARD: 3},
+            {CARD: []},
+            {CARD: {}},
+            {CARD: {"size": 10}},
+            {CARD: {"size": "10", "sha256": ""}},
+            {CARD: {"size": 10.0}},
+            {CARD: {"size": -1, "sha256": ""}},
         ],
-    )  # fmt: skip
+    )
     def test_a_list_of_files_of_the_wrong_form(self, folder, files):
         for name in FILES:
             if name != CARD:
                 (folder / name).unlink()
         reseal(folder, lambda record: record.update(files=files))
         refuse(folder)
+
+    @pytest.mark.parametrize(
+        "key", ["source", "tasks", "views", "prompts", "ranges", "variants", "files", "inputs", "golden"]
+    )
+    @pytest.mark.parametrize("value", [None, 3, "x"])
+    def test_a_value_of_the_wrong_kind(self, folder, key, value):
+        reseal(folder, lambda record: record.update({key: value}))
+        refuse(folder, key)
 
     def test_a_name_that_is_not_listed_cannot_be_read(self, folder):
         bundle = open_bundle(folder)

@@ -94,10 +94,15 @@ class TestPrecedence:
         config = load_config(
             preset="paper",
             overrides=[
-                "seed=7", "mobility=false", 'views=["poi"]', "target.transform=sqrt", 'prompt4re.prompt="none"',
-                "srel.lr=1e-3", "srel.dropout=0",
+                "seed=7",
+                "mobility=false",
+                'views=["poi"]',
+                "target.transform=sqrt",
+                'prompt4re.prompt="none"',
+                "srel.lr=1e-3",
+                "srel.dropout=0",
             ],
-        )  # fmt: skip
+        )
         crime = config.tasks["crime"]
         assert (config.seed, config.mobility, config.views) == (7, False, ("poi",))
         assert (crime.target.transform, crime.prompt4re.prompt) == ("sqrt", "none")
@@ -142,8 +147,10 @@ class TestTasks:
 
     def test_prompt_columns(self):
         assert load_config(preset="paper").prompt_columns() == (
-            "prompt_crime", "prompt_check_in", "prompt_service_call",
-        )  # fmt: skip
+            "prompt_crime",
+            "prompt_check_in",
+            "prompt_service_call",
+        )
         assert load_config(preset="paper", overrides=["prompt4re.enabled=false"]).prompt_columns() == ()
         assert load_config(preset="paper", overrides=["prompt4re.prompt=none"]).prompt_columns() == ("prompt_none",)
         mixed = load_config(preset="paper", overrides=["tasks.crime.prompt4re.prompt=none"])
@@ -198,21 +205,34 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "override",
         [
-            "srel.width=0", "srel.ffn_width=0", "srel.memory=0", "srel.channels=0", "srel.view_width=0",
-            "srel.dropout=1", "srel.dropout=1.5", "prompt4re.dropout=2", "prompt4re.members=0",
-            "checkpoint_every=0", "views=[]",
+            "srel.width=0",
+            "srel.ffn_width=0",
+            "srel.memory=0",
+            "srel.channels=0",
+            "srel.view_width=0",
+            "srel.dropout=1",
+            "srel.dropout=1.5",
+            "prompt4re.dropout=2",
+            "prompt4re.members=0",
+            "checkpoint_every=0",
+            "views=[]",
         ],
-    )  # fmt: skip
+    )
     def test_a_value_that_no_model_can_have(self, tmp_path, override):
         assert override.partition("=")[0].split(".")[-1] in refuse(tmp_path, overrides=[override])
 
     @pytest.mark.parametrize(
         "text",
         [
-            "srel = 3", "tasks = 3", 'tasks = "crime"', "[tasks.crime]\nsrel = 3", "[seed]\na = 1",
-            "[mobility]\na = 1", "[srel.lr]\nx = 1",
+            "srel = 3",
+            "tasks = 3",
+            'tasks = "crime"',
+            "[tasks.crime]\nsrel = 3",
+            "[seed]\na = 1",
+            "[mobility]\na = 1",
+            "[srel.lr]\nx = 1",
         ],
-    )  # fmt: skip
+    )
     def test_a_table_where_a_value_belongs_and_the_other_way_round(self, tmp_path, text):
         assert "topt.toml" in refuse(tmp_path, text)
 
@@ -260,6 +280,19 @@ class TestRefusals:
 
     def test_an_error_says_which_layer_it_is_in(self, tmp_path):
         assert "--set" in refuse(tmp_path, "seed = 1", overrides=["srel.foo=1"])
+
+    def test_the_preset_is_no_override(self, tmp_path):
+        assert "--preset" in refuse(tmp_path, overrides=["preset=quick"])
+
+    @pytest.mark.parametrize("name", ["a/b", "../x", "a.b", "", " "])
+    def test_a_task_that_can_be_no_file_and_no_tensor(self, name):
+        with pytest.raises(BadConfig):
+            load_config(preset="paper", tasks=[name])
+
+    @pytest.mark.parametrize("views", [["mobility"], ["position"], ["poi", "poi"], ["a.b"], [""]])
+    def test_views_that_cannot_be_told_apart(self, views):
+        with pytest.raises(BadConfig):
+            load_config(preset="paper", overrides=[f"views={views}"])
 
     def test_an_override_for_a_task_that_is_not_trained(self, tmp_path):
         assert "crme" in refuse(tmp_path, tasks=["crime"], overrides=["tasks.crme.srel.lr=1"])

@@ -134,8 +134,11 @@ def test_ranges_name_every_count_and_both_totals():
     city = tiny_city(15)
     columns = range_columns(city, SCHEMA)
     assert list(columns) == [
-        *(f"poi_{name}" for name in POI), *(f"land_use_{name}" for name in LAND_USE), "outflow", "inflow",
-    ]  # fmt: skip
+        *(f"poi_{name}" for name in POI),
+        *(f"land_use_{name}" for name in LAND_USE),
+        "outflow",
+        "inflow",
+    ]
     np.testing.assert_array_equal(columns["poi_café"], city.views["poi"][:, 1])
     for name, ends in (("outflow", city.flows.origin), ("inflow", city.flows.dest)):
         expected = [city.flows.flow[ends == i].sum() for i in range(15)]

@@ -36,9 +36,7 @@ def test_every_folder_with_code_is_a_listed_package():
 
 
 def test_every_other_file_is_listed_as_package_data():
-    patterns = [
-        f"{package}/{pattern}" for package, listed in SETUPTOOLS["package-data"].items() for pattern in listed
-    ]
+    patterns = [f"{package}/{pattern}" for package, listed in SETUPTOOLS["package-data"].items() for pattern in listed]
     others = [str(path) for path in package_files() if path.suffix != ".py"]
     assert [path for path in others if not any(fnmatch(path, pattern) for pattern in patterns)] == []
     assert "topt_deploy/py.typed" in others
@@ -62,9 +60,7 @@ def test_the_console_scripts_resolve():
 @pytest.mark.parametrize("name", ["train", "export", "runtime"])
 def test_bare_stage_names_are_not_installed(name):
     # -I, or the current folder would be searched, where they do lie.
-    code = (
-        "import sys; from importlib.util import find_spec as find; print(*map(bool, map(find, sys.argv[1:])))"
-    )
+    code = "import sys; from importlib.util import find_spec as find; print(*map(bool, map(find, sys.argv[1:])))"
     command = [sys.executable, "-I", "-c", code, f"topt_deploy.{name}", name]
     assert subprocess.check_output(command, text=True) == "True False\n"
 

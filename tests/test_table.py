@@ -1,4 +1,6 @@
 import os
+from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.errors import BadData, Exit, NoInput, NoPermission
-from topt_deploy.table import Schema, infer_schema, read_city, read_parquet
+from topt_deploy.parquet import read_parquet
+from topt_deploy.table import Schema, infer_schema, read_city
 
 N = 12
 VIEWS = {"poi": POI, "land_use": LAND_USE}
@@ -115,16 +118,10 @@ class TestReading:
         longer = pa.concat_tables([regions, regions]).combine_chunks().slice(N)
         assert same(read_city(longer, mobility, schema), expected)
 
-    def test_only_what_is_needed_is_read(self, regions, tmp_path):
+    def test_other_columns_are_neither_needed_nor_read(self, regions, tmp_path):
         pq.write_table(replaced(regions, text=["long"] * N, images=[["a.png"]] * N), tmp_path / "r")
-        asked = []
-
-        def keep(have):
-            asked.extend(have)
-            return ["region_id"]
-
-        assert read_parquet(tmp_path / "r", keep).column_names == ["region_id"]
-        assert "text" in asked
+        assert read_parquet(tmp_path / "r", ["region_id", "none"]).column_names == ["region_id"]
+        assert read_parquet(tmp_path / "r").column_names[-1] == "images"
         assert same(read_city(tmp_path / "r", None, COUNTS), read_city(regions, None, COUNTS))
 
     @pytest.mark.parametrize(
@@ -132,7 +129,8 @@ class TestReading:
     )
     def test_counts_of_every_numeric_kind(self, regions, kind):
         values = list(range(N))
-        city = read_city(replaced(regions, poi_bar=pa.array(values).cast(kind)), None, COUNTS)
+        counts = pa.array([Decimal(v) for v in values] if pa.types.is_decimal(kind) else values, kind)
+        city = read_city(replaced(regions, poi_bar=counts), None, COUNTS)
         assert city.views["poi"][:, 0].tolist() == [values[row] for row in city.input_row]
 
     @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)
@@ -196,7 +194,10 @@ class TestViews:
         poi = np.array(lists["poi"].to_pylist())[:, order]
         names = str([POI[i] for i in order]).replace("'", '"')
         table = replaced(lists, poi=fixed_lists(poi))
-        fields = [f.with_metadata({"categories": names}) if f.name == "poi" else lists.schema.field(f.name) for f in table.schema]
+        fields = [
+            f.with_metadata({"categories": names}) if f.name == "poi" else lists.schema.field(f.name)
+            for f in table.schema
+        ]
         assert same(read_city(table.cast(pa.schema(fields)), None, COUNTS), expected)
 
     def test_lists_of_every_kind(self):
@@ -223,9 +224,7 @@ class TestViews:
     def test_columns_go_by_name_not_position(self, regions):
         schema = Schema(views={"poi": POI[::-1]}, mobility=False)
         city = read_city(regions, None, schema)
-        assert city.views["poi"][:, 0].tolist() == [
-            regions[f"poi_{POI[-1]}"][row].as_py() for row in city.input_row
-        ]
+        assert city.views["poi"][:, 0].tolist() == [regions[f"poi_{POI[-1]}"][row].as_py() for row in city.input_row]
 
     def test_prompt_widths_are_read_off(self):
         regions, _ = tiny_city_tables(N, prompts=("prompt_a", "prompt_b"), prompt_width=7)
@@ -274,13 +273,23 @@ class TestBadIds:
     def test_no_id_column(self, regions):
         refuse(
             regions.rename_columns({"region_id": "GEOID"}),
-            parts=["regions table, column 'region_id'", "absent", "found:    columns 'GEOID', 'lon'", "--id-col"],
+            parts=[
+                "regions table, column 'region_id'",
+                "absent",
+                "found:    columns 'GEOID', 'lon'",
+                "--id-col",
+            ],
         )
 
     def test_numbers_lose_leading_zeros(self, regions):
         refuse(
             replaced(regions, region_id=list(range(N))),
-            parts=["column 'region_id': region ids are not text", "expected: string", "01073", "found:    int64"],
+            parts=[
+                "column 'region_id': region ids are not text",
+                "expected: string",
+                "01073",
+                "found:    int64",
+            ],
         )
 
     @pytest.mark.parametrize("blank", [None, "", "  "])
@@ -295,7 +304,12 @@ class TestBadIds:
         ids = ["b", "a", "b", "a", *map(str, range(N - 4))]
         refuse(
             replaced(regions, region_id=ids),
-            parts=["occur more than once", "regions:  'a', 'b'", "expected: each region once", "one row per region"],
+            parts=[
+                "occur more than once",
+                "regions:  'a', 'b'",
+                "expected: each region once",
+                "one row per region",
+            ],
         )
 
     def test_only_the_first_few_are_shown_and_all_are_counted(self, regions):
@@ -320,7 +334,11 @@ class TestBadPositions:
     def test_absent(self, regions):
         refuse(
             regions.drop_columns("lat"),
-            parts=["positions are absent", "expected: columns lon and lat in degrees", "found:    columns 'region_id'"],
+            parts=[
+                "positions are absent",
+                "expected: columns lon and lat in degrees",
+                "found:    columns 'region_id'",
+            ],
         )
 
     @pytest.mark.parametrize(
@@ -332,7 +350,13 @@ class TestBadPositions:
         region = regions["region_id"][4].as_py()
         refuse(
             replaced(regions, **{column: values}),
-            parts=["positions are not degrees", f"regions:  '{region}'", "[-180, 180]", f"{value:g}", "CRS84"],
+            parts=[
+                "positions are not degrees",
+                f"regions:  '{region}'",
+                "[-180, 180]",
+                f"{value:g}",
+                "CRS84",
+            ],
         )
 
     @pytest.mark.parametrize("column", ["lon", "lat"])
@@ -340,7 +364,8 @@ class TestBadPositions:
         values = regions[column].to_pylist()
         values[4] = NAN
         refuse(
-            replaced(regions, **{column: values}), parts=[f"regions:  '{regions['region_id'][4].as_py()}'", "nan"]
+            replaced(regions, **{column: values}),
+            parts=[f"regions:  '{regions['region_id'][4].as_py()}'", "nan"],
         )
 
     def test_null(self, regions):
@@ -360,9 +385,12 @@ class TestBadViews:
             replaced(regions, poi_bar=at(7, value)),
             parts=[
                 "regions table, column 'poi_bar': counts must be finite and not negative",
-                f"regions:  '{region}'", "expected: a number ≥ 0", f"found:    {shown}", "write 0",
+                f"regions:  '{region}'",
+                "expected: a number ≥ 0",
+                f"found:    {shown}",
+                "write 0",
             ],
-        )  # fmt: skip
+        )
 
     def test_a_null_count(self, regions):
         region = regions["region_id"][7].as_py()
@@ -379,24 +407,33 @@ class TestBadViews:
     def test_an_unknown_category(self, regions):
         refuse(
             replaced(regions, poi_zoo=[1] * N),
-            parts=["view 'poi'", "poi_zoo", "expected: 4 categories: 'bar', 'café'", "5 categories, with unknown 'zoo'"],
+            parts=[
+                "view 'poi'",
+                "poi_zoo",
+                "expected: 4 categories: 'bar', 'café'",
+                "5 categories, with unknown 'zoo'",
+            ],
         )
 
     def test_a_missing_category(self, regions):
         refuse(
             regions.drop_columns("land_use_works"),
-            parts=["view 'land_use'", "land_use_works", "expected: 3 categories", "2 categories, without 'works'",
-                   "a column of zeros"],
-        )  # fmt: skip
+            parts=[
+                "view 'land_use'",
+                "land_use_works",
+                "expected: 3 categories",
+                "2 categories, without 'works'",
+                "a column of zeros",
+            ],
+        )
 
     def test_a_renamed_category_names_both_sides(self, regions):
-        refuse(
-            regions.rename_columns({"poi_bar": "poi_pub"}), parts=["without 'bar'", "with unknown 'pub'"]
-        )
+        refuse(regions.rename_columns({"poi_bar": "poi_pub"}), parts=["without 'bar'", "with unknown 'pub'"])
 
     def test_an_absent_view(self, regions):
         refuse(
-            regions.drop_columns([f"poi_{name}" for name in POI]), parts=["0 categories", "without 'bar', 'café'"]
+            regions.drop_columns([f"poi_{name}" for name in POI]),
+            parts=["0 categories", "without 'bar', 'café'"],
         )
         with pytest.raises(BadData, match="view 'zoning' is absent") as caught:
             infer_schema(regions, views=("poi", "zoning"), mobility=False)
@@ -431,9 +468,10 @@ class TestBadLists:
 
     def test_absent(self, regions):
         refuse(
-            regions, schema=self.PROMPTS,
+            regions,
+            schema=self.PROMPTS,
             parts=["column 'prompt_x': column is absent", "a list of 4 numbers per region", "encoder"],
-        )  # fmt: skip
+        )
         with pytest.raises(BadData, match="prompt column is absent") as caught:
             infer_schema(regions, views=(), mobility=False, prompts=("prompt_x",))
         assert "prompt4re.enabled=false" in caught.value.fix
@@ -442,18 +480,24 @@ class TestBadLists:
         values = self.good()
         values[5] = [1.0, 2.0, 3.0]
         refuse(
-            self.column(regions, values), schema=self.PROMPTS,
-            parts=["column 'prompt_x': list of the wrong length", f"'{regions['region_id'][5].as_py()}'",
-                   "expected: 4 numbers", "found:    lists of [3]"],
-        )  # fmt: skip
+            self.column(regions, values),
+            schema=self.PROMPTS,
+            parts=[
+                "column 'prompt_x': list of the wrong length",
+                f"'{regions['region_id'][5].as_py()}'",
+                "expected: 4 numbers",
+                "found:    lists of 3",
+            ],
+        )
 
     @pytest.mark.parametrize("fixed", [False, True])
     def test_all_of_the_wrong_length(self, regions, fixed):
         kind = pa.list_(pa.float32(), 5) if fixed else None
         refuse(
-            self.column(regions, [[0.0] * 5] * N, kind), schema=self.PROMPTS,
+            self.column(regions, [[0.0] * 5] * N, kind),
+            schema=self.PROMPTS,
             parts=["wrong length", "and 7 more (12 in all)", "expected: 4 numbers", "5"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("fixed", [False, True])
     def test_a_null(self, regions, fixed):
@@ -461,19 +505,24 @@ class TestBadLists:
         values[5] = None
         kind = pa.list_(pa.float32(), 4) if fixed else None
         refuse(
-            self.column(regions, values, kind), schema=self.PROMPTS,
+            self.column(regions, values, kind),
+            schema=self.PROMPTS,
             parts=["prompt_x", f"'{regions['region_id'][5].as_py()}'", "found:    null"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("value", [NAN, INF])
     def test_an_entry_that_is_not_finite(self, regions, value):
         values = self.good()
         values[5][2] = value
         refuse(
-            self.column(regions, values), schema=self.PROMPTS,
-            parts=["column 'prompt_x': list entries are NaN or infinite", f"'{regions['region_id'][5].as_py()}'",
-                   "finite numbers"],
-        )  # fmt: skip
+            self.column(regions, values),
+            schema=self.PROMPTS,
+            parts=[
+                "column 'prompt_x': list entries are NaN or infinite",
+                f"'{regions['region_id'][5].as_py()}'",
+                "finite numbers",
+            ],
+        )
 
     def test_a_null_entry(self, regions):
         values = self.good()
@@ -499,9 +548,13 @@ class TestBadLists:
 class TestBadFlows:
     def test_none_given(self, regions):
         refuse(
-            regions, None, SCHEMA, kind=NoInput, exit_code=Exit.NO_INPUT,
+            regions,
+            None,
+            SCHEMA,
+            kind=NoInput,
+            exit_code=Exit.NO_INPUT,
             parts=["reads flows between regions", "origin_id, dest_id, flow", "--mobility"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("column", ["origin_id", "dest_id"])
     def test_unknown_regions(self, tables, column):
@@ -510,10 +563,16 @@ class TestBadFlows:
         ids[3] = ids[8] = "9999"
         ids[9] = "0"
         refuse(
-            regions, replaced(mobility, **{column: ids}), SCHEMA,
-            parts=[f"mobility table, column '{column}': names regions that the regions table does not have",
-                   "regions:  '0', '9999'", "such as '000'", "drop those flows, or add the regions"],
-        )  # fmt: skip
+            regions,
+            replaced(mobility, **{column: ids}),
+            SCHEMA,
+            parts=[
+                f"mobility table, column '{column}': names regions that the regions table does not have",
+                "regions:  '0', '9999'",
+                "such as '000'",
+                "drop those flows, or add the regions",
+            ],
+        )
 
     def test_a_null_end(self, tables):
         regions, mobility = tables
@@ -523,24 +582,30 @@ class TestBadFlows:
     def test_ends_that_are_numbers(self, tables):
         regions, mobility = tables
         refuse(
-            regions, replaced(mobility, dest_id=list(range(len(mobility)))), SCHEMA,
+            regions,
+            replaced(mobility, dest_id=list(range(len(mobility)))),
+            SCHEMA,
             parts=["column 'dest_id': region ids are not text", "found:    int64", "as they stand in regions table"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("column", ["origin_id", "dest_id", "flow"])
     def test_a_missing_column(self, tables, column):
         regions, mobility = tables
         refuse(
-            regions, mobility.drop_columns(column), SCHEMA,
+            regions,
+            mobility.drop_columns(column),
+            SCHEMA,
             parts=[f"expected exactly one {column} column", f"one of {column}", "found:    columns"],
-        )  # fmt: skip
+        )
 
     def test_two_columns_for_one_role(self, tables):
         regions, mobility = tables
         refuse(
-            regions, replaced(mobility, S000=mobility["flow"]), SCHEMA,
+            regions,
+            replaced(mobility, S000=mobility["flow"]),
+            SCHEMA,
             parts=["expected exactly one flow column", "flow, S000", "'S000'"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("column", ["flow", "target_flow"])
     @pytest.mark.parametrize("value", [NAN, INF, -3.0])
@@ -548,9 +613,11 @@ class TestBadFlows:
         regions, mobility = tables
         bad = replaced(mobility, **{column: at(2, value, len(mobility))})
         refuse(
-            regions, bad, SCHEMA,
+            regions,
+            bad,
+            SCHEMA,
             parts=[f"mobility table, column '{column}'", f"'{mobility['origin_id'][2].as_py()}'", f"{value:g}"],
-        )  # fmt: skip
+        )
 
     def test_a_null_flow(self, tables):
         regions, mobility = tables
@@ -564,26 +631,42 @@ class TestBadFlows:
     def test_only_other_cities(self, tables):
         regions, mobility = tables
         here = replaced(regions, city_id=["a"] * N)
-        refuse(here, replaced(mobility, city_id=["b"] * len(mobility)), SCHEMA, parts=["mobility table", "'a'", "'b'"])
+        refuse(
+            here,
+            replaced(mobility, city_id=["b"] * len(mobility)),
+            SCHEMA,
+            parts=["mobility table", "'a'", "'b'"],
+        )
 
 
 class TestBadLabels:
     def test_absent(self, regions):
         refuse(
-            regions, labels=("noise",),
-            parts=["column 'noise': label column is absent", "'crime'", "null where unknown", "--task"],
-        )  # fmt: skip
+            regions,
+            labels=("noise",),
+            parts=[
+                "column 'noise': label column is absent",
+                "found:    columns 'region_id'",
+                "null where unknown",
+                "--task",
+            ],
+        )
 
     def test_all_null(self, regions):
         for nothing in (pa.nulls(N), pa.nulls(N, pa.float64())):
-            refuse(replaced(regions, crime=nothing), labels=("crime",), parts=["column 'crime': no region has a label"])
+            refuse(
+                replaced(regions, crime=nothing),
+                labels=("crime",),
+                parts=["column 'crime': no region has a label"],
+            )
 
     @pytest.mark.parametrize("value", [-1.0, INF])
     def test_not_a_count(self, regions, value):
         refuse(
-            replaced(regions, crime=at(1, value)), labels=("crime",),
+            replaced(regions, crime=at(1, value)),
+            labels=("crime",),
             parts=["column 'crime'", f"'{regions['region_id'][1].as_py()}'", f"{value:g}"],
-        )  # fmt: skip
+        )
 
     @pytest.mark.parametrize("with_null", [False, True])
     def test_nan_is_not_null(self, regions, with_null):
@@ -591,9 +674,14 @@ class TestBadLabels:
         if with_null:
             values[5] = None
         refuse(
-            replaced(regions, crime=pa.array(values)), labels=("crime",),
-            parts=["column 'crime': label is NaN", f"regions:  '{regions['region_id'][1].as_py()}'\n", "null for a region"],
-        )  # fmt: skip
+            replaced(regions, crime=pa.array(values)),
+            labels=("crime",),
+            parts=[
+                "column 'crime': label is NaN",
+                f"regions:  '{regions['region_id'][1].as_py()}'\n",
+                "null for a region",
+            ],
+        )
 
     def test_text(self, regions):
         refuse(replaced(regions, crime=["many"] * N), labels=("crime",), parts=["column 'crime': not a number"])
@@ -613,13 +701,15 @@ class TestBadFiles:
         flows = tmp_path / "none.parquet"
         refuse(path, flows, SCHEMA, kind=NoInput, exit_code=Exit.NO_INPUT, parts=[str(flows), "no such file"])
 
-    @pytest.mark.parametrize("keep", [0, 3, 100, 0.5, -1, -8])
+    @pytest.mark.parametrize("keep", [0, 3, 100, 0.5, -1, -8], ids=str)
     def test_truncated(self, path, keep):
         data = path.read_bytes()
         path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
         refuse(path, parts=[str(path), "not a whole Parquet file", "expected: Parquet", "cut off"])
 
-    @pytest.mark.parametrize("data", [b"region_id,lon,lat\n1,2,3\n", b"PK\3\4", b"PAR1" * 9], ids=["csv", "zip", "magic"])
+    @pytest.mark.parametrize(
+        "data", [b"region_id,lon,lat\n1,2,3\n", b"PK\3\4", b"PAR1" * 9], ids=["csv", "zip", "magic"]
+    )
     def test_not_parquet(self, path, data):
         path.write_bytes(data)
         refuse(path, parts=[str(path), "not a whole Parquet file"])
@@ -650,7 +740,7 @@ class TestBadFiles:
         def refused(*_, **__):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(pq, "ParquetFile", refused)
+        monkeypatch.setattr(Path, "open", refused)
         refuse(path, kind=NoPermission, exit_code=Exit.NO_PERMISSION, parts=[str(path), "may not read", "grant"])
 
     def test_errors_name_the_file_and_the_column(self, path, regions):

@@ -119,15 +119,11 @@ def open_bundle(path: Path) -> Bundle:
     """
     path = Path(path)
     if not path.exists():
-        raise NoInput(
-            "no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle"
-        )
+        raise NoInput("no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle")
     with _Files(path) as files:
         sizes = files.sizes()
         if MANIFEST not in sizes or SEAL not in sizes:
-            raise _refuse(
-                path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle"
-            )
+            raise _refuse(path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle")
         data = files.read(MANIFEST, MANIFEST_LIMIT_BYTES)
         seal = files.read(SEAL, 200)
     digest = sha256_bytes(data)
@@ -156,10 +152,7 @@ def seal_bundle(folder: Path, manifest: Manifest) -> None:
             name: {"size": size, "sha256": sha256_bytes(files.read(name, size))}
             for name, size in sorted(files.sizes().items())
         }
-    text = (
-        json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    )
+    text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)
     write_text(folder / SEAL, _seal(sha256_bytes(text.encode())).decode())
 

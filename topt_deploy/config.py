@@ -188,9 +188,7 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], where: str = "configuration") -> "Config":
         """Read back what :meth:`as_dict` gave."""
         values = dict(values)
-        tasks = {
-            name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()
-        }
+        tasks = {name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()}
         config: Config = _build(cls, values | {"tasks": tasks}, where)
         return config
 
@@ -278,9 +276,7 @@ def _spread(layer: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(Config)} | set(_SECTIONS)
     unknown = sorted(set(layer) - known)
     if unknown:
-        raise BadConfig(
-            f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}"
-        )
+        raise BadConfig(f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}")
     for task, values in layer.get("tasks", {}).items():
         if not isinstance(values, dict) or set(values) - set(_SECTIONS):
             raise BadConfig(
@@ -330,9 +326,7 @@ def _check(task: TaskConfig, where: str) -> None:
         ("prompt4re", attention, task.prompt4re.heads),
     ):
         if heads < 1 or width % heads:
-            raise BadConfig(
-                f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}"
-            )
+            raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
     if task.prompt4re.folds < 2:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 
@@ -359,11 +353,7 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
         return kind(value)
     elif kind in (bool, str) and type(value) is kind:
         return value
-    elif (
-        get_origin(kind) is tuple
-        and isinstance(value, (list, tuple))
-        and all(isinstance(v, str) for v in value)
-    ):
+    elif get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     elif get_origin(kind) is Mapping or isinstance(value, Mapping):
         return value

@@ -68,9 +68,7 @@ class ToptError(Exception):
         if self.ids is not None:
             shown = ", ".join(repr(i) for i in self.ids[: self.IDS_SHOWN])
             rest = len(self.ids) - self.IDS_SHOWN
-            lines.append(
-                f"  regions:  {shown}" + (f" and {rest} more ({len(self.ids)} in all)" if rest > 0 else "")
-            )
+            lines.append(f"  regions:  {shown}" + (f" and {rest} more ({len(self.ids)} in all)" if rest > 0 else ""))
         lines += [f"  expected: {self.expected}"] if self.expected is not None else []
         lines += [f"  found:    {self.found}"] if self.found is not None else []
         lines += [f"  to do:    {self.fix}"] if self.fix else []

@@ -62,10 +62,7 @@ def flow_features(flows: Flows, x: Array) -> Array:
         # Edges in row order, summed by column of x: one bincount per feature keeps memory at O(E).
         weight = flows.flow[order] / np.where(total == 0, 1, total)[rows[order]]
         mean = np.stack(
-            [
-                np.bincount(rows[order], weights=weight * column[columns[order]], minlength=n)
-                for column in x.T
-            ],
+            [np.bincount(rows[order], weights=weight * column[columns[order]], minlength=n) for column in x.T],
             axis=1,
         )
         return mean, total
@@ -95,9 +92,7 @@ def local_position_m(lonlat: Array) -> Array:
 def range_columns(city: City, schema: Schema) -> dict[str, Array]:
     """The quantities whose training range a bundle records: every count, and total flows. Each (N,)."""
     columns = {
-        f"{view}_{name}": city.views[view][:, i]
-        for view, names in schema.views.items()
-        for i, name in enumerate(names)
+        f"{view}_{name}": city.views[view][:, i] for view, names in schema.views.items() for i, name in enumerate(names)
     }
     if city.flows is not None:
         for name, ends in (("outflow", city.flows.origin), ("inflow", city.flows.dest)):

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,9 +24,7 @@ def write_error(path: Path, error: OSError) -> ToptError:
             expected=f"an existing folder {str(path.parent)!r} that this user may write to",
             fix="create the folder, or name another place with --out",
         )
-    return IOFailure(
-        f"writing failed ({reason})", file=path, fix="free space or mend the disk, then run again"
-    )
+    return IOFailure(f"writing failed ({reason})", file=path, fix="free space or mend the disk, then run again")
 
 
 @contextmanager
@@ -57,7 +53,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_token()}{path.suffix}")
     try:
         temporary.touch(exist_ok=False)
         yield temporary
@@ -77,8 +73,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An older folder of that name is moved aside first and removed last, so a failure leaves it in place.
     """
+    import shutil  # with its compressors, too dear for every start of topt-run
+
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f".{path.name}.{_token()}")
     old = temporary.with_name(temporary.name + ".old")
     try:
         temporary.mkdir()
@@ -118,6 +116,11 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with reading(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _token() -> str:
+    """A name that no other process chooses."""
+    return os.urandom(6).hex()
 
 
 def _sync(path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import BadConfig, BadData, NoInput, UsageError
 from .fileio import atomic_file, reading
-from .table import GEOMETRY, read_parquet
+from .parquet import ParquetFile
+from .table import GEOMETRY
 
 Array = np.ndarray[Any, Any]
 
@@ -60,7 +60,7 @@ def centroids(table: pa.Table, name: str, ids: Array) -> Array:
     return _points(_shapes(table.column(column), name, column, ids))
 
 
-def with_geo_key(table: pa.Table, file: pq.ParquetFile) -> pa.Table:
+def with_geo_key(table: pa.Table, file: ParquetFile) -> pa.Table:
     """Describe native GEOMETRY columns in the table's ``geo`` key, as GeoParquet does.
 
     pyarrow reads Parquet's GEOMETRY and GEOGRAPHY types (GeoParquet 2.0, whose ``geo`` key is optional) as
@@ -70,18 +70,13 @@ def with_geo_key(table: pa.Table, file: pq.ParquetFile) -> pa.Table:
     if b"geo" in metadata:
         return table
     columns: dict[str, dict[str, object]] = {}
-    for position in range(len(file.schema)):
-        column = file.schema.column(position)
-        native = json.loads(column.logical_type.to_json())
-        if native["Type"] in {"Geometry", "Geography"} and column.path in table.column_names:
+    for name, logical in file.logical_types().items():
+        native = json.loads(logical)
+        if native["Type"] in {"Geometry", "Geography"} and name in table.column_names:
             crs = native.get("crs") or "OGC:CRS84"
             if crs.startswith("projjson:"):  # names a key of the file's metadata
-                crs = (
-                    (file.metadata.metadata or {})
-                    .get(crs.removeprefix("projjson:").encode(), b"null")
-                    .decode()
-                )
-            columns[column.path] = {"encoding": "WKB", "geometry_types": [], "crs": crs}
+                crs = file.metadata.get(crs.removeprefix("projjson:").encode(), b"null").decode()
+            columns[name] = {"encoding": "WKB", "geometry_types": [], "crs": crs}
     if not columns:
         return table
     primary = GEOMETRY if GEOMETRY in columns else next(iter(columns))
@@ -92,9 +87,7 @@ def with_geo_key(table: pa.Table, file: pq.ParquetFile) -> pa.Table:
 def geo_metadata(geometry_types: Iterable[str]) -> bytes:
     """The ``geo`` value of a GeoParquet 1.1 file with one WKB column ``geometry``; no ``crs`` means CRS84."""
     column = {"encoding": "WKB", "geometry_types": sorted(set(geometry_types))}
-    return json.dumps(
-        {"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}}
-    ).encode()
+    return json.dumps({"version": "1.1.0", "primary_column": GEOMETRY, "columns": {GEOMETRY: column}}).encode()
 
 
 def geometry_types(wkb: pa.Array) -> list[str]:
@@ -216,9 +209,7 @@ def _check_geo_key(table: pa.Table, name: str) -> str:
         meta = geo["columns"][column]
         encoding = meta["encoding"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadData(
-            "the 'geo' metadata cannot be read", file=name, expected="GeoParquet 1.0 to 2.0"
-        ) from error
+        raise BadData("the 'geo' metadata cannot be read", file=name, expected="GeoParquet 1.0 to 2.0") from error
     if column not in table.column_names:
         raise BadData("the geometry column is absent", file=name, column=column, found=table.column_names)
     if encoding != "WKB":
@@ -299,9 +290,8 @@ def _read_csv(path: Path, id_col: str | None) -> pa.Table:
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    table = read_parquet(path)
-    with pq.ParquetFile(path) as file:
-        return with_geo_key(table, file)
+    file = ParquetFile(path)
+    return with_geo_key(file.read(), file)
 
 
 def _read_gis(path: Path, id_col: str | None) -> Places:
@@ -340,12 +330,8 @@ def _ids(table: pa.Table, name: str, id_col: str | None) -> Array | None:
     if id_col is None:
         return None
     if id_col not in table.column_names:
-        raise BadData(
-            "the id column is absent", file=name, column=id_col, found=", ".join(table.column_names)
-        )
-    values = [
-        int(v) if isinstance(v, float) and v.is_integer() else v for v in table.column(id_col).to_pylist()
-    ]
+        raise BadData("the id column is absent", file=name, column=id_col, found=", ".join(table.column_names))
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table.column(id_col).to_pylist()]
     blank = [f"row {row}" for row, value in enumerate(values) if value is None]
     if blank:
         raise BadData("ids are missing", file=name, column=id_col, ids=blank, expected="an id in every row")

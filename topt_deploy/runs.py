@@ -64,9 +64,7 @@ def open_run(path: Path) -> Run:
     """
     file = path / RUN_FILE
     if not file.exists():
-        raise NoInput(
-            "no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train"
-        )
+        raise NoInput("no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train")
     try:
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -90,9 +88,7 @@ def newest_run(city_dir: Path, *, finished: bool) -> Run:
         NoInput: If there is none.
     """
     folder = city_dir / RUNS_DIR
-    candidates = sorted(
-        folder.glob(f"*/{RUN_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True
-    )
+    candidates = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
     for file in candidates:
         run = open_run(file.parent)
         if run.finished == finished:

@@ -2,7 +2,7 @@
 
 Regions are sorted by ``region_id`` and flows by origin and destination before anything is computed, so that
 neither the order of rows nor of columns can change a single bit of a result. This is the one way in, for
-training and for serving. It uses pyarrow's core alone: ``pyarrow.compute`` and ``pyarrow.dataset`` would cost
+training and for serving. It uses pyarrow's core alone: ``pyarrow.compute`` or ``pyarrow.dataset`` would cost
 the runtime more start-up time than everything else it does.
 """
 
@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import BadData, NoInput
-from .fileio import atomic_file, reading
+from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
 
@@ -99,51 +98,38 @@ class City:
         return len(self.region_id)
 
 
-@dataclass(frozen=True, eq=False)
 class _Source:
-    """A table together with the name that error messages give it."""
+    """A table, or a Parquet file whose prompt columns are read one at a time, with the name that errors give it."""
 
-    table: pa.Table
-    name: str
-    path: Path | None = None
+    def __init__(self, table: Path | pa.Table, name: str, keep: Callable[[str], bool] = lambda column: True) -> None:
+        self.path: Path | None = None
+        self._file: ParquetFile | None = None
+        if isinstance(table, pa.Table):
+            self.table, self.name, self.names = table, name, table.column_names
+            return
+        self.path, self.name = Path(table), str(table)
+        self._file = ParquetFile(self.path)
+        self.names = [column for column in self._file.names if keep(column)]
+        self.table = self._file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
+        if GEOMETRY in self.names and b"geo" not in self.metadata:
+            from .geometry import with_geo_key
+
+            self.table = with_geo_key(self.table, self._file)
 
     def has(self, column: str) -> bool:
-        return column in self.table.column_names
+        return column in self.names
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        if name in self.table.column_names or self._file is None:
+            return self.table.column(name)
+        return self._file.read([name]).column(name)
 
-def read_parquet(path: Path, keep: Callable[[list[str]], list[str]] | None = None) -> pa.Table:
-    """Read a Parquet file, or the columns that ``keep`` chooses among those it has.
+    def field(self, name: str) -> pa.Field:
+        return (self.table.schema if self._file is None else self._file.schema).field(name)
 
-    Raises:
-        NoInput, NoPermission: If the file is missing or may not be read.
-        BadData: If it is not Parquet or is truncated.
-    """
-    with reading(path):
-        try:
-            with pq.ParquetFile(path, pre_buffer=False) as file:  # no I/O threads for a local file
-                columns = None if keep is None else keep(file.schema_arrow.names)
-                return file.read(columns=columns, use_threads=False)
-        except (pa.ArrowException, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            fix = "write it again; a download or copy may have been cut off"
-            raise BadData(
-                f"not a whole Parquet file ({reason})", file=path, expected="Parquet", fix=fix
-            ) from error
-        except OSError as error:
-            if error.errno is None:  # Arrow reports damaged pages as OSError without a number
-                reason = str(error).splitlines()[0]
-                raise BadData(f"damaged Parquet file ({reason})", file=path, fix="write it again") from error
-            raise
-
-
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table atomically; the same table gives the same bytes.
-
-    Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
-    """
-    text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, use_dictionary=text)
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        return self.table.schema.metadata or {}
 
 
 def infer_schema(
@@ -160,7 +146,7 @@ def infer_schema(
     Raises:
         BadData: If a view or prompt column is absent.
     """
-    source = _open(regions, "regions table")
+    source = _Source(regions, "regions table")
     vocabularies: dict[str, tuple[str, ...]] = {}
     for view in views:
         vocabularies[view] = _categories(source, view)
@@ -169,7 +155,7 @@ def infer_schema(
                 f"view {view!r} is absent",
                 file=source.name,
                 expected=f"a list column {view!r}, or columns {view + '_<category>'!r}",
-                found=f"columns {_some(source.table.column_names)}",
+                found=f"columns {_some(source.names)}",
                 fix="add the view, or leave it out of `views` in the configuration",
             )
     widths = {}
@@ -179,7 +165,7 @@ def infer_schema(
                 "prompt column is absent",
                 file=source.name,
                 column=column,
-                found=f"prompt columns {[c for c in source.table.column_names if c.startswith(PROMPT_PREFIX)]}",
+                found=f"prompt columns {[c for c in source.names if c.startswith(PROMPT_PREFIX)]}",
                 fix="encode prompts first, or train without them: --set prompt4re.enabled=false",
             )
         widths[column] = _list_width(source, column)
@@ -208,7 +194,7 @@ def read_city(
         NoInput: If a file is missing, or flows are needed and no mobility is given.
     """
     labels = tuple(labels)
-    source = _open(regions, "regions table", lambda have: _wanted_columns(have, schema, labels, id_col))
+    source = _Source(regions, "regions table", _wanted(schema, labels, id_col))
     ids = _region_ids(source, id_col)
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
@@ -221,7 +207,7 @@ def read_city(
                 expected="mobility.parquet with origin_id, dest_id, flow",
                 fix="put mobility.parquet beside the regions, or name it with --mobility",
             )
-        flows = _flows(_open(mobility, "mobility table"), sorted_ids, source.name, _city_id(source))
+        flows = _flows(_Source(mobility, "mobility table"), sorted_ids, source.name, _city_id(source))
     return City(
         region_id=sorted_ids,
         input_row=order,
@@ -229,27 +215,19 @@ def read_city(
         lonlat=_lonlat(source, ids)[order],
         views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
-        prompts={
-            c: _lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()
-        },
+        prompts={c: _lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
         encoders={column: name for column in schema.prompts if (name := _encoder(source, column))},
         labels={task: _label(source, ids, task)[order] for task in labels},
         geometry=_geometry(source),
-        synthetic=(source.table.schema.metadata or {}).get(b"synthetic") == b"true",
+        synthetic=source.metadata.get(b"synthetic") == b"true",
     )
 
 
-def _open(table: Path | pa.Table, name: str, keep: Callable[[list[str]], list[str]] | None = None) -> _Source:
-    if isinstance(table, pa.Table):
-        return _Source(table, name)
-    return _Source(read_parquet(Path(table), keep), str(table), Path(table))
-
-
-def _wanted_columns(have: list[str], schema: Schema, labels: Iterable[str], id_col: str) -> list[str]:
-    """The columns worth reading: texts and images of a large city stay on disk."""
+def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str], bool]:
+    """Whether a column is worth reading: texts and images of a large city stay on disk."""
     exact = {id_col, CITY_ID, "lon", "lat", GEOMETRY, *schema.views, *schema.prompts, *labels}
     prefixes = tuple(f"{view}_" for view in schema.views)
-    return [name for name in have if name in exact or name.startswith(prefixes)]
+    return lambda column: column in exact or column.startswith(prefixes)
 
 
 def _region_ids(source: _Source, id_col: str) -> Array:
@@ -258,10 +236,10 @@ def _region_ids(source: _Source, id_col: str) -> Array:
             "the region ids are absent",
             file=source.name,
             column=id_col,
-            found=f"columns {_some(source.table.column_names)}",
+            found=f"columns {_some(source.names)}",
             fix="name the id column with --id-col",
         )
-    column = source.table.column(id_col)
+    column = source.column(id_col)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
@@ -301,7 +279,7 @@ def _region_ids(source: _Source, id_col: str) -> Array:
 
 def _city_id(source: _Source) -> str | None:
     if source.has(CITY_ID):
-        cities = sorted({str(c) for c in source.table.column(CITY_ID).to_pylist() if c is not None})
+        cities = sorted({str(c) for c in source.column(CITY_ID).to_pylist() if c is not None})
         if len(cities) > 1:
             raise BadData(
                 "holds several cities",
@@ -331,7 +309,7 @@ def _lonlat(source: _Source, ids: Array) -> Array:
             "the regions' positions are absent",
             file=source.name,
             expected="columns lon and lat in degrees, or a GeoParquet geometry",
-            found=f"columns {_some(source.table.column_names)}",
+            found=f"columns {_some(source.names)}",
         )
     outside = (np.abs(lonlat[:, 0]) > 180) | (np.abs(lonlat[:, 1]) > 90)
     if outside.any():
@@ -348,21 +326,21 @@ def _lonlat(source: _Source, ids: Array) -> Array:
 
 
 def _encoder(source: _Source, column: str) -> str | None:
-    metadata = source.table.schema.field(column).metadata or {}
+    metadata = source.field(column).metadata or {}
     return metadata.get(b"encoder", b"").decode() or None
 
 
 def _geometry(source: _Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
     if not source.has(GEOMETRY):
         return None
-    return source.table.column(GEOMETRY), (source.table.schema.metadata or {}).get(b"geo")
+    return source.column(GEOMETRY), source.metadata.get(b"geo")
 
 
 def _categories(source: _Source, view: str) -> tuple[str, ...]:
     """Categories of a view: the list column's own names, or the sorted suffixes of its wide columns."""
     if source.has(view):
         width = _list_width(source, view)
-        meta = source.table.schema.field(view).metadata or {}
+        meta = source.field(view).metadata or {}
         names = json.loads(meta.get(b"categories", b"[]")) or [f"{i:02d}" for i in range(width)]
         if len(names) != width:
             raise BadData(
@@ -371,7 +349,7 @@ def _categories(source: _Source, view: str) -> tuple[str, ...]:
             )  # fmt: skip
         return tuple(str(name) for name in names)
     prefix = f"{view}_"
-    return tuple(sorted(c.removeprefix(prefix) for c in source.table.column_names if c.startswith(prefix)))
+    return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
 
 
 def _view(source: _Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
@@ -415,16 +393,14 @@ def _label(source: _Source, ids: Array, task: str) -> Array:
             "label column is absent",
             file=source.name,
             column=task,
-            found=f"columns {_some(source.table.column_names)}",
+            found=f"columns {_some(source.names)}",
             fix="add it (null where unknown), or choose tasks with --task",
         )
     values = _floats(source, ids, task, nulls=True)
     known = ~np.isnan(values)
     _check_counts(source, ids[known], task, values[known])
     if not known.any():
-        raise BadData(
-            "no region has a label", file=source.name, column=task, expected="labels for some regions"
-        )
+        raise BadData("no region has a label", file=source.name, column=task, expected="labels for some regions")
     return values
 
 
@@ -444,14 +420,10 @@ def _check_counts(source: _Source, ids: Array, column: str, values: Array) -> No
 
 def _floats(source: _Source, ids: Array, column: str, nulls: bool = False) -> Array:
     """A numeric column as float64 (N,); nulls are an error unless allowed, and then NaN."""
-    data = source.table.column(column)
-    numeric = (
-        pa.types.is_integer(data.type) or pa.types.is_floating(data.type) or pa.types.is_decimal(data.type)
-    )
+    data = source.column(column)
+    numeric = pa.types.is_integer(data.type) or pa.types.is_floating(data.type) or pa.types.is_decimal(data.type)
     if not numeric and not (nulls and pa.types.is_null(data.type)):
-        raise BadData(
-            "not a number", file=source.name, column=column, expected="numbers", found=str(data.type)
-        )
+        raise BadData("not a number", file=source.name, column=column, expected="numbers", found=str(data.type))
     if data.null_count and not nulls:
         where = np.array(data.is_null().to_pylist())
         raise BadData(
@@ -471,15 +443,13 @@ def _floats(source: _Source, ids: Array, column: str, nulls: bool = False) -> Ar
 
 
 def _list_width(source: _Source, column: str) -> int:
-    """The width of a list column: of its type where fixed, else of its first list."""
-    data = source.table.column(column)
-    if pa.types.is_fixed_size_list(data.type):
-        return int(data.type.list_size)
-    if not (pa.types.is_list(data.type) or pa.types.is_large_list(data.type)):
-        raise BadData(
-            "not a list", file=source.name, column=column, expected="a list of numbers", found=str(data.type)
-        )
-    return next((len(value) for value in data if value.is_valid), 0)
+    """The width of a list column: of its type where fixed, else of its first list that is not null."""
+    kind = source.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise BadData("not a list", file=source.name, column=column, expected="a list of numbers", found=str(kind))
+    return next((len(value) for value in source.column(column) if value.is_valid), 0)
 
 
 def _lists(source: _Source, ids: Array, column: str, width: int) -> Array:
@@ -491,17 +461,19 @@ def _lists(source: _Source, ids: Array, column: str, width: int) -> Array:
             file=source.name,
             column=column,
             expected=f"a list of {width} numbers per region",
-            found=f"columns {_some(source.table.column_names)}",
+            found=f"columns {_some(source.names)}",
             fix="encode prompts with the encoder the model was trained with" if prompt else None,
         )
     found_width = _list_width(source, column)
-    data = source.table.column(column)
-    fixed = pa.types.is_fixed_size_list(data.type)
+    data = source.column(column)
     null = np.array(data.is_null().to_pylist()) if data.null_count else np.zeros(len(ids), bool)
-    lengths = None if fixed else np.array([len(v) if v.is_valid else -1 for v in data])
-    wrong = null | ((lengths != width) if lengths is not None else np.full(len(ids), found_width != width))
+    if pa.types.is_fixed_size_list(data.type):
+        lengths = np.full(len(ids), found_width)
+    else:
+        lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in data.chunks])
+    wrong = null | (lengths != width)
     if wrong.any():
-        found = "null" if null.any() else f"lists of {found_width if fixed else sorted({*lengths[wrong]})}"
+        found = "null" if null.any() else f"lists of {', '.join(map(str, np.unique(lengths[wrong])[:5]))}"
         raise BadData(
             "list of the wrong length", file=source.name, column=column, ids=ids[wrong],
             expected=f"{width} numbers", found=found,
@@ -540,16 +512,16 @@ def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str |
                 f"expected exactly one {role} column",
                 file=source.name,
                 expected=f"one of {', '.join(aliases)}",
-                found=f"columns {_some(source.table.column_names)}",
+                found=f"columns {_some(source.names)}",
             )
         columns[role] = present[0]
     if city_id is not None and source.has(CITY_ID):
-        mine = [c == city_id for c in source.table.column(CITY_ID).to_pylist()]
+        mine = [c == city_id for c in source.column(CITY_ID).to_pylist()]
         if not all(mine):  # a table of this city alone is spared the import of pyarrow.compute
-            source = _Source(source.table.filter(pa.array(mine)), source.name, source.path)
+            source = _Source(source.table.filter(pa.array(mine)), source.name)
     ends = {}
     for role in ("origin_id", "dest_id"):
-        data = source.table.column(columns[role])
+        data = source.column(columns[role])
         if pa.types.is_dictionary(data.type):
             data = data.cast(data.type.value_type)
         if not (pa.types.is_string(data.type) or pa.types.is_large_string(data.type)):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.fileio import write_error
-from topt_deploy.table import write_parquet
+from topt_deploy.parquet import write_parquet
 
 Array = np.ndarray[Any, Any]
 

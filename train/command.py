@@ -18,20 +18,14 @@ if TYPE_CHECKING:
 @click.argument("city", type=click.Path(file_okay=False, path_type=Path), default=".")
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder [default: CITY/runs/<time>].")
 @click.option("--preset", type=click.Choice(presets()), help="Settings to start from [default: the file's].")
-@click.option(
-    "--config", "file", type=click.Path(path_type=Path), help=f"TOML settings [default: CITY/{CONFIG_FILE}]."
-)
+@click.option("--config", "file", type=click.Path(path_type=Path), help=f"TOML settings [default: CITY/{CONFIG_FILE}].")
 @click.option("--task", "tasks", multiple=True, help="Train this task only (repeatable).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
 @click.option("--seed", type=int, help="Seed of the run [default: the settings'].")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the newest unfinished run.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option(
-    "--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: fp32; tf32 on CUDA]"
-)
-@click.option(
-    "--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA]."
-)
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: fp32; tf32 on CUDA]")
+@click.option("--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: 1 up to 500 regions].")
 def train(
     city: Path,
@@ -76,9 +70,7 @@ def train(
         config = load_config(preset=preset, file=file, tasks=tasks, overrides=settings)
         out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
         if out.exists():
-            raise UsageError(
-                "the run folder exists", file=out, fix="name another with --out, or go on with --resume"
-            )
+            raise UsageError("the run folder exists", file=out, fix="name another with --out, or go on with --resume")
 
     import torch
 
@@ -107,22 +99,16 @@ def train(
     click.echo(summary(reports))
     here = city.resolve() == Path.cwd()
     click.echo(f"run  {run.path}")
-    click.echo(
-        "next: topt-deploy export --format onnx"
-        + ("" if here else f" {run.path} --out {city / 'model.topt'}")
-    )
+    click.echo("next: topt-deploy export --format onnx" + ("" if here else f" {run.path} --out {city / 'model.topt'}"))
 
 
 def _threads(regions: Path) -> int:
     """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
     import os
 
-    import pyarrow.parquet as pq
+    from topt_deploy.parquet import ParquetFile
 
-    from topt_deploy.table import read_parquet
-
-    read_parquet(regions, lambda names: [])  # says what is wrong with a file that is no Parquet
-    return 1 if pq.read_metadata(regions).num_rows <= 500 else os.cpu_count() or 1
+    return 1 if ParquetFile(regions).rows <= 500 else os.cpu_count() or 1
 
 
 def summary(reports: "dict[str, TaskReport]") -> str:
@@ -142,7 +128,5 @@ def summary(reports: "dict[str, TaskReport]") -> str:
         )
     for task, r in reports.items():
         if r.held_out.mae >= r.mean_baseline.mae:
-            lines.append(
-                f"warning: on {task} this model is no better than predicting the mean; do not use it"
-            )
+            lines.append(f"warning: on {task} this model is no better than predicting the mean; do not use it")
     return "\n".join(lines)

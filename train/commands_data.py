@@ -17,18 +17,10 @@ def import_group() -> None:
 @click.argument("directory", type=FOLDER)
 @click.option("--city", required=True, help="Which of the clone's data_<CITY> folders: Chi, NY or SF.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the two files; made where absent.")
-@click.option(
-    "--prompt4re", type=FOLDER, help="Clone of Prompt4RE: Chicago's coordinates, texts and prompts."
-)
-@click.option(
-    "--encoder", type=click.Choice(["llama", "qwen"]), help="Whose prompt vectors; none by default."
-)
-@click.option(
-    "--geometry", type=FILE, help="The regions' places: GeoJSON, GeoPackage, shapefile, Parquet or CSV."
-)
-@click.option(
-    "--geometry-id", metavar="COLUMN", help="Column of --geometry with each region's number, from 1."
-)
+@click.option("--prompt4re", type=FOLDER, help="Clone of Prompt4RE: Chicago's coordinates, texts and prompts.")
+@click.option("--encoder", type=click.Choice(["llama", "qwen"]), help="Whose prompt vectors; none by default.")
+@click.option("--geometry", type=FILE, help="The regions' places: GeoJSON, GeoPackage, shapefile, Parquet or CSV.")
+@click.option("--geometry-id", metavar="COLUMN", help="Column of --geometry with each region's number, from 1.")
 @click.option(
     "--geometry-order",
     type=click.Choice(["position"]),

@@ -145,6 +145,4 @@ def fit(
                 reporter.record(stage=stage, epoch=epoch, loss=sum(values.values()), terms=values)
                 progress.update(epoch, sum(values.values()))
             if checkpoint is not None and (epoch % checkpoint_every == 0 or epoch == settings.epochs):
-                save_training(
-                    checkpoint, module, optimiser, {"identity": identity, "epoch": epoch, "stage": stage}
-                )
+                save_training(checkpoint, module, optimiser, {"identity": identity, "epoch": epoch, "stage": stage})

@@ -113,9 +113,7 @@ def import_hafusion(
     if encoder is not None and prompt4re is None:
         raise UsageError("--encoder chooses among Prompt4RE's vectors", fix="add --prompt4re DIR")
     if geometry is None and (geometry_id is not None or geometry_by_position):
-        raise UsageError(
-            "--geometry-id and --geometry-order say how to read --geometry", fix="add --geometry"
-        )
+        raise UsageError("--geometry-id and --geometry-order say how to read --geometry", fix="add --geometry")
     if geometry is not None and (geometry_id is not None) == geometry_by_position:
         raise UsageError(
             "how features and regions belong together is not stated, or twice",
@@ -184,9 +182,7 @@ def import_hafusion(
     )
     zero = ids[labels["check_in"] == 0].tolist()
     if zero:
-        notes.append(
-            f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them"
-        )
+        notes.append(f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
     return ImportReport(
         out=Path(out),
         city=city,
@@ -220,16 +216,12 @@ def _array(path: Path) -> Array:
         try:
             array = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise BadData(
-                f"not a plain .npy array ({error})", file=path, fix="clone the repository again"
-            ) from error
+            raise BadData(f"not a plain .npy array ({error})", file=path, fix="clone the repository again") from error
     return np.asarray(array)
 
 
 def _shaped(array: Array, path: Path, shape: tuple[int | None, ...]) -> Array:
-    if array.ndim != len(shape) or any(
-        want not in (None, have) for want, have in zip(shape, array.shape, strict=True)
-    ):
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         wanted = " × ".join("any" if size is None else str(size) for size in shape)
         raise BadData(
             "wrong shape", file=path, expected=wanted, found=" × ".join(map(str, array.shape)) or "a scalar",
@@ -272,9 +264,7 @@ def _messages(path: Path, n: int) -> _Messages:
             text = ["\n".join(part["text"] for part in c if part["type"] == "text") for c in contents]
             images = [[part["image"] for part in c if part["type"] == "image"] for c in contents]
         except (ValueError, KeyError, TypeError) as error:
-            raise BadData(
-                f"not Prompt4RE's chat messages ({error!r})", file=path, fix="clone it again"
-            ) from error
+            raise BadData(f"not Prompt4RE's chat messages ({error!r})", file=path, fix="clone it again") from error
     if len(text) != n:
         raise BadData(
             "another number of regions", file=path, expected=f"{n}, as in HAFusion", found=len(text),

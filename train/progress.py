@@ -63,9 +63,7 @@ class Reporter:
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         kept = [
-            line
-            for line in lines
-            if not (json.loads(line)["stage"] == stage and json.loads(line)["epoch"] > epoch)
+            line for line in lines if not (json.loads(line)["stage"] == stage and json.loads(line)["epoch"] > epoch)
         ]
         self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

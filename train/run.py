@@ -21,8 +21,9 @@ from topt_deploy.features import features, range_columns
 from topt_deploy.fileio import sha256_file
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
+from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
-from topt_deploy.table import City, infer_schema, read_city, write_parquet
+from topt_deploy.table import City, infer_schema, read_city
 
 from .fit import Engine
 from .metrics import Metrics, metrics
@@ -92,9 +93,7 @@ def train_run(
     for file, recorded in ((regions, run.regions_sha256), (mobility, run.mobility_sha256)):
         if file is not None and sha256_file(file) != recorded:
             raise BadConfig("has changed since this run was started", file=file, fix="start a new run")
-    schema = infer_schema(
-        regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns()
-    )
+    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns())
     city = read_city(regions, mobility, schema, labels=config.tasks)
     inputs = {name: torch.from_numpy(a).to(engine.device) for name, a in features(city).items()}
     identity = hashlib.sha256(
@@ -124,9 +123,7 @@ def train_run(
             **common,
         )
     ranks = {
-        task: result.head.basis.basis.shape[1]
-        for task, result in results.items()
-        if result.head.basis is not None
+        task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
     }
     model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks))
     for name, srel in srels.items():

@@ -260,18 +260,14 @@ def _land(n: int, rng: np.random.Generator) -> _Land:
     """Voronoi cells of evenly spread random points, clipped to an uneven coast."""
     shapely = geo_library("shapely")
     turn = np.linspace(0, 2 * np.pi, 181)[:-1]
-    radius = 1 + sum(
-        rng.uniform(-0.12, 0.12) * np.cos(k * turn + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5)
-    )
+    radius = 1 + sum(rng.uniform(-0.12, 0.12) * np.cos(k * turn + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 5))
     radius *= np.sqrt(n * REGION_KM2 / np.pi)
     coast = shapely.polygons(np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1))
     shapely.prepare(coast)
     candidates = rng.uniform(-radius.max(), radius.max(), size=(8 * n, 2))
     points = candidates[shapely.contains_xy(coast, candidates)][:n]
     for _ in range(3):  # Lloyd's relaxation: each point to its cell's centroid
-        cells = shapely.get_parts(
-            shapely.voronoi_polygons(shapely.multipoints(points), extend_to=coast, ordered=True)
-        )
+        cells = shapely.get_parts(shapely.voronoi_polygons(shapely.multipoints(points), extend_to=coast, ordered=True))
         cells = shapely.intersection(cells, coast)
         points = shapely.get_coordinates(shapely.centroid(cells))
     cells = shapely.transform(shapely.set_precision(cells, 1e-3), _degrees)
@@ -312,9 +308,7 @@ def _softmax(scores: Array) -> Array:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def _flows(
-    km: Array, fields: Array, log_poi: dict[str, Array], rng: np.random.Generator
-) -> tuple[Array, Array, Array]:
+def _flows(km: Array, fields: Array, log_poi: dict[str, Array], rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Trips as (E,) origins, destinations and counts, sorted; the strongest origins of each destination.
 
     Gravity, where each destination has a taste for origins with much night life, offices or warehouses:
@@ -381,9 +375,7 @@ def _texts(lonlat: Array, poi: Array, levels: dict[str, Array], rng: np.random.G
     for i, (lon, lat) in enumerate(lonlat):
         total = int(poi[i].sum())
         listed = ", ".join(
-            f"{count} {name} ({count / max(total, 1):.2%})"
-            for name, count in zip(POI, poi[i], strict=True)
-            if count
+            f"{count} {name} ({count / max(total, 1):.2%})" for name, count in zip(POI, poi[i], strict=True) if count
         )
         told = " ".join(
             SENTENCES[name][forms[name][i]].format(ATTRIBUTES[name][levels[name][i]]) for name in ATTRIBUTES

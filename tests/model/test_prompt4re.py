@@ -129,9 +129,7 @@ def test_member_linear_is_m_linear_layers():
     shared, own = torch.randn(1, N, 4), torch.randn(M, N, 4)
     for x in (shared, own):
         for member in range(M):
-            expected = nn.functional.linear(
-                x[member % len(x)], layer.weight[member].T, layer.bias[member, 0]
-            )
+            expected = nn.functional.linear(x[member % len(x)], layer.weight[member].T, layer.bias[member, 0])
             torch.testing.assert_close(layer(x)[member], expected)
 
 
@@ -169,7 +167,10 @@ class TestAlignment:
         layer = shaken(Alignment(members=M, inputs=WIDTH, inner=8, rank=RANK, config=PROMPT4RE))
         embedding, prompts, order = torch.randn(1, N, WIDTH), torch.randn(1, N, RANK), torch.randperm(N)
         torch.testing.assert_close(
-            layer(embedding[:, order], prompts[:, order]), layer(embedding, prompts)[:, order], rtol=1e-4, atol=1e-5
+            layer(embedding[:, order], prompts[:, order]),
+            layer(embedding, prompts)[:, order],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 

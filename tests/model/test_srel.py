@@ -1,11 +1,11 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracles
 import pytest
 import torch
 from builders import SREL, tiny_city
-from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -13,9 +13,7 @@ from topt_deploy.train.commands_data import import_group
 from topt_deploy.train.hafusion import import_hafusion
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-chicago = pytest.mark.skipif(
-    not (DATA / "HAFusion").is_dir(), reason=f"the published Chicago data is not in {DATA}"
-)
+chicago = pytest.mark.skipif(not (DATA / "HAFusion").is_dir(), reason=f"the published Chicago data is not in {DATA}")
 N = 12
 TASKS = ("crime", "check_in", "service_call")
 
@@ -88,9 +86,7 @@ def test_layout_of_new_york(clone, places, tmp_path):
     data = clone / "data_NY"
     table = pq.read_table(out / "regions.parquet")
     assert table["region_id"].to_pylist() == [f"{k:02d}" for k in range(1, N + 1)]
-    assert table["lat"].to_pylist() == [40 + k / 100 for k in range(1, N + 1)], (
-        "matched by number, not by row"
-    )
+    assert table["lat"].to_pylist() == [40 + k / 100 for k in range(1, N + 1)], "matched by number, not by row"
     assert table["poi_25"].type == table["land_use_22"].type == table["crime"].type == pa.int64()
     assert table["crime"].to_pylist() == np.load(data / "crime_counts.npy")[:, 0].tolist()
     assert b"named by position" in table.schema.metadata[b"categories"]
@@ -132,8 +128,7 @@ def test_shapes_travel_along(clone, tmp_path):
     shapely = pytest.importorskip("shapely", reason="needs the geo extra")
     cells = shapely.box(np.arange(N) - 90.0, 40, np.arange(N) - 89.0, 41)
     features = [
-        {"type": "Feature", "properties": {}, "geometry": json.loads(shapely.to_geojson(cell))}
-        for cell in cells
+        {"type": "Feature", "properties": {}, "geometry": json.loads(shapely.to_geojson(cell))} for cell in cells
     ]
     path = tmp_path / "cells.geojson"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
@@ -255,9 +250,7 @@ def test_command_errors(clone, tmp_path, arguments, code, part):
 def test_command_prints_the_report(clone, places, tmp_path):
     out = tmp_path / "ny"
     command = ["hafusion", str(clone), "--city", "NY", "--out", str(out)]
-    result = CliRunner().invoke(
-        import_group, [*command, "--geometry", str(places), "--geometry-id", "number"]
-    )
+    result = CliRunner().invoke(import_group, [*command, "--geometry", str(places), "--geometry-id", "number"])
     assert result.exit_code == 0
     for part in (
         "NY: 12 regions",
@@ -271,9 +264,7 @@ def test_command_prints_the_report(clone, places, tmp_path):
 @chicago
 @pytest.mark.parametrize(("encoder", "width", "none"), [("llama", 4096, True), ("qwen", 3584, False)])
 def test_chicago(tmp_path, encoder, width, none):
-    report = import_hafusion(
-        DATA / "HAFusion", "Chi", out=tmp_path, prompt4re=DATA / "Prompt4RE", encoder=encoder
-    )
+    report = import_hafusion(DATA / "HAFusion", "Chi", out=tmp_path, prompt4re=DATA / "Prompt4RE", encoder=encoder)
     table = pq.read_table(tmp_path / "regions.parquet")
     prompts = [name for name in table.column_names if name.startswith("prompt_")]
     assert prompts == [f"prompt_{task}" for task in (*TASKS, *(["none"] if none else []))]
@@ -281,9 +272,7 @@ def test_chicago(tmp_path, encoder, width, none):
     city = read_city(tmp_path / "regions.parquet", tmp_path / "mobility.parquet", schema, labels=TASKS)
     assert city.region_id.tolist() == [f"{k:02d}" for k in range(1, 78)]
     raw = DATA / "Prompt4RE" / "data"
-    np.testing.assert_array_equal(
-        city.prompts["prompt_check_in"], np.load(raw / f"prompt_embs_{encoder}_checkIn.npy")
-    )
+    np.testing.assert_array_equal(city.prompts["prompt_check_in"], np.load(raw / f"prompt_embs_{encoder}_checkIn.npy"))
     assert city.prompts["prompt_crime"].shape == (77, width)
     assert {task: int(city.labels[task].sum()) for task in TASKS} == {
         "crime": 18_200,

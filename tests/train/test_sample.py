@@ -111,9 +111,7 @@ def blocks(large):
     near = np.argsort(((city.lonlat[:, None] - city.lonlat) ** 2).sum(-1), axis=1)[:, 1:7]
     told = [text.split("Impressions:")[1].split() for text in table["text"].to_pylist()]
     told = [{word.strip(".") for word in words} for words in told]
-    attributes = [
-        [[word in words for word in scale].index(True) for scale in ATTRIBUTES.values()] for words in told
-    ]
+    attributes = [[[word in words for word in scale].index(True) for scale in ATTRIBUTES.values()] for words in told]
     return {
         "views": np.hstack([counts, np.log1p(city.views["land_use"])]),
         "flows": np.hstack(

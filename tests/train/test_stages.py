@@ -44,7 +44,15 @@ def train_srel(city, name="crime", checkpoint=None, config=None):
     inputs = {k: torch.from_numpy(v) for k, v in features(city).items()}
     config = config or tiny_config()
     srel = train_embedding(
-        city, inputs, SCHEMA, config, name, engine=CPU, reporter=reporter(), identity="x", checkpoint=checkpoint
+        city,
+        inputs,
+        SCHEMA,
+        config,
+        name,
+        engine=CPU,
+        reporter=reporter(),
+        identity="x",
+        checkpoint=checkpoint,
     )
     return srel, embed(srel, inputs)
 
@@ -88,9 +96,7 @@ class TestStage1:
         config = tiny_config({"crime": task_config(srel={"epochs": 100, "lr": 5e-3, "dropout": 0.0})})
         city, lines = tiny_city(N), tmp_path / "metrics.jsonl"
         inputs = {k: torch.from_numpy(v) for k, v in features(city).items()}
-        train_embedding(
-            city, inputs, SCHEMA, config, "crime", engine=CPU, reporter=reporter(lines), identity="x"
-        )
+        train_embedding(city, inputs, SCHEMA, config, "crime", engine=CPU, reporter=reporter(lines), identity="x")
         losses = [json.loads(line)["loss"] for line in lines.read_text().splitlines()]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.9 * losses[0]
@@ -172,9 +178,17 @@ def head(inputs, labels=None, config=None, checkpoint=None, **settings):
     embedding, extra, prompts, own = inputs
     config = config or tiny_config({"crime": task_config(**settings)})
     return train_head(
-        embedding, extra, prompts, own if labels is None else labels, config, "crime",
-        engine=CPU, reporter=reporter(), identity="x", checkpoint=checkpoint,
-    )  # fmt: skip
+        embedding,
+        extra,
+        prompts,
+        own if labels is None else labels,
+        config,
+        "crime",
+        engine=CPU,
+        reporter=reporter(),
+        identity="x",
+        checkpoint=checkpoint,
+    )
 
 
 def adjusted(**prompt4re):
@@ -249,8 +263,9 @@ class TestStage2:
             counts = torch.from_numpy(labels)
             coordinates = alone.coordinates(prompts)
             seen = alone.see(embedding, extra, coordinates).detach()
-            alphas = ridge(seen, alone.target.fit(counts, region_weights), region_weights,
-                           config.prompt4re.ridge_alpha).alphas  # fmt: skip
+            alphas = ridge(
+                seen, alone.target.fit(counts, region_weights), region_weights, config.prompt4re.ridge_alpha
+            ).alphas
 
             def loss(alone=alone, seen=seen, coordinates=coordinates, region_weights=region_weights, alphas=alphas):
                 output = alone.head(seen, coordinates)
@@ -265,9 +280,7 @@ class TestStage2:
                 together = batch.head.state_dict()[name][member : member + 1]
                 torch.testing.assert_close(tensor.detach(), together, rtol=1e-4, atol=1e-6, msg=name)
             expected = alone.eval()(embedding, extra, prompts)[0]
-            torch.testing.assert_close(
-                batch.eval()(embedding, extra, prompts)[member], expected, rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(batch.eval()(embedding, extra, prompts)[member], expected, rtol=1e-5, atol=1e-5)
 
     def test_the_deployed_head_gives_the_in_sample_predictions(self, settings):
         inputs = problem()
@@ -369,8 +382,9 @@ def test_prompts_that_carry_the_label_are_learnt_from():
     inputs = problem(n=60)
     settings = {"prompt4re": {"epochs": 300, "lr": 5e-3, "dropout": 0.0}, "target": {"transform": "sqrt"}}
     with_prompts = head(inputs, **settings)
-    without = head((*inputs[:2], None, inputs[3]), prompt4re=settings["prompt4re"] | {"enabled": False},
-                   target=settings["target"])  # fmt: skip
+    without = head(
+        (*inputs[:2], None, inputs[3]), prompt4re=settings["prompt4re"] | {"enabled": False}, target=settings["target"]
+    )
     assert r2_score(inputs[3], with_prompts.in_sample) > r2_score(inputs[3], without.in_sample) + 0.05
 
 
@@ -444,9 +458,7 @@ class TestRun:
         model = load_model(tmp_path / "run" / "model.safetensors")
         config = open_run(tmp_path / "run").config
         assert config == run_config()
-        schema = infer_schema(
-            files["regions"], views=config.views, mobility=True, prompts=config.prompt_columns()
-        )
+        schema = infer_schema(files["regions"], views=config.views, mobility=True, prompts=config.prompt_columns())
         city = read_city(files["regions"], files["mobility"], schema, labels=config.tasks)
         predictions = predict(model, {k: torch.from_numpy(v) for k, v in features(city).items()})
         rows = pq.read_table(tmp_path / "run" / "held_out.parquet").to_pylist()

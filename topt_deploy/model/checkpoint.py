@@ -42,9 +42,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise BadData(f"not a whole safetensors file ({error})", file=path, fix="train again") from error
 
 
-def save_training(
-    path: Path, module: nn.Module, optimiser: optim.Optimizer, facts: Mapping[str, Any]
-) -> None:
+def save_training(path: Path, module: nn.Module, optimiser: optim.Optimizer, facts: Mapping[str, Any]) -> None:
     """A checkpoint from which training goes on as if it had never stopped: weights, moments, random state."""
     tensors = {_MODEL + name: tensor for name, tensor in module.state_dict().items()}
     for index, state in optimiser.state_dict()["state"].items():

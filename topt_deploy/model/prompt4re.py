@@ -42,9 +42,7 @@ class PromptBasis(nn.Module):
         x = prompts.double()
         mean = x.mean(dim=0)
         std = x.std(dim=0, correction=0)
-        scale = torch.where(
-            std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.inf
-        )  # a constant carries nothing
+        scale = torch.where(std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.inf)  # a constant carries nothing
         _, singular, right = torch.linalg.svd((x - mean) / scale, full_matrices=False)
         keep = int((singular > singular.amax() * 1e-5).sum())
         keep = max(1, min(keep, components or keep))
@@ -147,9 +145,7 @@ class Prompt4Re(nn.Module):
         inner = config.width or width
         if self.prompted:
             if config.alignment:
-                self.alignment = Alignment(
-                    members=members, inputs=inputs, inner=inner, rank=rank, config=config
-                )
+                self.alignment = Alignment(members=members, inputs=inputs, inner=inner, rank=rank, config=config)
             self.soft_prompt = MemberLinear(members, inner if config.alignment else rank, width)
         joined = inputs + width if self.prompted else inputs
         self.linear = MemberLinear(members, joined, 1)

@@ -42,9 +42,7 @@ class TaskHead(nn.Module):
         settings: The task's settings.
     """
 
-    def __init__(
-        self, *, members: int, features: int, prompt_width: int, rank: int, settings: TaskConfig
-    ) -> None:
+    def __init__(self, *, members: int, features: int, prompt_width: int, rank: int, settings: TaskConfig) -> None:
         super().__init__()
         width = settings.srel.width + ((features + rank) if settings.prompt4re.skip else 0)
         self.skip = Standardize(width) if settings.prompt4re.skip else None

@@ -1,0 +1,103 @@
+"""Parquet files, local and small: read by column, written whole.
+
+This works on the classes beneath ``pyarrow.parquet``, because importing that module also imports file systems of
+four clouds and TLS: 15 ms and 8 MB, a tenth of what ``topt-run`` may take. tests/test_parquet.py holds both to be
+the same on the versions that are tested.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow._parquet import ParquetReader, ParquetWriter
+
+from .errors import BadData
+from .fileio import atomic_file, reading
+
+
+class ParquetFile:
+    """An open Parquet file.
+
+    Args:
+        source: A path, or the file's bytes.
+        name: What errors call it; the path by default.
+
+    Raises:
+        NoInput, NoPermission: If the file is missing or may not be read.
+        BadData: If it is not Parquet, or is damaged.
+    """
+
+    def __init__(self, source: Path | bytes, name: str | None = None) -> None:
+        self.name = name or (str(source) if isinstance(source, Path) else "Parquet data")
+        self._reader = ParquetReader()
+        if isinstance(source, Path):
+            with reading(source), source.open("rb"):
+                pass  # the operating system's own reasons first: Arrow words them differently
+        with self._errors():
+            # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
+            where = str(source) if isinstance(source, Path) else pa.BufferReader(source)
+            self._reader.open(where, pre_buffer=False)
+            self.schema: pa.Schema = self._reader.schema_arrow
+            self.metadata: dict[bytes, bytes] = dict(self._reader.metadata.metadata or {})
+            self.rows: int = self._reader.metadata.num_rows
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.schema.names)
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read all columns, or those named."""
+        chosen = set(self.names if columns is None else columns)
+        indices = [i for i, path in enumerate(self._reader.column_paths) if path[0] in chosen]
+        with self._errors():
+            return self._reader.read_all(column_indices=indices, use_threads=False)
+
+    def logical_types(self) -> dict[str, str]:
+        """Parquet's own logical type of every flat column, as JSON: what Arrow's schema does not show."""
+        schema = self._reader.metadata.schema
+        columns = [schema.column(i) for i in range(len(schema))]
+        return {column.path: column.logical_type.to_json() for column in columns}
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
+        try:
+            yield
+        except (pa.ArrowException, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                with reading(Path(self.name)):
+                    raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadData(
+                f"not a whole Parquet file ({reason})",
+                file=self.name,
+                expected="Parquet",
+                fix="write it again; a download or copy may have been cut off",
+            ) from error
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or those of ``columns`` that it has."""
+    return ParquetFile(path).read(columns)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table atomically; the same table gives the same bytes.
+
+    Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
+    """
+    text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    with atomic_file(path) as temporary:
+        writer = ParquetWriter(
+            str(temporary),
+            table.schema,
+            compression="snappy",
+            use_dictionary=text,
+            version="2.6",
+            writer_engine_version="V2",
+            store_schema=True,
+        )
+        writer.write_table(table)
+        writer.close()
