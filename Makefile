@@ -8,7 +8,7 @@ TARGET ?= runtime train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install demo test lint types check-install clean
+.PHONY: install demo test lint types check-install benchmark clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -50,3 +50,10 @@ check-install:
 
 clean:
 	rm -rf $(VENV) $(RUNTIME_VENV) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# Where the clones of the two research repositories are; the defaults are the development machines'.
+HAFUSION ?= ../shared/data/HAFusion
+PROMPT4RE ?= ../shared/data/Prompt4RE
+
+benchmark: install
+	$(BIN)/python benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)

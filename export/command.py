@@ -26,5 +26,6 @@ def export(run: Path | None, form: str, out: Path | None, as_zip: bool) -> None:
 
     done = export_bundle(opened, out, say=lambda text: click.echo(text, err=True), as_zip=as_zip)
     click.echo(f"bundle {done.path}: {done.bytes / 1e6:.1f} MB, parity passed on {len(done.parity)} cities")
-    beside = out.resolve().parent == Path.cwd() and out.name == DEFAULT_OUT
-    click.echo("next: topt-run predict regions.parquet" + ("" if beside else f" --bundle {out}"))
+    regions = out.with_name("regions.parquet")
+    found = regions.exists() and out.name == DEFAULT_OUT
+    click.echo(f"next: topt-run predict {regions}" if found else f"next: topt-run predict REGIONS --bundle {out}")

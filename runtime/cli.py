@@ -125,9 +125,12 @@ def info(bundle: Path, log_format: str) -> None:
         *(f"variant    {name}: {v['graph']}, tolerance {v['tolerance']:g}" for name, v in m.variants.items()),
         f"protocol   {m.source['protocol']}",
     ]
-    for task, facts in m.tasks.items():
-        held = facts["report"]["held_out"]
-        lines.append(f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {held['r2']:.3f}")
+    for task, described in m.tasks.items():
+        held, trees = described["report"]["held_out"], described["report"]["trees"]
+        lines.append(
+            f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {held['r2']:.3f}"
+            f" (boosted trees: MAE {trees['mae']:.1f})"
+        )
     facts: dict[str, Any] = {
         "sha256": opened.sha256,
         "tasks": m.tasks,
@@ -202,7 +205,7 @@ class _NoPandas:
 
 def main() -> None:
     """Entry point."""
-    sys.meta_path.insert(0, _NoPandas)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoPandas)
     # Arrow's own allocator keeps what it has freed; at this size the system's costs nothing and halves the memory.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     run(cli, teardown=False)

@@ -139,11 +139,12 @@ class Predictor:
         tolerance = float(manifest.variants[PRECISION]["tolerance"])
         checks = []
         for city in manifest.golden:
-            parts = {part: self._golden(city, part) for part in ("regions", "mobility", "expected")}
-            found = self.predict(parts["regions"], parts["mobility"], wide=True)
+            mobility = self._golden(city, "mobility") if manifest.mobility else None
+            found = self.predict(self._golden(city, "regions"), mobility, wide=True)
+            expected = self._golden(city, "expected")
             worst = 0.0
             for task in self.tasks:
-                a, b = (parts["expected"].column(task).to_numpy(), found.column(task).to_numpy())
+                a, b = (table.column(task).to_numpy() for table in (expected, found))
                 worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))
             if not worst <= tolerance:
                 raise BadBundle(
@@ -156,10 +157,8 @@ class Predictor:
             checks.append(Check(city=city, regions=len(found), worst=worst))
         return checks
 
-    def _golden(self, city: str, part: str) -> pa.Table | None:
+    def _golden(self, city: str, part: str) -> pa.Table:
         name = f"golden/{city}.{part}.parquet"
-        if name not in self.bundle.manifest.files:
-            return None
         return ParquetFile(self.bundle.read(name), name).read()
 
     def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:

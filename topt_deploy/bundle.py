@@ -47,7 +47,8 @@ class Manifest:
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
-        variants: By precision: graph, weights and where each initialiser lies in them, providers, tolerance and what the parity gate measured.
+        variants: By precision: graph, weights and where each initialiser lies in them, providers, tolerance and
+            what the parity gate measured.
         golden: Base names of the golden cities under ``golden/``.
         files: Every other file: size in bytes and SHA-256.
     """

@@ -210,20 +210,19 @@ def load_config(
     Args:
         preset: A shipped preset; else the file's own ``preset``, else the default one.
         file: A TOML file.
-        tasks: Keep these tasks only; a name the preset does not know gets the common settings.
+        tasks: Train these tasks; by default those that the file lists, or else the preset's. A name that neither
+            knows gets the common settings.
         overrides: Such as ``prompt4re.epochs=100`` (all tasks) or ``tasks.crime.srel.lr=1e-3``.
 
     Raises:
         BadConfig: Naming the file, the key, and what is known.
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if file is not None:
-        layers.append((str(file), _read_toml(file.read_text, file)))
-    name = preset or (layers[0][1].get("preset") if layers else None) or DEFAULT_PRESET
+    own = {} if file is None else _read_toml(file.read_text, file)
+    name = preset or own.get("preset") or DEFAULT_PRESET
     if name not in presets():
         raise BadConfig("no such preset", file=file, expected=f"one of {presets()}", found=repr(name))
     source = _presets() / f"{name}.toml"
-    layers.insert(0, (f"preset {name}", _read_toml(source.read_text, source)))
+    layers = [(f"preset {name}", _read_toml(source.read_text, source)), (str(file), own)]
     layers += [(f"--set {override}", _parse_override(override)) for override in overrides]
     merged: dict[str, Any] = {}
     for where, layer in layers:
@@ -231,7 +230,7 @@ def load_config(
     merged["preset"] = name
     common = {section: merged.pop(section, {}) for section in _SECTIONS}
     specific = merged.pop("tasks", {})
-    chosen = tuple(tasks) or tuple(specific)
+    chosen = tuple(tasks) or tuple(own.get("tasks") or specific)
     if not chosen:
         raise BadConfig("no task is named", file=file, fix="add a [tasks.NAME] section, or --task NAME")
     where = layers[-1][0] if file is None else str(file)

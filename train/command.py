@@ -97,9 +97,9 @@ def train(
             reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
             raise
     click.echo(summary(reports))
-    here = city.resolve() == Path.cwd()
     click.echo(f"run  {run.path}")
-    click.echo("next: topt-deploy export --format onnx" + ("" if here else f" {run.path} --out {city / 'model.topt'}"))
+    named = "" if run.path.parent == Path(RUNS_DIR) else f" {run.path}"
+    click.echo(f"next: topt-deploy export --format onnx{named}")
 
 
 def _threads(regions: Path) -> int:
@@ -112,21 +112,28 @@ def _threads(regions: Path) -> int:
 
 
 def summary(reports: "dict[str, TaskReport]") -> str:
-    """The table that a run ends with."""
+    """The table that a run ends with, and what it means for each task."""
     lines = [
-        "held out: each region predicted by the fold that did not train on it (fixed folds, last epoch, nothing",
-        "selected); this is what to expect where labels are null. In sample: how closely the final fit follows",
-        "its own labels; no measure of quality.",
+        "Held out: every region predicted by the fold that did not train on it (fixed folds, last epoch, nothing",
+        "selected); expect this where labels are null. Trees and mean: plain baselines under the same folds.",
+        "In sample: how closely the final fit follows its own labels; no measure of quality.",
         "",
-        f"{'task':<16}{'regions':>8} │{'MAE':>9}{'RMSE':>9}{'R²':>7} held out │{'MAE':>9} of the mean │{'R²':>7} in sample",
+        f"{'':<16}{'':>8}  {'held out':^25}  {'trees':^16}  {'mean':>9}  {'in sample':>9}",
+        f"{'task':<16}{'regions':>8}  {'MAE':>9}{'RMSE':>9}{'R²':>7}  {'MAE':>9}{'R²':>7}  {'MAE':>9}  {'R²':>9}",
     ]
     for task, r in reports.items():
         h = r.held_out
         lines.append(
-            f"{task:<16}{h.regions:>8} │{h.mae:>9.1f}{h.rmse:>9.1f}{h.r2:>7.3f}          │"
-            f"{r.mean_baseline.mae:>9.1f}             │{r.in_sample.r2:>7.3f}"
+            f"{task:<16}{h.regions:>8}  {h.mae:>9.1f}{h.rmse:>9.1f}{h.r2:>7.3f}  {r.trees.mae:>9.1f}{r.trees.r2:>7.3f}"
+            f"  {r.mean.mae:>9.1f}  {r.in_sample.r2:>9.3f}"
         )
-    for task, r in reports.items():
-        if r.held_out.mae >= r.mean_baseline.mae:
-            lines.append(f"warning: on {task} this model is no better than predicting the mean; do not use it")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"{task}: {verdict(report)}" for task, report in reports.items())])
+
+
+def verdict(r: "TaskReport") -> str:
+    """One sentence on whether the model earns its keep, by MAE under the same folds."""
+    best, name = min((r.trees.mae, "boosted trees"), (r.mean.mae, "predicting the mean"))
+    change = 100 * (1 - r.held_out.mae / best)
+    if change > 0:
+        return f"MAE {change:.0f} % below the best plain baseline ({name})"
+    return f"the plain baseline wins: {name} is better; this model's MAE is {-change:.0f} % above it"

@@ -131,7 +131,7 @@ def fit(
                 terms = step()
                 total = torch.stack([term.float() for term in terms.values()]).sum()
             optimiser.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             optimiser.step()
             epoch += 1
             if epoch % LOG_EVERY == 0 or epoch == settings.epochs:

@@ -93,11 +93,9 @@ class Stage:
     def update(self, epoch: int, loss: float) -> None:
         """Show that ``epoch`` epochs are done."""
         rate = (epoch - self._start) / max(self.elapsed_s, 1e-9)
-        shown = {"rate": f"{rate:,.0f} ep/s", "loss": f"loss {loss:,.4g}"}
-        self._reporter._progress.update(self._task, completed=epoch, **shown)
+        speed, value = f"{rate:,.0f} ep/s", f"loss {loss:,.4g}"
+        self._reporter._progress.update(self._task, completed=epoch, rate=speed, loss=value)
         if not self._reporter.console.is_terminal and time.monotonic() - self._said > PLAIN_EVERY_S:
             self._said = time.monotonic()
             left = (self._epochs - epoch) / max(rate, 1e-9)
-            self._reporter.say(
-                f"{self.name}: epoch {epoch} of {self._epochs}, {shown['rate']}, {left:.0f} s left, {shown['loss']}"
-            )
+            self._reporter.say(f"{self.name}: epoch {epoch} of {self._epochs}, {speed}, {left:.0f} s left, {value}")

@@ -25,6 +25,7 @@ from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.table import City, infer_schema, read_city
 
+from .baseline import boosted_trees
 from .fit import Engine
 from .metrics import Metrics, metrics
 from .progress import Reporter
@@ -49,12 +50,14 @@ class TaskReport:
         held_out: Over the regions' own held-out folds, weights of the last epoch: what to expect on regions whose
             label is unknown.
         in_sample: The deployed model on regions it was trained on: how closely it fits, not how well it predicts.
-        mean_baseline: Predicting the training folds' mean, under the same folds.
+        mean: Predicting the training folds' mean, under the same folds.
+        trees: :func:`topt_deploy.train.baseline.boosted_trees`, under the same folds.
     """
 
     held_out: Metrics
     in_sample: Metrics
-    mean_baseline: Metrics
+    mean: Metrics
+    trees: Metrics
 
 
 def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
@@ -133,7 +136,12 @@ def train_run(
     save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders)})
     save_model(run.path / MODEL_FILE, model)
     _write_held_out(run.path / HELD_OUT_FILE, city, results)
-    reports = {task: report(city.labels[task], result) for task, result in results.items()}
+    reporter.say("plain baseline: boosted trees under the same folds")
+    plain = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
+    reports = {
+        task: report(city.labels[task], result, boosted_trees(plain, city.labels[task], result.fold))
+        for task, result in results.items()
+    }
     ranges = {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()}
     run.finish(
         {
@@ -157,8 +165,8 @@ def train_run(
     return reports
 
 
-def report(labels: Array, result: HeadResult) -> TaskReport:
-    """Metrics of a task under its own folds."""
+def report(labels: Array, result: HeadResult, trees: Array) -> TaskReport:
+    """Metrics of a task, and of the baselines, under its own folds."""
     truth = np.where(result.fold >= 0, labels, np.nan)
     means = np.full(len(labels), np.nan)
     for k in range(int(result.fold.max()) + 1):
@@ -166,7 +174,8 @@ def report(labels: Array, result: HeadResult) -> TaskReport:
     return TaskReport(
         held_out=metrics(truth, result.held_out),
         in_sample=metrics(truth, result.in_sample),
-        mean_baseline=metrics(truth, means),
+        mean=metrics(truth, means),
+        trees=metrics(truth, trees),
     )
 
 

@@ -98,4 +98,4 @@ def train_embedding(
 @torch.no_grad()
 def embed(srel: Srel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Embeddings E (N, D) in evaluation mode."""
-    return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))  # type: ignore[no-any-return]
+    return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))

@@ -66,6 +66,13 @@ class TestPromptBasis:
         assert unexplained(basis, prompts) < 1e-4
         assert basis(prompts).square().mean() == pytest.approx(1, rel=1e-2)
 
+    def test_what_all_dimensions_share_does_not_hide_the_rest(self):
+        shared, rest = torch.randn(20, 1), torch.randn(20, 300)
+        prompts = shared * (1 + torch.rand(300)) + 1e-3 * rest
+        basis = PromptBasis.fit(prompts)
+        assert basis.basis.shape[1] == 19
+        assert unexplained(basis, prompts) < 1e-8
+
     def test_a_new_regions_vector_is_rotated_as_it_was_standardised(self):
         prompts, new = torch.randn(9, 6) + 4, torch.randn(4, 6) + 4
         basis = PromptBasis.fit(prompts)

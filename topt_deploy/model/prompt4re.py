@@ -175,7 +175,7 @@ class Prompt4Re(nn.Module):
         out = self.linear(joined)
         if self.hidden is not None and self.hidden_out is not None:
             out = out + self.hidden_out(self.dropout(torch.relu(self.hidden(joined))))
-        return out.squeeze(-1)  # type: ignore[no-any-return]
+        return out.squeeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,4 +125,4 @@ class TopT(nn.Module):
 def predict(model: TopT, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Predictions in evaluation mode."""
     model.eval()
-    return model(inputs)  # type: ignore[no-any-return]
+    return model(inputs)

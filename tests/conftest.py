@@ -1,0 +1,247 @@
+"""A city, a run and a bundle that every test may read and none may write to, made once for all workers."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT.parent / "shared" / "data"
+"""The research repositories' files (HAFusion, Prompt4RE), where this machine has them."""
+KEEP = "TOPT_KEEP_BUNDLE"
+"""Names a folder that the demo's bundle and tables are copied to, for the tests of the runtime-only environment."""
+REGIONS = 77
+SETTINGS = """\
+preset = "quick"
+
+[srel]
+epochs = 30
+
+[prompt4re]
+epochs = 20
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command ended with and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with our commands on the path and compiled modules kept, as on a user's machine."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", "TOPT_BUNDLE")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **more}
+
+
+def shell(command: str, folder: Path, **more: str) -> Said:
+    """Run a command as a user would type it in ``folder``."""
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240
+    )
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A folder of a test's own with a city and a bundle, as topt-run expects them."""
+
+    folder: Path
+
+    @property
+    def regions(self) -> Path:
+        return self.folder / "regions.parquet"
+
+    @property
+    def mobility(self) -> Path:
+        return self.folder / "mobility.parquet"
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "model.topt"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "predictions.parquet"
+
+    @property
+    def receipt(self) -> Path:
+        return self.folder / "predictions.receipt.json"
+
+    def state(self) -> dict[str, str]:
+        """Every name below the folder, with a hash of what it holds."""
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file() and os.access(path, os.R_OK)
+            else "no file"
+            for path in self.folder.rglob("*")
+        }
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this run see."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _once(shared: Path, name: str, make: Callable[[], Said]) -> Said:
+    """What ``make`` said, in the first worker that came here; it must have succeeded."""
+    said = shared / f"{name}.said"
+    with _locked(shared / f"{name}.lock"):
+        if not said.exists():
+            done = make()
+            assert done.code == 0, f"{name}: exit {done.code}\n{done.out}\n{done.err}"
+            said.write_text(f"{done.out}\0{done.err}")
+    out, err = said.read_text().split("\0")
+    return Said(0, out, err)
+
+
+@pytest.fixture(scope="session")
+def demo_city(shared: Path) -> Path:
+    """A synthetic city of 77 regions, as many as Chicago has, with settings that train in seconds."""
+    _once(shared, "sample", lambda: shell(f"topt-deploy sample --out demo --regions {REGIONS}", shared))
+    settings = shared / "demo" / "topt.toml"
+    if not settings.exists():
+        settings.write_text(SETTINGS)
+    return shared / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_trained(shared: Path, demo_city: Path) -> Said:
+    """What ``topt-deploy train`` said of the demo."""
+    return _once(shared, "train", lambda: shell("topt-deploy train", demo_city))
+
+
+@pytest.fixture(scope="session")
+def demo_run(demo_city: Path, demo_trained: Said) -> Path:
+    """The demo's finished run."""
+    (run,) = (demo_city / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_exported(shared: Path, demo_city: Path, demo_run: Path) -> Said:
+    """What ``topt-deploy export --format onnx`` said of the demo."""
+
+    def export() -> Said:
+        done = shell("topt-deploy export --format onnx", demo_city)
+        if KEEP in os.environ and done.code == 0:
+            keep = Path(os.environ[KEEP])
+            shutil.copytree(demo_city / "model.topt", keep / "model.topt")
+            for name in ("regions.parquet", "mobility.parquet"):
+                shutil.copy(demo_city / name, keep)
+        return done
+
+    return _once(shared, "export", export)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_city: Path, demo_exported: Said) -> Path:
+    """The demo's bundle."""
+    return demo_city / "model.topt"
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The research repositories' files."""
+    if not (PUBLISHED / "HAFusion").is_dir():
+        pytest.skip(f"no published data at {PUBLISHED}: clone HAFusion and Prompt4RE there")
+    return PUBLISHED
+
+
+@pytest.fixture(scope="session")
+def chicago(shared: Path, published: Path) -> Path:
+    """Real Chicago, imported: 77 community areas with Llama's prompt vectors."""
+    _once(
+        shared,
+        "chicago",
+        lambda: shell(
+            f"topt-deploy import hafusion {published / 'HAFusion'} --city Chi --out chicago"
+            f" --prompt4re {published / 'Prompt4RE'} --encoder llama",
+            shared,
+        ),
+    )
+    return shared / "chicago"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, demo_bundle: Path) -> Desk:
+    """The demo city and its bundle in a folder of the test's own."""
+    folder = tmp_path / "desk"
+    shutil.copytree(demo_bundle, folder / "model.topt")
+    for name in ("regions.parquet", "mobility.parquet"):
+        shutil.copy(demo_bundle.with_name(name), folder)
+    return Desk(folder)
+
+
+@pytest.fixture
+def topt_run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """``topt-run`` within this process: no second to start it, and the same exit."""
+    from topt_deploy.commandline import run
+    from topt_deploy.runtime.cli import cli
+
+    def call(*arguments: object) -> Said:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run(cli, [str(argument) for argument in arguments])
+        assert isinstance(left.value.code, int)
+        return Said(left.value.code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(topt_run: Callable[..., Said], desk: Desk) -> Callable[..., dict[str, object]]:
+    """Call ``topt-run predict``, which must fail with ``code`` and leave the folder as it was.
+
+    Twice: for people where there is no output yet, and for machines where an older output stands. Returns what the
+    machine is told; every one of ``parts`` is in the text for people.
+    """
+    import json
+
+    def call(code: int, *parts: str, arguments: tuple[object, ...] = (), regions: Path | None = None) -> dict:
+        command = ("predict", regions or desk.regions, *arguments)
+        before = desk.state()
+        said = topt_run(*command)
+        assert said.code == code, said
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert "Traceback" not in said.err
+        for part in parts:
+            assert part in said.err, f"{part!r} is not in:\n{said.err}"
+        assert desk.state() == before
+        if not desk.out.exists():
+            desk.out.write_bytes(b"an older output")
+            desk.receipt.write_bytes(b"and its receipt")
+        before = desk.state()
+        said = topt_run(*command, "--log-format", "json")
+        assert said.code == code
+        (line,) = said.err.splitlines()
+        facts = json.loads(line)
+        assert facts["exit_code"] == code
+        assert facts["message"]
+        assert desk.state() == before
+        return facts
+
+    return call
