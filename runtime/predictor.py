@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.bundle import Bundle, open_bundle
+from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
 from topt_deploy.parquet import ParquetFile
-from topt_deploy.table import GEOMETRY, REGION_ID, City, read_city
+from topt_deploy.table import City, read_city
 
 from .session import PROVIDERS, Session, check_device
 

@@ -1,17 +1,15 @@
 """A city, a run and a bundle that every test may read and none may write to, made once for all workers."""
 
 import fcntl
-import hashlib
+import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from commands import Desk, Said, shell
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT.parent / "shared" / "data"
@@ -28,65 +26,6 @@ epochs = 30
 [prompt4re]
 epochs = 20
 """
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command ended with and printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's, with our commands on the path and compiled modules kept, as on a user's machine."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", "TOPT_BUNDLE")}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **more}
-
-
-def shell(command: str, folder: Path, **more: str) -> Said:
-    """Run a command as a user would type it in ``folder``."""
-    done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240
-    )
-    return Said(done.returncode, done.stdout, done.stderr)
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A folder of a test's own with a city and a bundle, as topt-run expects them."""
-
-    folder: Path
-
-    @property
-    def regions(self) -> Path:
-        return self.folder / "regions.parquet"
-
-    @property
-    def mobility(self) -> Path:
-        return self.folder / "mobility.parquet"
-
-    @property
-    def bundle(self) -> Path:
-        return self.folder / "model.topt"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "predictions.parquet"
-
-    @property
-    def receipt(self) -> Path:
-        return self.folder / "predictions.receipt.json"
-
-    def state(self) -> dict[str, str]:
-        """Every name below the folder, with a hash of what it holds."""
-        return {
-            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            if path.is_file() and os.access(path, os.R_OK)
-            else "no file"
-            for path in self.folder.rglob("*")
-        }
 
 
 @pytest.fixture(scope="session")
@@ -218,8 +157,6 @@ def refused(topt_run: Callable[..., Said], desk: Desk) -> Callable[..., dict[str
     Twice: for people where there is no output yet, and for machines where an older output stands. Returns what the
     machine is told; every one of ``parts`` is in the text for people.
     """
-    import json
-
     def call(code: int, *parts: str, arguments: tuple[object, ...] = (), regions: Path | None = None) -> dict:
         command = ("predict", regions or desk.regions, *arguments)
         before = desk.state()

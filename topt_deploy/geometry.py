@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .columns import GEOMETRY
 from .errors import BadConfig, BadData, NoInput, UsageError
 from .fileio import atomic_file, reading
 from .parquet import ParquetFile
-from .table import GEOMETRY
 
 Array = np.ndarray[Any, Any]
 

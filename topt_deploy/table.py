@@ -2,8 +2,7 @@
 
 Regions are sorted by ``region_id`` and flows by origin and destination before anything is computed, so that
 neither the order of rows nor of columns can change a single bit of a result. This is the one way in, for
-training and for serving. It uses pyarrow's core alone: ``pyarrow.compute`` or ``pyarrow.dataset`` would cost
-the runtime more start-up time than everything else it does.
+training and for serving.
 """
 
 import json
@@ -15,22 +14,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from .columns import (
+    CITY_ID,
+    FLOW_COLUMNS,
+    GEOMETRY,
+    PROMPT_PREFIX,
+    REGION_ID,
+    TARGET_FLOW,
+    Source,
+    check_counts,
+    floats,
+    list_width,
+    lists,
+    some,
+    strings,
+)
 from .errors import BadData, NoInput
-from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
-
-REGION_ID = "region_id"
-CITY_ID = "city_id"
-GEOMETRY = "geometry"
-FLOW_COLUMNS = {
-    "origin_id": ("origin_id", "h_geocode", "PULocationID"),
-    "dest_id": ("dest_id", "w_geocode", "DOLocationID"),
-    "flow": ("flow", "S000"),
-}
-"""Mobility columns with their accepted aliases: ours, LODES' and the TLC's."""
-TARGET_FLOW = "target_flow"
-PROMPT_PREFIX = "prompt_"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,40 +99,6 @@ class City:
         return len(self.region_id)
 
 
-class _Source:
-    """A table, or a Parquet file whose prompt columns are read one at a time, with the name that errors give it."""
-
-    def __init__(self, table: Path | pa.Table, name: str, keep: Callable[[str], bool] = lambda column: True) -> None:
-        self.path: Path | None = None
-        self._file: ParquetFile | None = None
-        if isinstance(table, pa.Table):
-            self.table, self.name, self.names = table, name, table.column_names
-            return
-        self.path, self.name = Path(table), str(table)
-        self._file = ParquetFile(self.path)
-        self.names = [column for column in self._file.names if keep(column)]
-        self.table = self._file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
-        if GEOMETRY in self.names and b"geo" not in self.metadata:
-            from .geometry import with_geo_key
-
-            self.table = with_geo_key(self.table, self._file)
-
-    def has(self, column: str) -> bool:
-        return column in self.names
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        if name in self.table.column_names or self._file is None:
-            return self.table.column(name)
-        return self._file.read([name]).column(name)
-
-    def field(self, name: str) -> pa.Field:
-        return (self.table.schema if self._file is None else self._file.schema).field(name)
-
-    @property
-    def metadata(self) -> dict[bytes, bytes]:
-        return self.table.schema.metadata or {}
-
-
 def infer_schema(
     regions: Path | pa.Table, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()
 ) -> Schema:
@@ -146,7 +113,7 @@ def infer_schema(
     Raises:
         BadData: If a view or prompt column is absent.
     """
-    source = _Source(regions, "regions table")
+    source = Source(regions, "regions table")
     vocabularies: dict[str, tuple[str, ...]] = {}
     for view in views:
         vocabularies[view] = _categories(source, view)
@@ -155,7 +122,7 @@ def infer_schema(
                 f"view {view!r} is absent",
                 file=source.name,
                 expected=f"a list column {view!r}, or columns {view + '_<category>'!r}",
-                found=f"columns {_some(source.names)}",
+                found=f"columns {some(source.names)}",
                 fix="add the view, or leave it out of `views` in the configuration",
             )
     widths = {}
@@ -168,7 +135,7 @@ def infer_schema(
                 found=f"prompt columns {[c for c in source.names if c.startswith(PROMPT_PREFIX)]}",
                 fix="encode prompts first, or train without them: --set prompt4re.enabled=false",
             )
-        widths[column] = _list_width(source, column)
+        widths[column] = list_width(source, column)
     return Schema(views=vocabularies, mobility=mobility, prompts=widths)
 
 
@@ -194,7 +161,7 @@ def read_city(
         NoInput: If a file is missing, or flows are needed and no mobility is given.
     """
     labels = tuple(labels)
-    source = _Source(regions, "regions table", _wanted(schema, labels, id_col))
+    source = Source(regions, "regions table", _wanted(schema, labels, id_col))
     ids = _region_ids(source, id_col)
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
@@ -207,7 +174,7 @@ def read_city(
                 expected="mobility.parquet with origin_id, dest_id, flow",
                 fix="put mobility.parquet beside the regions, or name it with --mobility",
             )
-        flows = _flows(_Source(mobility, "mobility table"), sorted_ids, source.name, _city_id(source))
+        flows = _flows(Source(mobility, "mobility table"), sorted_ids, source.name, _city_id(source))
     return City(
         region_id=sorted_ids,
         input_row=order,
@@ -215,7 +182,7 @@ def read_city(
         lonlat=_lonlat(source, ids)[order],
         views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
-        prompts={c: _lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
+        prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
         encoders={column: name for column in schema.prompts if (name := _encoder(source, column))},
         labels={task: _label(source, ids, task)[order] for task in labels},
         geometry=_geometry(source),
@@ -230,30 +197,18 @@ def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str
     return lambda column: column in exact or column.startswith(prefixes)
 
 
-def _region_ids(source: _Source, id_col: str) -> Array:
+def _region_ids(source: Source, id_col: str) -> Array:
     if not source.has(id_col):
         raise BadData(
             "the region ids are absent",
             file=source.name,
             column=id_col,
-            found=f"columns {_some(source.names)}",
+            found=f"columns {some(source.names)}",
             fix="name the id column with --id-col",
         )
-    column = source.column(id_col)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise BadData(
-            "region ids are not text",
-            file=source.name,
-            column=id_col,
-            expected="string (numbers lose leading zeros: '01073' becomes 1073)",
-            found=str(column.type),
-            fix="write the ids as strings, with their leading zeros",
-        )
-    if len(column) == 0:
+    raw = strings(source, id_col, fix="write the ids as strings, with their leading zeros")
+    if not raw:
         raise BadData("the table is empty", file=source.name, expected="at least one region", found="0 rows")
-    raw = column.to_pylist()
     blank = [f"row {row}" for row, value in enumerate(raw) if not value or not value.strip()]
     if blank:
         raise BadData(
@@ -277,7 +232,7 @@ def _region_ids(source: _Source, id_col: str) -> Array:
     return ids
 
 
-def _city_id(source: _Source) -> str | None:
+def _city_id(source: Source) -> str | None:
     if source.has(CITY_ID):
         cities = sorted({str(c) for c in source.column(CITY_ID).to_pylist() if c is not None})
         if len(cities) > 1:
@@ -286,7 +241,7 @@ def _city_id(source: _Source) -> str | None:
                 file=source.name,
                 column=CITY_ID,
                 expected="one city per file (a city is predicted as a whole)",
-                found=_some(cities),
+                found=some(cities),
                 fix="write one file per city",
             )
         if cities:
@@ -297,19 +252,19 @@ def _city_id(source: _Source) -> str | None:
     return None
 
 
-def _lonlat(source: _Source, ids: Array) -> Array:
+def _lonlat(source: Source, ids: Array) -> Array:
     if source.has("lon") and source.has("lat"):
-        lonlat = np.stack([_floats(source, ids, "lon"), _floats(source, ids, "lat")], axis=1)
+        lonlat = np.stack([floats(source, ids, "lon"), floats(source, ids, "lat")], axis=1)
     elif source.has(GEOMETRY):
         from .geometry import centroids
 
-        lonlat = centroids(source.table, source.name, ids)
+        lonlat = centroids(_described(source), source.name, ids)
     else:
         raise BadData(
             "the regions' positions are absent",
             file=source.name,
             expected="columns lon and lat in degrees, or a GeoParquet geometry",
-            found=f"columns {_some(source.names)}",
+            found=f"columns {some(source.names)}",
         )
     outside = (np.abs(lonlat[:, 0]) > 180) | (np.abs(lonlat[:, 1]) > 90)
     if outside.any():
@@ -325,36 +280,48 @@ def _lonlat(source: _Source, ids: Array) -> Array:
     return lonlat
 
 
-def _encoder(source: _Source, column: str) -> str | None:
+def _encoder(source: Source, column: str) -> str | None:
     metadata = source.field(column).metadata or {}
     return metadata.get(b"encoder", b"").decode() or None
 
 
-def _geometry(source: _Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
+def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
     if not source.has(GEOMETRY):
         return None
-    return source.column(GEOMETRY), source.metadata.get(b"geo")
+    return source.column(GEOMETRY), (_described(source).schema.metadata or {}).get(b"geo")
 
 
-def _categories(source: _Source, view: str) -> tuple[str, ...]:
+def _described(source: Source) -> pa.Table:
+    """The table with GeoParquet's key, which a file of Parquet's own GEOMETRY type may lack."""
+    if source.file is None or b"geo" in source.metadata:
+        return source.table
+    from .geometry import with_geo_key
+
+    return with_geo_key(source.table, source.file)
+
+
+def _categories(source: Source, view: str) -> tuple[str, ...]:
     """Categories of a view: the list column's own names, or the sorted suffixes of its wide columns."""
     if source.has(view):
-        width = _list_width(source, view)
-        meta = source.field(view).metadata or {}
-        names = json.loads(meta.get(b"categories", b"[]")) or [f"{i:02d}" for i in range(width)]
-        if len(names) != width:
+        width = list_width(source, view)
+        described = (source.field(view).metadata or {}).get(b"categories")
+        try:
+            names = json.loads(described) if described else [f"{i:02d}" for i in range(width)]
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or len(names) != width:
             raise BadData(
                 "the list's category names do not fit its width", file=source.name, column=view,
-                expected=f"{width} names", found=f"{len(names)} names",
+                expected=f"{width} names, a JSON list, in the field's metadata `categories`", found=str(described),
             )  # fmt: skip
         return tuple(str(name) for name in names)
     prefix = f"{view}_"
     return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
 
 
-def _view(source: _Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
+def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
     if source.has(view):
-        values = _lists(source, ids, view, len(categories))
+        values = lists(source, ids, view, len(categories))
         names = _categories(source, view)
         unnamed = names == tuple(f"{i:02d}" for i in range(len(categories)))
         if not unnamed and set(names) == set(categories):
@@ -367,143 +334,44 @@ def _view(source: _Source, ids: Array, view: str, categories: Sequence[str]) -> 
         if set(have) != set(categories):
             _refuse_categories(source, view, categories, have)
         columns = [f"{view}_{name}" for name in categories]
-        values = np.stack([_floats(source, ids, column) for column in columns], axis=1)
+        values = np.stack([floats(source, ids, column) for column in columns], axis=1)
     for position, column in enumerate(columns):
-        _check_counts(source, ids, column, values[:, position])
+        check_counts(source, ids, column, values[:, position])
     return values
 
 
-def _refuse_categories(source: _Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
+def _refuse_categories(source: Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
     missing = [name for name in expected if name not in set(found)]
     unknown = [name for name in found if name not in set(expected)]
-    sides = [f"without {_some(missing)}"] * bool(missing) + [f"with unknown {_some(unknown)}"] * bool(unknown)
+    sides = [f"without {some(missing)}"] * bool(missing) + [f"with unknown {some(unknown)}"] * bool(unknown)
     raise BadData(
         f"the categories of view {view!r} are not the model's",
         file=source.name,
-        column=_some([f"{view}_{name}" for name in (missing or unknown)]),
-        expected=f"{len(expected)} categories: {_some(expected)}",
+        column=some([f"{view}_{name}" for name in (missing or unknown)]),
+        expected=f"{len(expected)} categories: {some(expected)}",
         found=f"{len(found)} categories, {' and '.join(sides)}",
         fix="count the same categories as in training; a category without any POI is a column of zeros",
     )
 
 
-def _label(source: _Source, ids: Array, task: str) -> Array:
+def _label(source: Source, ids: Array, task: str) -> Array:
     if not source.has(task):
         raise BadData(
             "label column is absent",
             file=source.name,
             column=task,
-            found=f"columns {_some(source.names)}",
+            found=f"columns {some(source.names)}",
             fix="add it (null where unknown), or choose tasks with --task",
         )
-    values = _floats(source, ids, task, nulls=True)
+    values = floats(source, ids, task, nulls=True)
     known = ~np.isnan(values)
-    _check_counts(source, ids[known], task, values[known])
+    check_counts(source, ids[known], task, values[known])
     if not known.any():
         raise BadData("no region has a label", file=source.name, column=task, expected="labels for some regions")
     return values
 
 
-def _check_counts(source: _Source, ids: Array, column: str, values: Array) -> None:
-    bad = ~np.isfinite(values) | (values < 0)
-    if bad.any():
-        raise BadData(
-            "counts must be finite and not negative",
-            file=source.name,
-            column=column,
-            ids=ids[bad],
-            expected="a number ≥ 0",
-            found=", ".join(f"{v:g}" for v in values[bad][:5]),
-            fix="correct the values; write 0 where there is none",
-        )
-
-
-def _floats(source: _Source, ids: Array, column: str, nulls: bool = False) -> Array:
-    """A numeric column as float64 (N,); nulls are an error unless allowed, and then NaN."""
-    data = source.column(column)
-    numeric = pa.types.is_integer(data.type) or pa.types.is_floating(data.type) or pa.types.is_decimal(data.type)
-    if not numeric and not (nulls and pa.types.is_null(data.type)):
-        raise BadData("not a number", file=source.name, column=column, expected="numbers", found=str(data.type))
-    if data.null_count and not nulls:
-        where = np.array(data.is_null().to_pylist())
-        raise BadData(
-            "values are missing", file=source.name, column=column, ids=ids[where],
-            expected="a number in every row", found="null", fix="fill them in; write 0 where there is none",
-        )  # fmt: skip
-    if pa.types.is_decimal(data.type) or pa.types.is_null(data.type):
-        data = data.cast(pa.float64())
-    values = data.to_numpy().astype(np.float64)  # nulls become NaN; a cast would import pyarrow.compute
-    if nulls and data.null_count < int(np.isnan(values).sum()):
-        where = np.isnan(values) & ~np.array(data.is_null().to_pylist())
-        raise BadData(
-            "label is NaN", file=source.name, column=column, ids=ids[where],
-            expected="a number, or null for a region to predict", found="NaN",
-        )  # fmt: skip
-    return values
-
-
-def _list_width(source: _Source, column: str) -> int:
-    """The width of a list column: of its type where fixed, else of its first list that is not null."""
-    kind = source.field(column).type
-    if pa.types.is_fixed_size_list(kind):
-        return int(kind.list_size)
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise BadData("not a list", file=source.name, column=column, expected="a list of numbers", found=str(kind))
-    return next((len(value) for value in source.column(column) if value.is_valid), 0)
-
-
-def _lists(source: _Source, ids: Array, column: str, width: int) -> Array:
-    """A list column as float64 or float32 (N, width), finite."""
-    if not source.has(column):
-        prompt = column.startswith(PROMPT_PREFIX)
-        raise BadData(
-            "column is absent",
-            file=source.name,
-            column=column,
-            expected=f"a list of {width} numbers per region",
-            found=f"columns {_some(source.names)}",
-            fix="encode prompts with the encoder the model was trained with" if prompt else None,
-        )
-    found_width = _list_width(source, column)
-    data = source.column(column)
-    null = np.array(data.is_null().to_pylist()) if data.null_count else np.zeros(len(ids), bool)
-    if pa.types.is_fixed_size_list(data.type):
-        lengths = np.full(len(ids), found_width)
-    else:
-        lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in data.chunks])
-    wrong = null | (lengths != width)
-    if wrong.any():
-        found = "null" if null.any() else f"lists of {', '.join(map(str, np.unique(lengths[wrong])[:5]))}"
-        raise BadData(
-            "list of the wrong length", file=source.name, column=column, ids=ids[wrong],
-            expected=f"{width} numbers", found=found,
-            fix="the columns must be those of the training data, in number and order",
-        )  # fmt: skip
-    parts = [_entries(chunk, width) for chunk in data.chunks]
-    kind = parts[0].type
-    if any(p.null_count for p in parts) or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-        raise BadData(
-            "list entries are missing or not numbers", file=source.name, column=column,
-            expected="numbers without nulls", found=f"{kind}, {sum(p.null_count for p in parts)} nulls",
-        )  # fmt: skip
-    values = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).reshape(len(ids), width)
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        raise BadData(
-            "list entries are NaN or infinite", file=source.name, column=column, ids=ids[~finite],
-            expected="finite numbers", fix="compute them again",
-        )  # fmt: skip
-    return values if values.dtype == np.float32 else values.astype(np.float64)
-
-
-def _entries(chunk: pa.Array, width: int) -> pa.Array:
-    """The entries of a chunk of lists, none of them null and all of one width; flatten() would import compute."""
-    fixed = pa.types.is_fixed_size_list(chunk.type)
-    start = chunk.offset * width if fixed else chunk.offsets[0].as_py()
-    return chunk.values.slice(start, len(chunk) * width)
-
-
-def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
+def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
     columns = {}
     for role, aliases in FLOW_COLUMNS.items():
         present = [alias for alias in aliases if source.has(alias)]
@@ -512,24 +380,17 @@ def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str |
                 f"expected exactly one {role} column",
                 file=source.name,
                 expected=f"one of {', '.join(aliases)}",
-                found=f"columns {_some(source.names)}",
+                found=f"columns {some(source.names)}",
             )
         columns[role] = present[0]
     if city_id is not None and source.has(CITY_ID):
         mine = [c == city_id for c in source.column(CITY_ID).to_pylist()]
         if not all(mine):  # a table of this city alone is spared the import of pyarrow.compute
-            source = _Source(source.table.filter(pa.array(mine)), source.name)
+            source = Source(source.table.filter(pa.array(mine)), source.name)
     ends = {}
     for role in ("origin_id", "dest_id"):
-        data = source.column(columns[role])
-        if pa.types.is_dictionary(data.type):
-            data = data.cast(data.type.value_type)
-        if not (pa.types.is_string(data.type) or pa.types.is_large_string(data.type)):
-            raise BadData(
-                "region ids are not text", file=source.name, column=columns[role], expected="string",
-                found=str(data.type), fix=f"write the ids as they stand in {regions_name}",
-            )  # fmt: skip
-        names = np.array(["" if v is None else v for v in data.to_pylist()], dtype=np.str_)
+        raw = strings(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
+        names = np.array([value or "" for value in raw], dtype=np.str_)
         position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
         unknown = sorted_ids[position] != names
         if unknown.any():
@@ -558,15 +419,8 @@ def _flows(source: _Source, sorted_ids: Array, regions_name: str, city_id: str |
     )
 
 
-def _flow_values(source: _Source, column: str, sorted_ids: Array, pairs: Array) -> Array:
+def _flow_values(source: Source, column: str, sorted_ids: Array, pairs: Array) -> Array:
     origins = sorted_ids[pairs[:, 0]]
-    values = _floats(source, origins, column)
-    _check_counts(source, origins, column, values)
+    values = floats(source, origins, column)
+    check_counts(source, origins, column, values)
     return values
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    """A short listing of names."""
-    names = list(names)
-    text = ", ".join(repr(str(name)) for name in names[:limit]) or "none"
-    return text + (f" and {len(names) - limit} more" if len(names) > limit else "")

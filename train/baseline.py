@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from sklearn.ensemble import GradientBoostingRegressor
 
-from topt_deploy.table import PROMPT_PREFIX
+from topt_deploy.columns import PROMPT_PREFIX
 
 Array = np.ndarray[Any, Any]
 

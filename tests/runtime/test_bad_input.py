@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import fixed_lists, replaced
-from conftest import shell
+from commands import shell
 
 BAD_DATA, NO_INPUT, USAGE = 65, 66, 2
 

@@ -1,0 +1,67 @@
+"""Our commands as a user runs them, and the folder that a test runs them in. Imports no torch."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command ended with and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with our commands on the path and compiled modules kept, as on a user's machine."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", "TOPT_BUNDLE")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **more}
+
+
+def shell(command: str, folder: Path, **more: str) -> Said:
+    """Run a command as a user would type it in ``folder``."""
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240
+    )
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A folder of a test's own with a city and a bundle, as topt-run expects them."""
+
+    folder: Path
+
+    @property
+    def regions(self) -> Path:
+        return self.folder / "regions.parquet"
+
+    @property
+    def mobility(self) -> Path:
+        return self.folder / "mobility.parquet"
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "model.topt"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "predictions.parquet"
+
+    @property
+    def receipt(self) -> Path:
+        return self.folder / "predictions.receipt.json"
+
+    def state(self) -> dict[str, str]:
+        """Every name below the folder, with a hash of what it holds."""
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file() and os.access(path, os.R_OK)
+            else "no file"
+            for path in self.folder.rglob("*")
+        }

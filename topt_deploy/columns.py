@@ -1,0 +1,187 @@
+"""The columns of a table, each read as a checked array; every error names file, column and regions.
+
+The names of columns are the data contract (docs/contracts.md). Of pyarrow this uses the core alone:
+``pyarrow.compute`` or ``pyarrow.dataset`` would cost the runtime more start-up time than everything else it does.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .errors import BadData
+from .parquet import ParquetFile
+
+Array = np.ndarray[Any, Any]
+
+REGION_ID = "region_id"
+CITY_ID = "city_id"
+GEOMETRY = "geometry"
+FLOW_COLUMNS = {
+    "origin_id": ("origin_id", "h_geocode", "PULocationID"),
+    "dest_id": ("dest_id", "w_geocode", "DOLocationID"),
+    "flow": ("flow", "S000"),
+}
+"""Mobility columns with their accepted aliases: ours, LODES' and the TLC's."""
+TARGET_FLOW = "target_flow"
+PROMPT_PREFIX = "prompt_"
+
+
+class Source:
+    """A table, or a Parquet file whose prompt columns are read one at a time, with the name that errors give it."""
+
+    def __init__(self, table: Path | pa.Table, name: str, keep: Callable[[str], bool] = lambda column: True) -> None:
+        self.path: Path | None = None
+        self.file: ParquetFile | None = None
+        if isinstance(table, pa.Table):
+            self.table, self.name, self.names = table, name, table.column_names
+            return
+        self.path, self.name = Path(table), str(table)
+        self.file = ParquetFile(self.path)
+        self.names = [column for column in self.file.names if keep(column)]
+        self.table = self.file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column."""
+        return column in self.names
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column's values."""
+        if name in self.table.column_names or self.file is None:
+            return self.table.column(name)
+        return self.file.read([name]).column(name)
+
+    def field(self, name: str) -> pa.Field:
+        """A column's type and metadata."""
+        return (self.table.schema if self.file is None else self.file.schema).field(name)
+
+    @property
+    def metadata(self) -> dict[bytes, bytes]:
+        """The table's own metadata."""
+        return self.table.schema.metadata or {}
+
+
+def strings(source: Source, column: str, fix: str) -> list[str | None]:
+    """A text column, dictionary-encoded or not; numbers are refused, for they lose leading zeros."""
+    data = source.column(column)
+    if pa.types.is_dictionary(data.type):
+        data = data.cast(data.type.value_type)
+    if not (pa.types.is_string(data.type) or pa.types.is_large_string(data.type)):
+        raise BadData(
+            "region ids are not text",
+            file=source.name,
+            column=column,
+            expected="string (numbers lose leading zeros: '01073' becomes 1073)",
+            found=str(data.type),
+            fix=fix,
+        )
+    values: list[str | None] = data.to_pylist()
+    return values
+
+
+def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Array:
+    """A numeric column as float64 (N,); nulls are an error unless allowed, and then NaN."""
+    data = source.column(column)
+    numeric = pa.types.is_integer(data.type) or pa.types.is_floating(data.type) or pa.types.is_decimal(data.type)
+    if not numeric and not (nulls and pa.types.is_null(data.type)):
+        raise BadData("not a number", file=source.name, column=column, expected="numbers", found=str(data.type))
+    if data.null_count and not nulls:
+        where = np.array(data.is_null().to_pylist())
+        raise BadData(
+            "values are missing", file=source.name, column=column, ids=ids[where],
+            expected="a number in every row", found="null", fix="fill them in; write 0 where there is none",
+        )  # fmt: skip
+    if pa.types.is_decimal(data.type) or pa.types.is_null(data.type):
+        data = data.cast(pa.float64())
+    values = data.to_numpy().astype(np.float64)  # nulls become NaN; a cast would import pyarrow.compute
+    if nulls and data.null_count < int(np.isnan(values).sum()):
+        where = np.isnan(values) & ~np.array(data.is_null().to_pylist())
+        raise BadData(
+            "label is NaN", file=source.name, column=column, ids=ids[where],
+            expected="a number, or null for a region to predict", found="NaN",
+        )  # fmt: skip
+    return values
+
+
+def check_counts(source: Source, ids: Array, column: str, values: Array) -> None:
+    bad = ~np.isfinite(values) | (values < 0)
+    if bad.any():
+        raise BadData(
+            "counts must be finite and not negative",
+            file=source.name,
+            column=column,
+            ids=ids[bad],
+            expected="a number ≥ 0",
+            found=", ".join(f"{v:g}" for v in values[bad][:5]),
+            fix="correct the values; write 0 where there is none",
+        )
+
+
+def list_width(source: Source, column: str) -> int:
+    """The width of a list column: of its type where fixed, else of its first list that is not null."""
+    kind = source.field(column).type
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size)
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise BadData("not a list", file=source.name, column=column, expected="a list of numbers", found=str(kind))
+    return next((len(value) for value in source.column(column) if value.is_valid), 0)
+
+
+def lists(source: Source, ids: Array, column: str, width: int) -> Array:
+    """A list column as float64 or float32 (N, width), finite."""
+    if not source.has(column):
+        prompt = column.startswith(PROMPT_PREFIX)
+        raise BadData(
+            "column is absent",
+            file=source.name,
+            column=column,
+            expected=f"a list of {width} numbers per region",
+            found=f"columns {some(source.names)}",
+            fix="encode prompts with the encoder the model was trained with" if prompt else None,
+        )
+    found_width = list_width(source, column)
+    data = source.column(column)
+    null = np.array(data.is_null().to_pylist()) if data.null_count else np.zeros(len(ids), bool)
+    if pa.types.is_fixed_size_list(data.type):
+        lengths = np.full(len(ids), found_width)
+    else:
+        lengths = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in data.chunks])
+    wrong = null | (lengths != width)
+    if wrong.any():
+        found = "null" if null.any() else f"lists of {', '.join(map(str, np.unique(lengths[wrong])[:5]))}"
+        raise BadData(
+            "list of the wrong length", file=source.name, column=column, ids=ids[wrong],
+            expected=f"{width} numbers", found=found,
+            fix="the columns must be those of the training data, in number and order",
+        )  # fmt: skip
+    parts = [_entries(chunk, width) for chunk in data.chunks]
+    kind = parts[0].type
+    if any(p.null_count for p in parts) or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        raise BadData(
+            "list entries are missing or not numbers", file=source.name, column=column,
+            expected="numbers without nulls", found=f"{kind}, {sum(p.null_count for p in parts)} nulls",
+        )  # fmt: skip
+    values = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).reshape(len(ids), width)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise BadData(
+            "list entries are NaN or infinite", file=source.name, column=column, ids=ids[~finite],
+            expected="finite numbers", fix="compute them again",
+        )  # fmt: skip
+    return values if values.dtype == np.float32 else values.astype(np.float64)
+
+
+def _entries(chunk: pa.Array, width: int) -> pa.Array:
+    """The entries of a chunk of lists, none of them null and all of one width; flatten() would import compute."""
+    fixed = pa.types.is_fixed_size_list(chunk.type)
+    start = chunk.offset * width if fixed else chunk.offsets[0].as_py()
+    return chunk.values.slice(start, len(chunk) * width)
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """A short listing of names."""
+    names = list(names)
+    text = ", ".join(repr(str(name)) for name in names[:limit]) or "none"
+    return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
