@@ -138,6 +138,13 @@ def main() -> None:
         middle = statistics.median(own) / statistics.median(floor)
         return f"{min(own) / min(floor):.2f} (best of {len(own)}: {best}; ratio of medians {middle:.2f})"
 
+    commands = {
+        "`topt-deploy import hafusion …`": imported,
+        "`topt-deploy train --preset paper --task crime`: 4000 + 3000 epochs, ten folds and the final fit": one,
+        "`topt-deploy train --preset paper`: three tasks": every,
+        "`topt-deploy train`: preset default, three tasks": default,
+        "`topt-deploy export`": exported,
+    }
     versions = default_record["versions"]
     records = {"paper, one task": one_record, "paper": every_record, "default": default_record}
     rows = [row for name, record in records.items() for row in figures(name, record)]
@@ -152,11 +159,7 @@ from Prompt4RE; 77 regions.
 
 | command | wall time | peak memory |
 |---|---|---|
-| `topt-deploy import hafusion …` | {imported.seconds:.1f} s | {imported.peak_mb:.0f} MB |
-| `topt-deploy train --preset paper --task crime`, 4000 + 3000 epochs, ten folds | {one.seconds:.0f} s | {one.peak_mb:.0f} MB |
-| `topt-deploy train --preset paper`, three tasks | {every.seconds:.0f} s | {every.peak_mb:.0f} MB |
-| `topt-deploy train`, preset default, three tasks | {default.seconds:.0f} s | {default.peak_mb:.0f} MB |
-| `topt-deploy export` | {exported.seconds:.1f} s | {exported.peak_mb:.0f} MB |
+{chr(10).join(f"| {name} | {taken.seconds:.1f} s | {taken.peak_mb:.0f} MB |" for name, taken in commands.items())}
 
 ## `topt-run predict`, whole process, against importing its libraries
 

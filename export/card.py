@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topt_deploy.bundle import Manifest
+from topt_deploy.commandline import decimal
 
 from .parity import Parity
 
@@ -57,4 +58,6 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
 def _row(task: str, report: Mapping[str, Any]) -> str:
     held, fit = report["held_out"], report["in_sample"]
     plain = f"{report['trees']['mae']:.1f} | {report['mean']['mae']:.1f}"
-    return f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {held['r2']:.3f} | {plain} | {fit['r2']:.3f} |"
+    return (
+        f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {decimal(held['r2'])} | {plain} | {decimal(fit['r2'])} |"
+    )

@@ -36,7 +36,7 @@ def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, re
     rng = np.random.default_rng(seed)
     schema = model.spec.schema
     ids = [f"G{i:05d}" for i in range(regions)]
-    length_m = float(next(iter(model.srel.values())).adjacency.length_m)  # type: ignore[union-attr, arg-type]
+    length_m = float(model.srel[next(iter(model.srel))].adjacency.length_m)  # type: ignore[union-attr, arg-type]
     side_deg = np.sqrt(regions) * length_m / 111_000  # as dense as the training city
     lonlat = np.array(CENTRE_LONLAT) + rng.uniform(-0.5, 0.5, (regions, 2)) * min(side_deg, 60.0)
     columns: dict[str, pa.Array] = {

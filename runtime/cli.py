@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from topt_deploy import __version__
-from topt_deploy.commandline import LOG_FORMATS, Log, run
+from topt_deploy.commandline import LOG_FORMATS, Log, decimal, run
 from topt_deploy.errors import NoInput, UsageError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def info(bundle: Path, log_format: str) -> None:
     for task, described in m.tasks.items():
         held, trees = described["report"]["held_out"], described["report"]["trees"]
         lines.append(
-            f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {held['r2']:.3f}"
+            f"{task:<16} held out: MAE {held['mae']:.1f}, RMSE {held['rmse']:.1f}, R² {decimal(held['r2'])}"
             f" (boosted trees: MAE {trees['mae']:.1f})"
         )
     facts: dict[str, Any] = {

@@ -57,7 +57,11 @@ class Session:
         self._weights = []
         for name, (offset, shape) in initializers.items():
             start = offset // flat.itemsize
-            value = ort.OrtValue.ortvalue_from_numpy(flat[start : start + math.prod(shape)].reshape(shape))
+            try:
+                array = flat[start : start + math.prod(shape)].reshape(shape)
+            except (ValueError, TypeError) as error:
+                raise BadBundle(f"the manifest misplaces {name} in the weights ({error})") from error
+            value = ort.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(name, value)
             self._weights.append((flat, value))
         try:

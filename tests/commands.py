@@ -1,9 +1,11 @@
 """Our commands as a user runs them, and the folder that a test runs them in. Imports no torch."""
 
+import ctypes
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,17 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}", **more}
 
 
-def shell(command: str, folder: Path, **more: str) -> Said:
-    """Run a command as a user would type it in ``folder``."""
+def shell(command: str, folder: Path, before: Callable[[], None] | None = None, **more: str) -> Said:
+    """Run a command as a user would type it in ``folder``; ``before`` is called in the child."""
     done = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=240
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment(**more),
+        preexec_fn=before,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     return Said(done.returncode, done.stdout, done.stderr)
 
@@ -65,3 +74,20 @@ class Desk:
             else "no file"
             for path in self.folder.rglob("*")
         }
+
+
+_PR_CAPBSET_DROP = 24
+_DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
+
+
+def without_privileges() -> None:
+    """In a child about to start a command: what modes forbid is forbidden, to root as well.
+
+    Root reads and writes anything by a capability of its own; without it, it is a user like others, and the
+    interpreter and packages that root owns are still within reach, as they would not be for another user.
+    """
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for capability in (_DAC_OVERRIDE, _DAC_READ_SEARCH):
+            if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+                raise OSError(ctypes.get_errno(), "prctl")

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,8 @@ class Bundle:
         Raises:
             BadBundle: If they are not.
         """
+        if name not in self.manifest.files:
+            raise _refuse(self.path, f"{name!r} is not among its files")
         facts = self.manifest.files[name]
         with _Files(self.path) as files:
             data = files.read(name, int(facts["size"]))
@@ -177,11 +179,43 @@ def _parse(path: Path, data: bytes) -> Manifest:
                 found=record["schema_version"],
                 fix="use the topt-deploy that wrote it, or export again",
             )
-        for key in ("inputs", "golden"):
-            record[key] = tuple(record[key])
-        return Manifest(**record)
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = Manifest(**record)
+        _check_form(manifest)
+        return replace(manifest, inputs=tuple(manifest.inputs), golden=tuple(manifest.golden))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _refuse(path, f"the manifest cannot be read ({error})") from error
+
+
+def _check_form(manifest: Manifest) -> None:
+    """Refuse a manifest whose values are not of the kinds that its readers rely on.
+
+    Raises:
+        TypeError: Naming the key.
+    """
+
+    def require(held: bool, key: str) -> None:
+        if not held:
+            raise TypeError(f"{key} is not of the right form")
+
+    def names(value: object) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+
+    def size(value: object, low: int = 0) -> bool:
+        return type(value) is int and value >= low
+
+    for key in ("source", "tasks", "views", "prompts", "ranges", "variants", "files"):
+        require(isinstance(getattr(manifest, key), dict), key)
+    for key in ("tasks", "prompts", "variants", "files"):
+        require(all(isinstance(v, dict) for v in getattr(manifest, key).values()), key)
+    for key in ("inputs", "golden"):
+        require(names(getattr(manifest, key)), key)
+    require(all(names(v) for v in manifest.views.values()), "views")
+    require(isinstance(manifest.mobility, bool), "mobility")
+    require(all(size(facts.get("width"), 1) for facts in manifest.prompts.values()), "prompts")
+    numbers = (int, float)
+    ranges = manifest.ranges.values()
+    require(all(len(v) == 2 and all(isinstance(x, numbers) for x in v) for v in ranges), "ranges")
+    require(all(size(f.get("size")) and isinstance(f.get("sha256"), str) for f in manifest.files.values()), "files")
 
 
 class _Files:
@@ -198,7 +232,7 @@ class _Files:
             with reading(self.path):
                 try:
                     self._zip = zipfile.ZipFile(self.path)
-                except zipfile.BadZipFile as error:
+                except (zipfile.BadZipFile, NotImplementedError) as error:
                     raise _refuse(self.path, f"neither a folder nor a zip file ({error})") from error
         return self
 
@@ -222,6 +256,8 @@ class _Files:
     def _entries(self) -> Iterator[tuple[str, int]]:
         if self._zip is not None:
             for info in self._zip.infolist():
+                if info.compress_type not in (0, 8):  # stored, deflated: the others' decoders fail in ways of their own
+                    raise _refuse(self.path, f"{info.filename} is compressed in a way that no bundle uses")
                 if not info.is_dir():
                     yield info.filename, info.file_size
             return
@@ -247,7 +283,7 @@ class _Files:
             try:
                 with self._zip.open(name) as stream:
                     return stream.read(limit + 1)
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as error:
                 raise _refuse(self.path, f"{name} cannot be unpacked ({error})") from error
         path = self.path / name
         with reading(path):

@@ -30,18 +30,36 @@ PROMPT_PREFIX = "prompt_"
 
 
 class Source:
-    """A table, or a Parquet file whose prompt columns are read one at a time, with the name that errors give it."""
+    """A table, or a Parquet file that is read when its columns are: prompt vectors one column at a time.
+
+    Args:
+        table: The table, or its file.
+        name: What errors call a table; a file is called by its path.
+        keep: Which columns are read; ``everything`` names all, for messages.
+
+    Raises:
+        BadData: If a column occurs twice, or the file is no Parquet.
+    """
 
     def __init__(self, table: Path | pa.Table, name: str, keep: Callable[[str], bool] = lambda column: True) -> None:
-        self.path: Path | None = None
-        self.file: ParquetFile | None = None
-        if isinstance(table, pa.Table):
-            self.table, self.name, self.names = table, name, table.column_names
-            return
-        self.path, self.name = Path(table), str(table)
-        self.file = ParquetFile(self.path)
-        self.names = [column for column in self.file.names if keep(column)]
-        self.table = self.file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
+        self.file = None if isinstance(table, pa.Table) else ParquetFile(Path(table))
+        self.path = None if self.file is None else Path(table)
+        self.name = name if self.file is None else str(table)
+        self._table: pa.Table | None = table if self.file is None else None
+        self.schema: pa.Schema = self._table.schema if self.file is None else self.file.schema  # type: ignore[union-attr]
+        self.everything = list(self.schema.names)
+        self.names = [column for column in self.everything if keep(column)]
+        twice = sorted({column for column in self.names if self.names.count(column) > 1})
+        if twice:
+            raise BadData("a column occurs twice", file=self.name, column=twice[0], expected="each name once")
+
+    @property
+    def table(self) -> pa.Table:
+        """All kept columns but the prompts."""
+        if self._table is None:
+            assert self.file is not None
+            self._table = self.file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
+        return self._table
 
     def has(self, column: str) -> bool:
         """Whether there is such a column."""
@@ -49,18 +67,18 @@ class Source:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column's values."""
-        if name in self.table.column_names or self.file is None:
-            return self.table.column(name)
-        return self.file.read([name]).column(name)
+        if self.file is not None and name.startswith(PROMPT_PREFIX):
+            return self.file.read([name]).column(name)
+        return self.table.column(name)
 
     def field(self, name: str) -> pa.Field:
         """A column's type and metadata."""
-        return (self.table.schema if self.file is None else self.file.schema).field(name)
+        return self.schema.field(name)
 
     @property
     def metadata(self) -> dict[bytes, bytes]:
         """The table's own metadata."""
-        return self.table.schema.metadata or {}
+        return self.schema.metadata or {}
 
 
 def strings(source: Source, column: str, fix: str) -> list[str | None]:
@@ -77,7 +95,10 @@ def strings(source: Source, column: str, fix: str) -> list[str | None]:
             found=str(data.type),
             fix=fix,
         )
-    values: list[str | None] = data.to_pylist()
+    try:
+        values: list[str | None] = data.to_pylist()
+    except UnicodeDecodeError as error:
+        raise BadData(f"not UTF-8 text ({error})", file=source.name, column=column, fix="write it again") from error
     return values
 
 
@@ -138,7 +159,7 @@ def lists(source: Source, ids: Array, column: str, width: int) -> Array:
             file=source.name,
             column=column,
             expected=f"a list of {width} numbers per region",
-            found=f"columns {some(source.names)}",
+            found=f"columns {some(source.everything)}",
             fix="encode prompts with the encoder the model was trained with" if prompt else None,
         )
     found_width = list_width(source, column)

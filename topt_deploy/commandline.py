@@ -32,6 +32,11 @@ class Log:
         click.echo(json.dumps(error.as_dict()) if self.json else f"error: {error}", err=True)
 
 
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash where there is none (R² of labels that do not vary)."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def run(command: click.Command, arguments: Sequence[str] | None = None, *, teardown: bool = True) -> NoReturn:
     """Run a command and exit with its code. A traceback is shown for a bug of ours only.
 

@@ -8,18 +8,33 @@ name is the name of its label column.
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import BadConfig
 from .fileio import reading
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "topt.toml"
+RESERVED_VIEWS = {"mobility", "position", "prompt"}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may take: ``low ≤ x < high``."""
+
+    low: float = 0
+    high: float = math.inf
+
+
+Positive = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +57,21 @@ class SrelConfig:
         mobility_weight, similarity_weight: Weights of the loss terms. The mobility term sums over N² pairs.
     """
 
-    width: int = 144
+    width: Positive = 144
     heads: int = 1
     intra_blocks: int = 1
     inter_blocks: int = 2
     layers: int = 2
-    ffn_width: int = 288
-    memory: int = 36
-    channels: int = 32
-    view_width: int = 32
+    ffn_width: Positive = 288
+    memory: Positive = 36
+    channels: Positive = 32
+    view_width: Positive = 32
     distance_bias: bool = True
     centrality: bool = True
     bias: float = 0.1
     decay: Literal["exponential", "gaussian", "inverse"] = "exponential"
     decay_length_m: float = 0.0
-    dropout: float = 0.1
+    dropout: Share = 0.1
     epochs: int = 4000
     lr: float = 7e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -96,7 +111,7 @@ class Prompt4ReConfig:
     heads: int = 4
     skip: bool = False
     hidden: int = 0
-    dropout: float = 0.1
+    dropout: Share = 0.1
     epochs: int = 3000
     lr: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -104,7 +119,7 @@ class Prompt4ReConfig:
     decoupled: bool = False
     ridge_alpha: float = 1.0
     ridge_penalty: bool = False
-    members: int = 1
+    members: Positive = 1
     folds: int = 10
     fold_seed: int = 2024
 
@@ -157,7 +172,7 @@ class Config:
     seed: int = 0
     views: tuple[str, ...] = ("poi", "land_use")
     mobility: bool = True
-    checkpoint_every: int = 500
+    checkpoint_every: Positive = 500
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
 
     def prompt_columns(self) -> tuple[str, ...]:
@@ -226,23 +241,29 @@ def load_config(
     layers += [(f"--set {override}", _parse_override(override)) for override in overrides]
     merged: dict[str, Any] = {}
     for where, layer in layers:
-        _merge(merged, _spread(layer, where), where)
+        _check_layer(layer, where)
+        _merge(merged, layer)
     merged["preset"] = name
     common = {section: merged.pop(section, {}) for section in _SECTIONS}
     specific = merged.pop("tasks", {})
-    chosen = tuple(tasks) or tuple(own.get("tasks") or specific)
+    chosen = tuple(tasks) or tuple(own.get("tasks") or layers[0][1].get("tasks", ()))
     if not chosen:
         raise BadConfig("no task is named", file=file, fix="add a [tasks.NAME] section, or --task NAME")
-    where = layers[-1][0] if file is None else str(file)
+    for override in overrides:
+        section, _, rest = override.partition(".")
+        task = rest.split(".")[0]
+        if section == "tasks" and task not in chosen:
+            raise BadConfig(f"task {task!r} is not trained", file=f"--set {override}", expected=f"one of {chosen}")
     built = {}
     for task in chosen:
         values = {section: common[section] | specific.get(task, {}).get(section, {}) for section in _SECTIONS}
-        built[task] = _task(values, f"{where}: tasks.{task}")
-    config: Config = _build(Config, merged | {"tasks": built}, where)
+        built[task] = _task(values, f"tasks.{task}")
+    config: Config = _build(Config, merged | {"tasks": built}, "configuration")
+    _check_names(config)
     return config
 
 
-_SECTIONS = ("srel", "prompt4re", "target")
+_SECTIONS: dict[str, Any] = {"srel": SrelConfig, "prompt4re": Prompt4ReConfig, "target": TargetConfig}
 
 
 def _presets() -> Any:
@@ -270,21 +291,44 @@ def _parse_override(text: str) -> dict[str, Any]:
     return dict(parsed)
 
 
-def _spread(layer: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Refuse unknown top-level keys early, so that a typo is named where it stands."""
-    known = {f.name for f in dataclasses.fields(Config)} | set(_SECTIONS)
-    unknown = sorted(set(layer) - known)
-    if unknown:
-        raise BadConfig(f"unknown key {unknown[0]!r}", file=where, expected=f"one of {', '.join(sorted(known))}")
-    for task, values in layer.get("tasks", {}).items():
-        if not isinstance(values, dict) or set(values) - set(_SECTIONS):
+def _check_layer(layer: Mapping[str, Any], where: str) -> None:
+    """Check names and types of one layer alone, so that a mistake is reported where it stands."""
+    values = {key: value for key, value in layer.items() if key not in (*_SECTIONS, "tasks")}
+    _build(Config, values, where, known=(*_SECTIONS, "tasks"))
+    if "preset" in layer and where.startswith("--set"):
+        raise BadConfig("the preset is chosen by --preset", file=where)
+    tasks = _table(layer.get("tasks", {}), "tasks", where)
+    groups = {"": {section: layer[section] for section in _SECTIONS if section in layer}} | dict(tasks)
+    for task, sections in groups.items():
+        place = f"{where}: tasks.{task}" if task else where
+        for section, settings in _table(sections, f"tasks.{task}", where).items():
+            if section not in _SECTIONS:
+                raise BadConfig(f"unknown key {section!r}", file=place, expected=f"one of {', '.join(_SECTIONS)}")
+            _build(_SECTIONS[section], _table(settings, section, place), f"{place}.{section}" if task else place)
+
+
+def _table(value: Any, name: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadConfig(f"{name!r} is a table of settings", file=where, expected=f"[{name}]", found=repr(value))
+    return value
+
+
+def _check_names(config: Config) -> None:
+    """Views and tasks name columns, tensors and files: they must be plain, and apart from each other."""
+    for task in config.tasks:
+        if not _NAME.match(task):
+            raise BadConfig("a task's name is made of letters, digits and _", found=repr(task))
+    for view in config.views:
+        if not _NAME.match(view) or view in RESERVED_VIEWS or config.views.count(view) > 1:
             raise BadConfig(
-                f"[tasks.{task}] may hold the sections {', '.join(_SECTIONS)}", file=where, found=repr(values)
-            )
-    return dict(layer)
+                "cannot be the name of a view", column="views", found=repr(view),
+                expected=f"letters, digits and _, once, none of {', '.join(sorted(RESERVED_VIEWS))}",
+            )  # fmt: skip
+    if not config.views:
+        raise BadConfig("no view is named", column="views", expected="at least one")
 
 
-def _merge(base: dict[str, Any], layer: Mapping[str, Any], where: str) -> None:
+def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """Merge ``layer`` into ``base``. A common value that comes later also overrides a task's earlier one."""
     for section in _SECTIONS:
         for task in base.get("tasks", {}).values():
@@ -302,11 +346,8 @@ def _deep_update(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def _task(values: Mapping[str, Any], where: str) -> TaskConfig:
-    task = TaskConfig(
-        srel=_build(SrelConfig, values.get("srel", {}), f"{where}.srel"),
-        prompt4re=_build(Prompt4ReConfig, values.get("prompt4re", {}), f"{where}.prompt4re"),
-        target=_build(TargetConfig, values.get("target", {}), f"{where}.target"),
-    )
+    sections = {name: _build(kind, values.get(name, {}), f"{where}.{name}") for name, kind in _SECTIONS.items()}
+    task = TaskConfig(**sections)
     _check(task, where)
     return task
 
@@ -330,32 +371,38 @@ def _check(task: TaskConfig, where: str) -> None:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 
 
-def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """Build a dataclass from plain values, checking names and types."""
-    hints = get_type_hints(cls)
+def _build(cls: Any, values: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> Any:
+    """Build a dataclass from plain values, checking names and types; ``known`` names what else may stand there."""
+    hints = get_type_hints(cls, include_extras=True)
     checked = {}
     for key, value in values.items():
         if key not in hints:
-            raise BadConfig(f"unknown key {key!r}", file=where, expected=f"one of {', '.join(sorted(hints))}")
+            expected = f"one of {', '.join(sorted({*hints, *known}))}"
+            raise BadConfig(f"unknown key {key!r}", file=where, expected=expected)
         checked[key] = _convert(value, hints[key], key, where)
     return cls(**checked)
 
 
 def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    allowed = Range()
+    if get_origin(kind) is Annotated:
+        kind, allowed = get_args(kind)
+    expected = getattr(kind, "__name__", str(kind))
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
         expected = f"one of {', '.join(map(repr, get_args(kind)))}"
     elif kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
-        if not 0 <= value < math.inf:
-            raise BadConfig("out of range", file=where, column=key, expected="a number ≥ 0", found=value)
+        if not allowed.low <= value < allowed.high:
+            expected = f"a number ≥ {allowed.low:g}" + (f" and < {allowed.high:g}" if allowed.high < math.inf else "")
+            raise BadConfig("out of range", file=where, column=key, expected=expected, found=value)
         return kind(value)
     elif kind in (bool, str) and type(value) is kind:
         return value
-    elif get_origin(kind) is tuple and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    elif get_origin(kind) is Mapping or isinstance(value, Mapping):
+    elif get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        expected = "a list of names"
+    elif key == "tasks":
         return value
-    else:
-        expected = getattr(kind, "__name__", str(kind))
     raise BadConfig("wrong value", file=where, column=key, expected=expected, found=repr(value))

@@ -92,8 +92,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         raise write_error(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for leftover in (temporary, old):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

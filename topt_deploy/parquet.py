@@ -39,13 +39,9 @@ class ParquetFile:
             where = str(source) if isinstance(source, Path) else pa.BufferReader(source)
             self._reader.open(where, pre_buffer=False)
             self.schema: pa.Schema = self._reader.schema_arrow
+            self.names: list[str] = list(self.schema.names)
             self.metadata: dict[bytes, bytes] = dict(self._reader.metadata.metadata or {})
             self.rows: int = self._reader.metadata.num_rows
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the columns."""
-        return list(self.schema.names)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read all columns, or those named."""
@@ -65,7 +61,7 @@ class ParquetFile:
         """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
         try:
             yield
-        except (pa.ArrowException, EOFError, OSError) as error:
+        except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 with reading(Path(self.name)):
                     raise

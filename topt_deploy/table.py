@@ -122,7 +122,7 @@ def infer_schema(
                 f"view {view!r} is absent",
                 file=source.name,
                 expected=f"a list column {view!r}, or columns {view + '_<category>'!r}",
-                found=f"columns {some(source.names)}",
+                found=f"columns {some(source.everything)}",
                 fix="add the view, or leave it out of `views` in the configuration",
             )
     widths = {}
@@ -203,7 +203,7 @@ def _region_ids(source: Source, id_col: str) -> Array:
             "the region ids are absent",
             file=source.name,
             column=id_col,
-            found=f"columns {some(source.names)}",
+            found=f"columns {some(source.everything)}",
             fix="name the id column with --id-col",
         )
     raw = strings(source, id_col, fix="write the ids as strings, with their leading zeros")
@@ -264,9 +264,9 @@ def _lonlat(source: Source, ids: Array) -> Array:
             "the regions' positions are absent",
             file=source.name,
             expected="columns lon and lat in degrees, or a GeoParquet geometry",
-            found=f"columns {some(source.names)}",
+            found=f"columns {some(source.everything)}",
         )
-    outside = (np.abs(lonlat[:, 0]) > 180) | (np.abs(lonlat[:, 1]) > 90)
+    outside = ~((np.abs(lonlat[:, 0]) <= 180) & (np.abs(lonlat[:, 1]) <= 90))  # NaN too
     if outside.any():
         raise BadData(
             "positions are not degrees",
@@ -311,9 +311,12 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
             names = None
         if not isinstance(names, list) or len(names) != width:
             raise BadData(
-                "the list's category names do not fit its width", file=source.name, column=view,
-                expected=f"{width} names, a JSON list, in the field's metadata `categories`", found=str(described),
-            )  # fmt: skip
+                "the list's category names do not fit its width",
+                file=source.name,
+                column=view,
+                expected=f"{width} names, a JSON list, in the field's metadata `categories`",
+                found=f"{len(names)} names" if isinstance(names, list) else repr(described),
+            )
         return tuple(str(name) for name in names)
     prefix = f"{view}_"
     return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
@@ -321,7 +324,7 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
 
 def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
     if source.has(view):
-        values = lists(source, ids, view, len(categories))
+        values = lists(source, ids, view, len(categories)).astype(np.float64)
         names = _categories(source, view)
         unnamed = names == tuple(f"{i:02d}" for i in range(len(categories)))
         if not unnamed and set(names) == set(categories):
@@ -360,7 +363,7 @@ def _label(source: Source, ids: Array, task: str) -> Array:
             "label column is absent",
             file=source.name,
             column=task,
-            found=f"columns {some(source.names)}",
+            found=f"columns {some(source.everything)}",
             fix="add it (null where unknown), or choose tasks with --task",
         )
     values = floats(source, ids, task, nulls=True)
@@ -380,7 +383,7 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
                 f"expected exactly one {role} column",
                 file=source.name,
                 expected=f"one of {', '.join(aliases)}",
-                found=f"columns {some(source.names)}",
+                found=f"columns {some(source.everything)}",
             )
         columns[role] = present[0]
     if city_id is not None and source.has(CITY_ID):
@@ -399,7 +402,7 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
                 file=source.name,
                 column=columns[role],
                 ids=np.unique(names[unknown]),
-                expected=f"ids of {regions_name}, such as {sorted_ids[0]!r}",
+                expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
                 fix="drop those flows, or add the regions",
             )
         ends[role] = position
@@ -410,7 +413,8 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
     order = np.lexsort((target, flow, pairs[:, 1], pairs[:, 0]))
     keys, start = np.unique(pairs[order, 0] * len(sorted_ids) + pairs[order, 1], return_index=True)
     if len(keys) == 0:
-        raise BadData("no flow at all", file=source.name, expected="at least one row", found="0 rows")
+        of_city = "" if city_id is None else f" of city {city_id!r}"
+        raise BadData("no flow at all", file=source.name, expected=f"at least one row{of_city}", found="0 rows")
     return Flows(
         origin=keys // len(sorted_ids),
         dest=keys % len(sorted_ids),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from topt_deploy.commandline import decimal
 from topt_deploy.config import CONFIG_FILE, load_config, presets
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.runs import RUNS_DIR, newest_run, open_run
@@ -122,10 +123,10 @@ def summary(reports: "dict[str, TaskReport]") -> str:
         f"{'task':<16}{'regions':>8}  {'MAE':>9}{'RMSE':>9}{'R²':>7}  {'MAE':>9}{'R²':>7}  {'MAE':>9}  {'R²':>9}",
     ]
     for task, r in reports.items():
-        h = r.held_out
+        h, trees = r.held_out, r.trees
         lines.append(
-            f"{task:<16}{h.regions:>8}  {h.mae:>9.1f}{h.rmse:>9.1f}{h.r2:>7.3f}  {r.trees.mae:>9.1f}{r.trees.r2:>7.3f}"
-            f"  {r.mean.mae:>9.1f}  {r.in_sample.r2:>9.3f}"
+            f"{task:<16}{h.regions:>8}  {h.mae:>9.1f}{h.rmse:>9.1f}{decimal(h.r2):>7}"
+            f"  {trees.mae:>9.1f}{decimal(trees.r2):>7}  {r.mean.mae:>9.1f}  {decimal(r.in_sample.r2):>9}"
         )
     return "\n".join([*lines, "", *(f"{task}: {verdict(report)}" for task, report in reports.items())])
 

@@ -112,15 +112,8 @@ def fit(
     optimiser = adam(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     epoch = 0
     if checkpoint is not None and checkpoint.exists():
-        facts = restore_training(checkpoint, module, optimiser)
-        if facts["identity"] != identity:
-            raise BadConfig(
-                "this checkpoint belongs to other data or another configuration",
-                file=checkpoint,
-                fix="resume with the files and settings the run began with, or start a new run",
-            )
-        epoch = facts["epoch"]
-        reporter.rewind(stage, epoch)
+        epoch = restore_training(checkpoint, module, optimiser, identity=identity)["epoch"]
+    reporter.rewind(stage, epoch)
     module.train()
     step = engine.steps(loss)
     with reporter.stage(stage, epochs=settings.epochs, start=epoch) as progress:

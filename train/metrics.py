@@ -14,14 +14,14 @@ class Metrics:
 
     mae: float
     rmse: float
-    r2: float
+    r2: float | None
     regions: int
 
 
 def metrics(truth: Array, prediction: Array) -> Metrics:
     """Metrics over the regions whose truth is not NaN.
 
-    R² is 1 − SSE/SST with SST about the mean of the same labels; NaN where they do not vary.
+    R² is 1 − SSE/SST with SST about the mean of the same labels; None where they do not vary.
 
     *Shape:* (N,), (N,)
     """
@@ -32,6 +32,6 @@ def metrics(truth: Array, prediction: Array) -> Metrics:
     return Metrics(
         mae=float(np.abs(error).mean()),
         rmse=float(np.sqrt(np.square(error).mean())),
-        r2=1 - float(np.square(error).sum()) / total if total > 0 else float("nan"),
+        r2=1 - float(np.square(error).sum()) / total if total > 0 else None,
         regions=int(known.sum()),
     )

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from topt_deploy.fileio import write_text
+
 PLAIN_EVERY_S = 10.0
 """Without a terminal, one line at least this many seconds apart."""
 
@@ -58,14 +60,19 @@ class Reporter:
                 file.write(json.dumps(facts) + "\n")
 
     def rewind(self, stage: str, epoch: int) -> None:
-        """Forget the lines of ``stage`` after ``epoch``: a resumed stage writes them again."""
+        """Forget the lines of ``stage`` after ``epoch``, which will be written again, and a line that was cut off."""
         if self.metrics is None or not self.metrics.exists():
             return
+
+        def stays(line: str) -> bool:
+            try:
+                facts = json.loads(line)
+                return bool(facts["stage"] != stage or facts["epoch"] <= epoch)
+            except (ValueError, KeyError):
+                return False
+
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [
-            line for line in lines if not (json.loads(line)["stage"] == stage and json.loads(line)["epoch"] > epoch)
-        ]
-        self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(self.metrics, "".join(f"{line}\n" for line in lines if stays(line)))
 
     @contextmanager
     def stage(self, name: str, *, epochs: int, start: int = 0) -> Iterator["Stage"]:

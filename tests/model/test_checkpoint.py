@@ -86,12 +86,12 @@ def steps(module, optimiser, count):
 def test_training_goes_on_as_if_it_had_never_stopped(tmp_path):
     module, optimiser = training()
     steps(module, optimiser, 5)
-    save_training(tmp_path / "c.safetensors", module, optimiser, {"epoch": 5})
+    save_training(tmp_path / "c.safetensors", module, optimiser, {"epoch": 5, "identity": "x"})
     steps(module, optimiser, 7)
 
     again, fresh = training()
     torch.manual_seed(999)
-    assert restore_training(tmp_path / "c.safetensors", again, fresh) == {"epoch": 5}
+    assert restore_training(tmp_path / "c.safetensors", again, fresh, identity="x") == {"epoch": 5, "identity": "x"}
     steps(again, fresh, 7)
     expected = module.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
@@ -101,10 +101,10 @@ def test_a_checkpoint_without_optimiser_state_would_show(tmp_path):
     """The test above can fail: weights and random state alone are not enough."""
     module, optimiser = training()
     steps(module, optimiser, 5)
-    save_training(tmp_path / "c.safetensors", module, optimiser, {})
+    save_training(tmp_path / "c.safetensors", module, optimiser, {"identity": "x"})
     steps(module, optimiser, 7)
     again, fresh = training()
-    restore_training(tmp_path / "c.safetensors", again, fresh)
+    restore_training(tmp_path / "c.safetensors", again, fresh, identity="x")
     fresh.state.clear()
     steps(again, fresh, 7)
     assert not torch.equal(again[0].weight, module[0].weight)

@@ -21,7 +21,8 @@ from topt_deploy.model.prompt4re import ridge
 from topt_deploy.model.topt import TaskHead, predict
 from topt_deploy.runs import newest_run, open_run
 from topt_deploy.table import Schema, infer_schema, read_city
-from topt_deploy.train import stage2
+from topt_deploy.train import baseline, stage2
+from topt_deploy.train.baseline import boosted_trees
 from topt_deploy.train.city_files import write_city
 from topt_deploy.train.fit import Engine, fit
 from topt_deploy.train.run import report, start_run, train_run
@@ -308,12 +309,12 @@ class TestStage2:
         inputs = problem()
         config = tiny_config({"crime": task_config(**settings)}, checkpoint_every=5)
         whole = head(inputs, config=config)
-        interrupt_at(monkeypatch, epoch=8)
         file = tmp_path / "c.safetensors"
-        with pytest.raises(Interrupted):
-            head(inputs, config=config, checkpoint=file)
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, epoch=8)
+            with pytest.raises(Interrupted):
+                head(inputs, config=config, checkpoint=file)
         assert file.exists()
-        monkeypatch.undo()
         resumed = head(inputs, config=config, checkpoint=file)
         np.testing.assert_array_equal(resumed.held_out, whole.held_out)
         np.testing.assert_array_equal(resumed.in_sample, whole.in_sample)
@@ -392,14 +393,28 @@ def test_the_report_matches_scikit_learn():
     inputs = problem()
     labels = np.where(np.arange(N) == 4, np.nan, inputs[-1])
     result = head(inputs, labels)
-    found, known = report(labels, result), ~np.isnan(labels)
+    found, known = report(labels, result, result.held_out + 1), ~np.isnan(labels)
     assert found.held_out.r2 == pytest.approx(r2_score(labels[known], result.held_out[known]))
     assert found.in_sample.r2 == pytest.approx(r2_score(labels[known], result.in_sample[known]))
     means = np.empty(N)
     for k in range(3):
         means[result.fold == k] = labels[known & (result.fold != k)].mean()
-    assert found.mean_baseline.mae == pytest.approx(np.abs(means - labels)[known].mean())
-    assert found.mean_baseline.regions == N - 1
+    assert found.mean.mae == pytest.approx(np.abs(means - labels)[known].mean())
+    assert found.mean.regions == N - 1
+    assert found.trees.r2 == pytest.approx(r2_score(labels[known], result.held_out[known] + 1))
+
+
+def test_the_trees_see_no_held_out_label_and_no_prompt():
+    inputs, labels = {"poi": problem()[0].numpy()}, problem()[-1]
+    fold = fold_of(np.where(np.arange(N) == 4, np.nan, labels), folds=3, seed=0, drop_zeros=False)
+    clean = boosted_trees(inputs, labels, fold)
+    assert np.isnan(clean).tolist() == (fold < 0).tolist()
+    changed = boosted_trees(inputs, np.where(fold == 1, 1e6, labels), fold)
+    np.testing.assert_array_equal(changed[fold == 1], clean[fold == 1])
+    assert (changed[fold == 0] != clean[fold == 0]).all()
+    with_prompts = boosted_trees(inputs | {"prompt_crime": labels[:, None] * 1.0}, labels, fold)
+    np.testing.assert_array_equal(with_prompts, clean)
+    assert r2_score(labels[fold >= 0], clean[fold >= 0]) > 0
 
 
 # The whole run
@@ -421,16 +436,26 @@ def run(out, files, config=None):
     return train_run(started, **files, engine=CPU, reporter=reporter(out / "metrics.jsonl"))
 
 
+@pytest.fixture
+def few_trees(monkeypatch):
+    """The baseline at a hundredth of its cost."""
+    whole = baseline.GradientBoostingRegressor
+    monkeypatch.setattr(
+        baseline, "GradientBoostingRegressor", lambda **settings: whole(**settings | {"n_estimators": 3})
+    )
+
+
+@pytest.mark.usefixtures("few_trees")
 class TestRun:
     # Four stages of six epochs each, with a checkpoint after the fourth and the last.
     @pytest.mark.parametrize("epoch", [2, 5, 6, 9, 14, 19, 23])
     def test_interrupted_anywhere_and_resumed_it_gives_the_same_files(self, tmp_path, monkeypatch, epoch):
         files = city_folder(tmp_path / "city")
         run(tmp_path / "whole", files)
-        interrupt_at(monkeypatch, epoch)
-        with pytest.raises(Interrupted):
-            run(tmp_path / "cut", files)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, epoch)
+            with pytest.raises(Interrupted):
+                run(tmp_path / "cut", files)
         assert not open_run(tmp_path / "cut").finished
         torch.manual_seed(epoch)
         again = open_run(tmp_path / "cut")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn, optim
 
 from ..config import Config
-from ..errors import BadData
+from ..errors import BadConfig, BadData, IOFailure
 from ..fileio import atomic_file, reading
 from ..table import Schema
 from .topt import ModelSpec, TopT
@@ -23,7 +23,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     """Write tensors and JSON facts atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
+        try:
+            save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
+        except SafetensorError as error:  # what it makes of the operating system's errors
+            raise IOFailure(f"writing failed ({error})", file=path, fix="free space, then run again") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -54,9 +57,19 @@ def save_training(path: Path, module: nn.Module, optimiser: optim.Optimizer, fac
     save_tensors(path, tensors, facts)
 
 
-def restore_training(path: Path, module: nn.Module, optimiser: optim.Optimizer) -> dict[str, Any]:
-    """Put back what :func:`save_training` wrote, and return its facts."""
+def restore_training(path: Path, module: nn.Module, optimiser: optim.Optimizer, *, identity: str) -> dict[str, Any]:
+    """Put back what :func:`save_training` wrote, and return its facts.
+
+    Raises:
+        BadConfig: If the checkpoint's ``identity``, the hash of all that training depends on, is another.
+    """
     tensors, facts = load_tensors(path)
+    if facts.get("identity") != identity:
+        raise BadConfig(
+            "this checkpoint belongs to other data or another configuration",
+            file=path,
+            fix="resume with the files and settings the run began with, or start a new run",
+        )
     module.load_state_dict({k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)})
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

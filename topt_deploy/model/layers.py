@@ -4,6 +4,7 @@ Shape letters, here and in the whole package: N regions, V views, D width, H pro
 """
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,31 @@ class Standardize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.scale
+
+
+class ByName(nn.Module):
+    """Modules by the names of views, tasks or embeddings, which users choose.
+
+    ``nn.ModuleDict`` refuses names such as ``type`` or ``train``, for it makes them attributes.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.names = tuple(modules)
+        self.of = nn.ModuleDict({f"for_{name}": module for name, module in modules.items()})
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.of[f"for_{name}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules, in order."""
+        return ((name, self[name]) for name in self.names)
 
 
 class SelfAttention(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..config import SrelConfig
 from ..features import EARTH_RADIUS_M
 from .fusion import ViewEncoder, ViewFusion
-from .layers import FeedForward, SelfAttention
+from .layers import ByName, FeedForward, SelfAttention
 
 NEIGHBOURS = 5
 """The automatic decay length is the median distance to this many-th nearest region."""
@@ -88,7 +88,7 @@ class Srel(nn.Module):
     def __init__(self, feature_widths: Mapping[str, int], config: SrelConfig) -> None:
         super().__init__()
         self.adjacency = Adjacency(config)
-        self.encoders = nn.ModuleDict(
+        self.encoders = ByName(
             {view: ViewEncoder(features=width, config=config) for view, width in feature_widths.items()}
         )
         self.fusion = ViewFusion(config)
@@ -137,7 +137,7 @@ class SrelLoss(nn.Module):
         self.config = config
         self.flow = flow
         self.similarities = dict(similarities)
-        self.decoders = nn.ModuleDict({view: nn.Linear(config.width, config.width) for view in similarities})
+        self.decoders = ByName({view: nn.Linear(config.width, config.width) for view in similarities})
         if flow is not None:
             self.source = nn.Linear(config.width, config.width)
             self.destination = nn.Linear(config.width, config.width)

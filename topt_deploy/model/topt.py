@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import Config, TaskConfig
 from ..features import POSITION, feature_widths
 from ..table import Schema
-from .layers import Standardize
+from .layers import ByName, Standardize
 from .prompt4re import Prompt4Re, PromptBasis
 from .srel import Srel
 from .target import Target
@@ -88,8 +88,8 @@ class TopT(nn.Module):
         super().__init__()
         self.spec = spec
         widths = feature_widths(spec.schema)
-        self.srel = nn.ModuleDict({name: Srel(widths, c) for name, c in spec.config.embeddings().items()})
-        self.heads = nn.ModuleDict(
+        self.srel = ByName({name: Srel(widths, c) for name, c in spec.config.embeddings().items()})
+        self.heads = ByName(
             {
                 task: TaskHead(
                     members=settings.prompt4re.members,

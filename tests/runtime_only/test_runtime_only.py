@@ -1,0 +1,152 @@
+"""In an environment that holds only what prediction needs: it predicts, and it starts about as fast as its libraries.
+
+`make test` leaves the demo's bundle and tables in TOPT_TEST_BUNDLE_DIR and runs this with the extra [cpu] alone.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PLACE = "TOPT_TEST_BUNDLE_DIR"
+ABSENT = (
+    "torch", "torchvision", "transformers", "safetensors", "onnx", "onnxscript", "sklearn", "scipy", "pandas",
+    "geopandas", "shapely", "pyogrio", "pyproj", "rich", "tensorrt",
+)  # fmt: skip
+RATIO = 1.5
+RUNS = 7
+ROUNDS = 3
+COMMAND = Path(sys.executable).with_name("topt-run")
+FLOOR = [sys.executable, "-c", "import numpy, pyarrow, onnxruntime, click"]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    place = os.environ.get(PLACE)
+    if place is None:
+        pytest.skip(f"{PLACE} names no bundle: run `make test`, whose first half makes one")
+    folder = Path(place)
+    missing = [name for name in ("model.topt", "regions.parquet", "mobility.parquet") if not (folder / name).exists()]
+    assert not missing, f"{PLACE}={place} lacks {', '.join(missing)}"
+    return folder
+
+
+@pytest.fixture
+def city(kept, tmp_path):
+    for name in ("regions.parquet", "mobility.parquet"):
+        shutil.copy(kept / name, tmp_path)
+    shutil.copytree(kept / "model.topt", tmp_path / "model.topt")
+    return tmp_path
+
+
+def environment():
+    """Compiled modules are kept, as for a user: without them every start compiles the whole package."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+def topt_run(folder, *arguments):
+    return subprocess.run([COMMAND, *arguments], cwd=folder, env=environment(), capture_output=True, text=True)
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("name", ABSENT)
+def test_is_not_installed_here(name):
+    assert importlib.util.find_spec(name) is None
+
+
+def test_predicts(city):
+    import pyarrow.parquet as pq
+
+    done = topt_run(city, "predict", "regions.parquet")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(city / "predictions.parquet")
+    regions = pq.read_table(city / "regions.parquet", columns=["region_id"])
+    assert len(regions) == 77
+    assert table.num_rows == 3 * 77
+    assert table.column("prediction").null_count == 0
+    receipt = json.loads((city / "predictions.receipt.json").read_text())
+    assert receipt["provider"] == "CPUExecutionProvider"
+    assert sum(receipt["status"].values()) == 3 * 77
+
+
+def test_passes_its_own_test(city):
+    done = topt_run(city, "selftest", "model.topt")
+    assert done.returncode == 0, done.stderr
+    assert "self-test passed on CPUExecutionProvider" in done.stdout
+
+
+def test_describes_the_bundle(city):
+    done = topt_run(city, "info", "model.topt")
+    assert done.returncode == 0, done.stderr
+    assert "77 regions" in done.stdout
+
+
+def test_python_face(kept):
+    import pyarrow.parquet as pq
+
+    from topt_deploy.runtime import load
+
+    predictor = load(kept / "model.topt")
+    table = predictor.predict(*(pq.read_table(kept / f"{name}.parquet") for name in ("regions", "mobility")))
+    assert len(table) == 3 * 77
+
+
+def test_a_mistake_ends_with_its_code_and_no_traceback(city):
+    (city / "regions.parquet").write_bytes((city / "regions.parquet").read_bytes()[:1000])
+    done = topt_run(city, "predict", "regions.parquet")
+    assert done.returncode == 65
+    assert "not a whole Parquet file" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (city / "predictions.parquet").exists()
+
+
+def test_a_map_says_what_it_needs(city):
+    done = topt_run(city, "predict", "regions.parquet", "--geo", "map.gpkg")
+    assert done.returncode == 78
+    assert "topt-deploy[geo]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def measure(command, folder):
+    """Wall time in seconds and peak memory in KiB of a whole process."""
+    began = time.perf_counter()
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        child = os.posix_spawn(command[0], [str(part) for part in command], environment(), file_actions=null)
+    finally:
+        os.chdir(here)
+    _, status, usage = os.wait4(child, 0)
+    elapsed = time.perf_counter() - began
+    assert os.waitstatus_to_exitcode(status) == 0, command
+    return elapsed, usage.ru_maxrss
+
+
+def test_a_prediction_takes_little_more_than_importing_its_libraries(city, capsys):
+    """Whole processes, interleaved, the best of several: what else the machine does only ever adds."""
+    command = [COMMAND, "predict", "regions.parquet"]
+    for warm_up in (command, FLOOR):
+        measure(warm_up, city)
+    ours, floor = [], []
+    for attempt in range(ROUNDS):
+        for _ in range(RUNS):
+            ours.append(measure(command, city))
+            floor.append(measure(FLOOR, city))
+        best, least = ([min(values) for values in zip(*runs, strict=True)] for runs in (ours, floor))
+        ratios = {name: ours / floor for name, ours, floor in zip(("time", "memory"), best, least, strict=True)}
+        if max(ratios.values()) <= RATIO:
+            break
+    with capsys.disabled():
+        print(
+            f"\ntopt-run predict, 77 regions: {best[0]:.3f} s and {best[1] / 1024:.0f} MiB, "
+            f"{ratios['time']:.2f} and {ratios['memory']:.2f} of the imports (round {attempt + 1})"
+        )
+    assert ratios["time"] <= RATIO, ratios
+    assert ratios["memory"] <= RATIO, ratios
