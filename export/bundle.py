@@ -91,7 +91,11 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
             "synthetic": run.facts["synthetic"],
         },
         tasks={
-            task: {"prompt": settings.prompt_column(task), "report": run.facts["reports"][task]}
+            task: {
+                "prompt": settings.prompt_column(task),
+                "report": run.facts["reports"][task],
+                "scores": run.facts["scores"][task],
+            }
             for task, settings in config.tasks.items()
         },
         views={view: tuple(names) for view, names in schema.views.items()},

@@ -44,6 +44,7 @@ def cli() -> None:
 @click.option("--out", type=_PATH, help=f"[default: {DEFAULT_OUT} beside REGIONS]")
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
 @click.option("--wide", is_flag=True, help="One row per region, one column per task.")
+@click.option("--coverage", type=float, default=0.9, show_default=True, help="How often lower to upper should hold.")
 @click.option("--geo", type=_PATH, help="Also write a map for GIS: FILE.gpkg or FILE.geojson (extra `geo`).")
 @click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
@@ -56,6 +57,7 @@ def predict(
     out: Path | None,
     tasks: tuple[str, ...],
     wide: bool,
+    coverage: float,
     geo: Path | None,
     id_col: str,
     threads: int,
@@ -72,26 +74,22 @@ def predict(
         raise NoInput("no such file", file=regions, expected="a regions.parquet")
     bundle = bundle or _default_bundle(regions)
     out = out or regions.with_name(DEFAULT_OUT)
-    if geo is not None and geo.suffix.lower() not in (".gpkg", ".geojson"):
-        raise UsageError("unknown map format", file=geo, expected=".gpkg or .geojson")
+    if geo is not None:
+        _check_map(geo)
     watch = Stopwatch()
     with watch.step("open"):
         predictor = open_predictor(bundle, device=device, threads=threads)
     if mobility is None and predictor.bundle.manifest.mobility:
         beside = regions.with_name(DEFAULT_MOBILITY)
         mobility = beside if beside.exists() else None
+    asked: dict[str, Any] = {"tasks": tasks, "id_col": id_col, "coverage": coverage}
     with watch.step("predict"):
-        table = predictor.predict(regions, mobility, tasks=tasks, id_col=id_col, wide=wide)
+        table = predictor.predict(regions, mobility, wide=wide, **asked)
     with watch.step("write"):
         write_parquet(out, table)
         if geo is not None:
-            _write_map(
-                geo,
-                predictor.predict(regions, mobility, tasks=tasks, id_col=id_col, wide=True),
-                regions,
-                id_col,
-            )
-    options = {"tasks": list(tasks or predictor.tasks), "wide": wide, "id_col": id_col, "device": device}
+            _write_map(geo, predictor.predict(regions, mobility, wide=True, **asked), regions)
+    options = asked | {"tasks": list(tasks or predictor.tasks), "wide": wide, "device": device}
     receipt = write_receipt(
         out,
         inputs={"regions": regions, "mobility": mobility},
@@ -171,7 +169,17 @@ def _default_bundle(regions: Path) -> Path:
     )
 
 
-def _write_map(path: Path, wide: "pa.Table", regions: Path, id_col: str) -> None:
+def _check_map(path: Path) -> None:
+    """Refuse early what :func:`_write_map` could not write: a run that fails must not leave half of its output."""
+    from topt_deploy.geometry import DRIVERS, geo_library
+
+    if path.suffix.lower() not in DRIVERS:
+        raise UsageError("unknown map format", file=path, expected=" or ".join(DRIVERS), found=repr(path.suffix))
+    for library in ("shapely", "pyogrio"):
+        geo_library(library)
+
+
+def _write_map(path: Path, wide: "pa.Table", regions: Path) -> None:
     """A map of the predictions, one feature per region: its polygon, or else its point."""
     from topt_deploy.geometry import write_geo
     from topt_deploy.parquet import read_parquet
@@ -185,7 +193,7 @@ def _write_map(path: Path, wide: "pa.Table", regions: Path, id_col: str) -> None
 
 def _preview(table: "pa.Table") -> str:
     """The first rows, for people."""
-    names = [n for n in table.column_names if n not in ("geometry", "reason", "lower", "upper")]
+    names = [n for n in table.column_names if n not in ("geometry", "reason")]
     rows = table.slice(0, ROWS_SHOWN).select(names).to_pylist()
     text = [names, *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in text) for i in range(len(names))]

@@ -13,6 +13,7 @@ from topt_deploy.bundle import Bundle, open_bundle
 from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
+from topt_deploy.intervals import interval
 from topt_deploy.parquet import ParquetFile
 from topt_deploy.table import City, read_city
 
@@ -21,6 +22,7 @@ from .session import PROVIDERS, Session, check_device
 Array = np.ndarray[Any, Any]
 
 PRECISION = "fp32"
+COVERAGE = 0.9
 OK = "ok"
 EXTRAPOLATED = "extrapolated"
 REASONS_SHOWN = 3
@@ -89,6 +91,7 @@ class Predictor:
         tasks: Sequence[str] = (),
         id_col: str = REGION_ID,
         wide: bool = False,
+        coverage: float = COVERAGE,
     ) -> pa.Table:
         """Predict one city.
 
@@ -98,13 +101,14 @@ class Predictor:
             tasks: Tasks to predict; all of the bundle's by default.
             id_col: The column that holds the region ids.
             wide: One row per region, instead of one per region and task.
+            coverage: How often ``lower`` to ``upper`` should hold (:mod:`topt_deploy.intervals`).
 
         Returns:
             The predictions table of the contract, in the order of the input's rows.
 
         Raises:
             BadData, NoInput: If the input is not what the bundle reads.
-            UsageError: If the bundle lacks a task.
+            UsageError: If the bundle lacks a task, or has too few scores for the coverage.
         """
         manifest = self.bundle.manifest
         chosen = tuple(tasks) or self.tasks
@@ -127,8 +131,10 @@ class Predictor:
                     "the model gives no finite number for this input", file=_name(regions), column=task,
                     ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
                 )  # fmt: skip
+        ends = {task: interval(values, manifest.tasks[task]["scores"], coverage) for task, values in predicted.items()}
+        results = {task: _Result(values, *ends[task]) for task, values in predicted.items()}
         table = _wide if wide else _long
-        return table(city, predicted, self._extrapolated(city))
+        return table(city, results, self._extrapolated(city))
 
     def selftest(self) -> list[Check]:
         """Predict the bundle's golden cities on this machine.
@@ -213,49 +219,69 @@ def _name(regions: pa.Table | Path) -> str:
     return "regions table" if isinstance(regions, pa.Table) else str(regions)
 
 
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """A task's predictions and the ends of their intervals, each (N,) in canonical order."""
+
+    prediction: Array
+    lower: Array
+    upper: Array
+
+
 # Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
 
 
-def _columns(city: City, predicted: dict[str, Array], reasons: list[str]) -> dict[str, list[Any]]:
+def _long(city: City, results: dict[str, _Result], reasons: list[str]) -> pa.Table:
+    """One row per task and region, task by task."""
+    columns: dict[str, list[Any]] = {name: [] for name in (*_ABOUT, "task", *_VALUES, *_QUALITY)}
+    for task, result in results.items():
+        part = _about(city, reasons) | {"task": [task] * len(city)} | _values(city, result)
+        for name, column in columns.items():
+            column.extend(part[name])
+    return _table(city, columns, set(_VALUES), len(results))
+
+
+def _wide(city: City, results: dict[str, _Result], reasons: list[str]) -> pa.Table:
+    """One row per region; a task has its prediction under its own name, and the ends beside it."""
+    about = _about(city, reasons)
+    columns = {name: about[name] for name in _ABOUT}
+    for task, result in results.items():
+        columns |= {_wide_name(task, name): values for name, values in _values(city, result).items()}
+    numbers = set(columns) - set(_ABOUT)
+    return _table(city, columns | {name: about[name] for name in _QUALITY}, numbers, 1)
+
+
+_ABOUT, _VALUES, _QUALITY = ("city_id", "region_id"), ("prediction", "lower", "upper"), ("status", "reason")
+
+
+def _wide_name(task: str, value: str) -> str:
+    return task if value == "prediction" else f"{task}_{value}"
+
+
+def _about(city: City, reasons: list[str]) -> dict[str, list[Any]]:
     """What is said of every region, in the order of the input's rows."""
-    back = np.argsort(city.input_row)
-    ordered = [reasons[i] or None for i in back]
+    ordered = [reasons[i] or None for i in np.argsort(city.input_row)]
     return {
         "city_id": [city.city_id] * len(city),
-        "region_id": city.region_id[back].tolist(),
-        **{task: values[back].astype(np.float64).tolist() for task, values in predicted.items()},
+        "region_id": city.region_id[np.argsort(city.input_row)].tolist(),
         "status": [EXTRAPOLATED if reason else OK for reason in ordered],
         "reason": ordered,
     }
 
 
-def _table(city: City, columns: dict[str, list[Any]], types: dict[str, pa.DataType], repeat: int) -> pa.Table:
+def _values(city: City, result: _Result) -> dict[str, list[float]]:
+    """A task's numbers, in the order of the input's rows."""
+    back = np.argsort(city.input_row)
+    return {name: getattr(result, name)[back].astype(np.float64).tolist() for name in _VALUES}
+
+
+def _table(city: City, columns: dict[str, list[Any]], numbers: set[str], repeat: int) -> pa.Table:
     """The columns as Arrow, with the city's geometry passed through."""
-    arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()}
+    arrays = {
+        name: pa.array(values, pa.float64() if name in numbers else pa.string()) for name, values in columns.items()
+    }
     if city.geometry is None:
         return pa.table(arrays)
     shapes, geo = city.geometry
     table = pa.table(arrays | {GEOMETRY: pa.chunked_array(shapes.chunks * repeat, shapes.type)})
     return table.replace_schema_metadata({b"geo": geo}) if geo else table
-
-
-def _long(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
-    """One row per task and region, task by task."""
-    c = _columns(city, predicted, reasons)
-    n, tasks = len(city), list(predicted)
-    columns = {
-        "city_id": c["city_id"] * len(tasks),
-        "region_id": c["region_id"] * len(tasks),
-        "task": [task for task in tasks for _ in range(n)],
-        "prediction": [value for task in tasks for value in c[task]],
-        "lower": [None] * (n * len(tasks)),
-        "upper": [None] * (n * len(tasks)),
-        "status": c["status"] * len(tasks),
-        "reason": c["reason"] * len(tasks),
-    }
-    return _table(city, columns, dict.fromkeys(("prediction", "lower", "upper"), pa.float64()), len(tasks))
-
-
-def _wide(city: City, predicted: dict[str, Array], reasons: list[str]) -> pa.Table:
-    """One row per region, one column per task."""
-    return _table(city, _columns(city, predicted, reasons), dict.fromkeys(predicted, pa.float64()), 1)

@@ -85,7 +85,7 @@ def modules_after(command, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment(), capture_output=True, text=True, check=True
     )
-    said, loaded = done.stdout.split("LOADED ")
+    said, *_, loaded = done.stdout.split("\nLOADED ")
     return said, set(loaded.split())
 
 

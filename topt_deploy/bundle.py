@@ -40,7 +40,8 @@ class Manifest:
         schema_version: Version of this record; another one is refused.
         version: topt-deploy's, that wrote it.
         source: What it was made from: run, city, number of regions, hashes of the tables.
-        tasks: By name: the prompt column (or null), the training's own figures and their protocol.
+        tasks: By name: the prompt column (or null), the run's figures, and its held-out scores, which intervals
+            are made of.
         views: Categories of every count view, in order.
         mobility: Whether flows are read.
         prompts: By column: ``width``, and ``encoder`` where the training table named it.
@@ -210,6 +211,7 @@ def _check_form(manifest: Manifest) -> None:
     for key in ("inputs", "golden"):
         require(names(getattr(manifest, key)), key)
     require(all(names(v) for v in manifest.views.values()), "views")
+    require(all(isinstance(facts.get("scores"), list) for facts in manifest.tasks.values()), "tasks")
     require(isinstance(manifest.mobility, bool), "mobility")
     require(all(size(facts.get("width"), 1) for facts in manifest.prompts.values()), "prompts")
     numbers = (int, float)

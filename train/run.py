@@ -19,6 +19,7 @@ from topt_deploy.config import Config
 from topt_deploy.errors import BadConfig
 from topt_deploy.features import features, range_columns
 from topt_deploy.fileio import sha256_file
+from topt_deploy.intervals import scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
 from topt_deploy.parquet import write_parquet
@@ -149,6 +150,7 @@ def train_run(
             "city_id": city.city_id,
             "synthetic": city.synthetic,
             "protocol": PROTOCOL,
+            "scores": {task: scores(city.labels[task], result.held_out) for task, result in results.items()},
             "reports": {task: asdict(r) for task, r in reports.items()},
             "ranges": ranges,
             "seconds": round(time.monotonic() - began, 1),

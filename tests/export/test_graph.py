@@ -1,0 +1,116 @@
+"""The exported graph: what it calls its inputs and outputs, and that it says what PyTorch says for any city."""
+
+import numpy as np
+import onnx
+import pytest
+
+from topt_deploy.bundle import open_bundle
+from topt_deploy.export.golden import synthetic_city
+from topt_deploy.export.graph import OPSET, REGIONS_AXIS
+from topt_deploy.export.parity import TOLERANCE, run_model
+from topt_deploy.features import features
+from topt_deploy.model.checkpoint import load_model
+from topt_deploy.runtime.session import Session
+from topt_deploy.table import read_city
+
+SIZES = [*range(2, 21), *range(25, 300, 25), 76, 77, 78, 127, 128, 129, 300]
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle):
+    return open_bundle(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def proto(demo_bundle):
+    return onnx.load(demo_bundle / "models" / "topt.onnx")
+
+
+@pytest.fixture(scope="module")
+def model(demo_run):
+    return load_model(demo_run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def session(bundle):
+    variant = bundle.manifest.variants["fp32"]
+    return Session(
+        bundle.read(variant["graph"]), bundle.read(variant["weights"]), variant["initializers"], threads=1
+    )
+
+
+def arrays(model, bundle, regions):
+    city = synthetic_city(model, bundle.manifest.ranges, regions=regions, seed=regions)
+    return features(read_city(city.regions, city.mobility, model.spec.schema))
+
+
+def test_the_standards_checker_passes(demo_bundle, proto):
+    onnx.checker.check_model(str(demo_bundle / "models" / "topt.onnx"), full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", OPSET)]
+    assert not proto.functions
+
+
+def test_inputs_outputs_and_axis_have_names(proto, bundle):
+    def shape(value):
+        return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+    inputs = {value.name: shape(value) for value in proto.graph.input}
+    assert inputs == {
+        "poi": [REGIONS_AXIS, 12],
+        "land_use": [REGIONS_AXIS, 6],
+        "mobility": [REGIONS_AXIS, 38],
+        "position": [REGIONS_AXIS, 3],
+        "prompt_crime": [REGIONS_AXIS, 256],
+        "prompt_check_in": [REGIONS_AXIS, 256],
+        "prompt_service_call": [REGIONS_AXIS, 256],
+    }
+    assert tuple(inputs) == bundle.manifest.inputs
+    assert REGIONS_AXIS == "regions"
+    outputs = {value.name: shape(value) for value in proto.graph.output}
+    assert outputs == {task: [REGIONS_AXIS] for task in ("crime", "check_in", "service_call")}
+    assert tuple(outputs) == tuple(bundle.manifest.tasks)
+    kinds = {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
+    assert kinds == {onnx.TensorProto.FLOAT}
+
+
+def test_the_manifest_places_every_large_weight(demo_bundle, bundle, proto):
+    variant = bundle.manifest.variants["fp32"]
+    flat = np.frombuffer((demo_bundle / variant["weights"]).read_bytes(), dtype=np.float32)
+    loaded = {t.name: onnx.numpy_helper.to_array(t, str(demo_bundle / "models")) for t in proto.graph.initializer}
+    for name, (offset, shape) in variant["initializers"].items():
+        start = offset // 4
+        np.testing.assert_array_equal(flat[start : start + np.prod(shape)].reshape(shape), loaded[name])
+    raw = onnx.load(demo_bundle / "models" / "topt.onnx", load_external_data=False)
+    external = {t.name for t in raw.graph.initializer if t.external_data}
+    assert external == set(variant["initializers"])
+    assert {e.value for t in raw.graph.initializer for e in t.external_data if e.key == "location"} == {"topt.weights"}
+
+
+def test_shared_embeddings_are_computed_once(proto, model):
+    """Three tasks with the same stage-1 settings share one SREL: its weights are in the graph once."""
+    assert len(model.srel) == 1
+    graph_numbers = sum(int(np.prod(t.dims)) for t in proto.graph.initializer)
+    model_numbers = sum(t.numel() for t in model.state_dict().values())
+    assert graph_numbers < 1.2 * model_numbers
+
+
+@pytest.mark.parametrize("regions", SIZES)
+def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session, bundle):
+    inputs = arrays(model, bundle, regions)
+    assert len(inputs["poi"]) == regions
+    expected = run_model(model, inputs)
+    found = session.run(inputs, session.outputs)
+    assert list(found) == list(expected)
+    for task, values in expected.items():
+        assert found[task].shape == (regions,)
+        worst = (np.abs(found[task] - values) / np.maximum(np.abs(values), 1.0)).max()
+        assert worst <= TOLERANCE, f"{task}: {worst}"
+        assert regions < 3 or np.unique(values).size > 1, "a constant would prove nothing"
+
+
+def test_predictions_depend_on_the_other_regions(model, session, bundle):
+    """Attention runs over the city: the same region among fewer others is another prediction, and slicing is wrong."""
+    inputs = arrays(model, bundle, 20)
+    whole = session.run(inputs, ["crime"])["crime"]
+    sliced = session.run({name: values[:10] for name, values in inputs.items()}, ["crime"])["crime"]
+    assert np.abs(whole[:10] - sliced).max() > 1e-3

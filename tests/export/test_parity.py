@@ -1,0 +1,117 @@
+"""The parity gate: it measures values and ranks, and nothing that differs gets past it."""
+
+import numpy as np
+import pytest
+
+from topt_deploy.bundle import open_bundle
+from topt_deploy.errors import BadBundle
+from topt_deploy.export import bundle as exporting
+from topt_deploy.export.graph import Graph
+from topt_deploy.export.parity import TOLERANCE, compare
+from topt_deploy.runs import open_run
+
+
+class TestCompare:
+    E = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
+
+    def found(self, *values):
+        return compare(self.E, {"crime": np.array(values, dtype=np.float32)}, "x")
+
+    def test_the_same(self):
+        parity = self.found(10, 20, 30, 40)
+        assert (parity.worst, parity.swapped, parity.regions, parity.city) == (0.0, 0, 4, "x")
+
+    def test_a_difference_is_relative_to_the_expected(self):
+        assert self.found(10, 20, 30, 44).worst == pytest.approx(0.1)
+        assert self.found(10, 22, 30, 40).worst == pytest.approx(0.1)
+
+    def test_below_one_count_it_is_absolute(self):
+        small = {"crime": np.array([0.0, 1e-3], dtype=np.float32)}
+        assert compare(small, {"crime": np.array([0.0, 2e-3], dtype=np.float32)}, "x").worst == pytest.approx(1e-3)
+
+    def test_swapped_ranks_are_found(self):
+        assert self.found(10, 30, 20, 40).swapped == 1
+        assert self.found(40, 30, 20, 10).swapped == 3
+
+    def test_ranks_swapped_within_the_tolerance_are_found_too(self):
+        close = {"crime": np.array([1.0, 1.00002, 5.0], dtype=np.float32)}
+        parity = compare(close, {"crime": np.array([1.00002, 1.0, 5.0], dtype=np.float32)}, "x")
+        assert parity.worst < TOLERANCE
+        assert parity.swapped == 1
+
+    def test_ties_have_no_order(self):
+        ties = {"crime": np.array([5.0, 5.0, 1.0, 5.0], dtype=np.float32)}
+        found = {"crime": np.array([5.000001, 5.0, 1.0, 4.999999], dtype=np.float32)}
+        assert compare(ties, found, "x").swapped == 0
+
+    @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+    def test_what_is_no_number_fails(self, wrong):
+        assert not self.found(10, 20, wrong, 40).worst <= TOLERANCE
+        other = {"crime": np.array([10, 20, wrong, 40], dtype=np.float32)}
+        assert not compare(other, self.E, "x").worst <= TOLERANCE
+
+    def test_every_task_counts(self):
+        expected = {"a": np.ones(3), "b": np.ones(3)}
+        assert compare(expected, {"a": np.ones(3), "b": np.array([1.0, 2.0, 1.0])}, "x").worst == 1.0
+        assert compare(expected, {"a": np.array([1.0, np.nan, 1.0]), "b": np.ones(3)}, "x").worst == np.inf
+
+
+@pytest.fixture
+def graph(demo_bundle):
+    """The demo's graph, as the exporter made it."""
+    opened = open_bundle(demo_bundle)
+    variant = opened.manifest.variants["fp32"]
+    places = {name: (offset, tuple(shape)) for name, (offset, shape) in variant["initializers"].items()}
+    return Graph(
+        model=opened.read(variant["graph"]), weights=opened.read(variant["weights"]), initializers=places
+    )
+
+
+def export(demo_run, out, monkeypatch, graph, said=None):
+    """Export without the half minute of tracing: the graph is given."""
+    monkeypatch.setattr(exporting, "export_graph", lambda model, inputs: graph)
+    return exporting.export_bundle(open_run(demo_run), out, say=(said if said is not None else []).append)
+
+
+def test_the_true_graph_passes(graph, demo_run, demo_bundle, tmp_path, monkeypatch):
+    said = []
+    done = export(demo_run, tmp_path / "model.topt", monkeypatch, graph, said)
+    assert [parity.regions for parity in done.parity] == [77, 7, 31, 203]
+    assert all(parity.worst <= TOLERANCE and parity.swapped == 0 for parity in done.parity)
+    assert done.parity[0].city == "training city"
+    assert any("203 regions" in line for line in said)
+    recorded = open_bundle(tmp_path / "model.topt").manifest.variants["fp32"]["parity"]
+    assert [entry["regions"] for entry in recorded] == [77, 7, 31, 203]
+
+
+def one_weight(graph):
+    """One number of one weight of the stage-2 heads, by an amount that changes predictions by some thousandths."""
+    name = next(name for name in graph.initializers if "linear" in name and "heads" in name)
+    values = np.frombuffer(graph.weights, dtype=np.float32).copy()
+    offset, shape = graph.initializers[name]
+    part = values[offset // 4 : offset // 4 + int(np.prod(shape))]
+    part[np.argmax(np.abs(part))] *= 1.2
+    return values
+
+
+def all_nan(graph):
+    values = np.frombuffer(graph.weights, dtype=np.float32).copy()
+    values[:] = np.nan
+    return values
+
+
+@pytest.mark.parametrize("tamper", [one_weight, all_nan])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_tampered_graph_fails_and_leaves_no_bundle(tamper, older, graph, demo_run, tmp_path, monkeypatch):
+    out = tmp_path / "model.topt"
+    if older:
+        export(demo_run, out, monkeypatch, graph)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert bool(before) == older
+    tampered = Graph(model=graph.model, weights=tamper(graph).tobytes(), initializers=graph.initializers)
+    with pytest.raises(BadBundle, match="parity gate failed on .*no bundle was written") as caught:
+        export(demo_run, out, monkeypatch, tampered)
+    assert "0.0001" in str(caught.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert out.exists() == older
+    assert len(list(tmp_path.iterdir())) == older, "no temporary folder either"
