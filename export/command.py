@@ -12,7 +12,9 @@ DEFAULT_OUT = f"model{SUFFIX}"
 
 @click.command("export")
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), required=False)
-@click.option("--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="What to export."
+)
 @click.option("--out", type=click.Path(path_type=Path), help=f"Bundle [default: {DEFAULT_OUT} beside runs/].")
 @click.option("--zip", "as_zip", is_flag=True, help="Write the bundle as one zip file.")
 def export(run: Path | None, form: str, out: Path | None, as_zip: bool) -> None:

@@ -20,7 +20,7 @@ DEFAULT_OUT = "predictions.parquet"
 BUNDLE_VARIABLE = "TOPT_BUNDLE"
 ROWS_SHOWN = 5
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is refused where it is read, with its code
 log_format = click.option(
     "--log-format",
     type=click.Choice(LOG_FORMATS),
@@ -28,7 +28,9 @@ log_format = click.option(
     show_default=True,
     help="Messages as text or JSON.",
 )
-device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,13 +67,14 @@ def predict(
     log_format: str,
 ) -> None:
     """Predict every task of a bundle for the city in REGIONS, a regions.parquet."""
+    from topt_deploy.fileio import reading
     from topt_deploy.parquet import write_parquet
 
     from .predictor import open_predictor
     from .receipt import Stopwatch, receipt_path, write_receipt
 
-    if not regions.exists():
-        raise NoInput("no such file", file=regions, expected="a regions.parquet")
+    with reading(regions), regions.open("rb"):
+        pass
     bundle = bundle or _default_bundle(regions)
     out = out or regions.with_name(DEFAULT_OUT)
     if geo is not None:
@@ -83,12 +86,15 @@ def predict(
         beside = regions.with_name(DEFAULT_MOBILITY)
         mobility = beside if beside.exists() else None
     asked: dict[str, Any] = {"tasks": tasks, "id_col": id_col, "coverage": coverage}
+    for file in (regions, mobility):
+        if file is not None and out.resolve() == file.resolve():
+            raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
     with watch.step("predict"):
         table = predictor.predict(regions, mobility, wide=wide, **asked)
     with watch.step("write"):
-        write_parquet(out, table)
-        if geo is not None:
+        if geo is not None:  # first, for a run that fails must leave no predictions
             _write_map(geo, predictor.predict(regions, mobility, wide=True, **asked), regions)
+        write_parquet(out, table)
     options = asked | {"tasks": list(tasks or predictor.tasks), "wide": wide, "device": device}
     receipt = write_receipt(
         out,

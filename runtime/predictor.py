@@ -49,6 +49,10 @@ class Predictor:
     def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
         check_device(device)
         self.bundle = bundle
+        if PRECISION not in bundle.manifest.variants:
+            found = ", ".join(bundle.manifest.variants) or "none"
+            raise BadBundle("has no variant that this version runs", file=bundle.path, expected=PRECISION, found=found)
+        self.variant = bundle.manifest.variants[PRECISION]
         self._device, self._threads = device, threads
         self._lock = threading.Lock()
         self._session: Session | None = None
@@ -58,11 +62,11 @@ class Predictor:
         """The model, prepared on first use: a process that predicts once has read its input by then, and let it go."""
         with self._lock:
             if self._session is None:
-                variant = self.bundle.manifest.variants[PRECISION]
                 self._session = Session(
-                    self.bundle.read(variant["graph"]),
-                    self.bundle.read(variant["weights"]),
-                    variant["initializers"],
+                    self.bundle.read(self.variant["graph"]),
+                    self.bundle.read(self.variant["weights"]),
+                    self.variant["initializers"],
+                    source=self.bundle.path,
                     device=self._device,
                     threads=self._threads,
                 )
@@ -143,16 +147,14 @@ class Predictor:
             BadBundle: If a value differs by more than the bundle's tolerance from the exporter's.
         """
         manifest = self.bundle.manifest
-        tolerance = float(manifest.variants[PRECISION]["tolerance"])
+        tolerance = float(self.variant["tolerance"])
         checks = []
         for city in manifest.golden:
             mobility = self._golden(city, "mobility") if manifest.mobility else None
             found = self.predict(self._golden(city, "regions"), mobility, wide=True)
             expected = self._golden(city, "expected")
-            worst = 0.0
-            for task in self.tasks:
-                a, b = (table.column(task).to_numpy() for table in (expected, found))
-                worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))
+            a, b = (np.stack([t.column(task).to_numpy() for task in self.tasks]) for t in (expected, found))
+            worst = float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max())  # NaN where either is
             if not worst <= tolerance:
                 raise BadBundle(
                     f"self-test failed on {city}: this machine does not reproduce the exporter's predictions",
@@ -194,9 +196,10 @@ class Predictor:
 def open_predictor(bundle: Path, *, device: str = "cpu", threads: int = 0) -> Predictor:
     """Open a bundle and check every byte of it; its model is prepared when it is first used."""
     opened = open_bundle(bundle)
-    variant = opened.manifest.variants[PRECISION]
-    opened.verify(skip=frozenset({str(variant["graph"]), str(variant["weights"])}))  # checked as they are read
-    return Predictor(opened, device=device, threads=threads)
+    predictor = Predictor(opened, device=device, threads=threads)
+    later = frozenset({str(predictor.variant[part]) for part in ("graph", "weights")})  # checked as they are read
+    opened.verify(skip=later)
+    return predictor
 
 
 def load(bundle: str | Path, *, device: str = "cpu", threads: int = 0) -> Predictor:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from topt_deploy.errors import BadBundle, NoDevice
+from topt_deploy.errors import BadBundle, CannotCreate, NoDevice, ToptError
 
 Array = np.ndarray[Any, Any]
 
@@ -25,6 +25,7 @@ class Session:
         graph: The serialised ONNX model, its hash already checked.
         weights: Its external data, likewise; kept alive, for the model works on this very buffer.
         initializers: Offset in bytes and shape of every float32 initialiser in ``weights``.
+        source: What errors say the model is from.
         device: ``cpu`` or ``cuda``.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
 
@@ -39,6 +40,7 @@ class Session:
         weights: bytes,
         initializers: Mapping[str, tuple[int, Sequence[int]]],
         *,
+        source: object = None,
         device: str = "cpu",
         threads: int = 0,
     ) -> None:
@@ -53,14 +55,14 @@ class Session:
         # tasks); values are freed after their last use all the same. Packed copies of the weights would double them.
         options.enable_mem_reuse = False
         options.add_session_config_entry("session.disable_prepacking", "1")
-        flat = np.frombuffer(weights, dtype=np.float32)
+        flat = np.frombuffer(weights, dtype=np.float32, count=len(weights) // 4)
         self._weights = []
         for name, (offset, shape) in initializers.items():
             start = offset // flat.itemsize
             try:
                 array = flat[start : start + math.prod(shape)].reshape(shape)
             except (ValueError, TypeError) as error:
-                raise BadBundle(f"the manifest misplaces {name} in the weights ({error})") from error
+                raise BadBundle(f"the manifest misplaces {name} in the weights ({error})", file=source) from error
             value = ort.OrtValue.ortvalue_from_numpy(array)
             options.add_initializer(name, value)
             self._weights.append((flat, value))
@@ -70,10 +72,12 @@ class Session:
             with _empty_weights() as folder:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
                 self._session = ort.InferenceSession(graph, options, providers=[self.provider])
+        except ToptError:
+            raise
         except Exception as error:  # ONNX Runtime raises half a dozen unrelated types here
             if device != "cpu":
                 raise _no_device(device, str(error).splitlines()[0]) from error
-            raise BadBundle(f"ONNX Runtime cannot load the graph ({error})") from error
+            raise BadBundle(f"ONNX Runtime cannot load the graph ({error})", file=source) from error
         if self._session.get_providers()[0] != self.provider:
             raise _no_device(device, f"a session on {self._session.get_providers()}")
         self.outputs = tuple(output.name for output in self._session.get_outputs())
@@ -87,7 +91,14 @@ class Session:
 def _empty_weights() -> Iterator[str]:
     """A private folder with an empty weights file (by hand: importing tempfile takes 4 ms and 1 MB)."""
     folder = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"topt-{os.urandom(8).hex()}")
-    os.mkdir(folder, 0o700)
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError as error:
+        raise CannotCreate(
+            f"no folder for temporary files ({error.strerror})",
+            file=folder,
+            fix="set TMPDIR to one that can be written to",
+        ) from error
     file = os.path.join(folder, WEIGHTS)
     try:
         open(file, "xb").close()

@@ -25,6 +25,8 @@ epochs = 30
 
 [prompt4re]
 epochs = 20
+lr = 5e-3 # so that what the prompts add is not too small to be tested
+folds = 3
 """
 
 
@@ -157,6 +159,7 @@ def refused(topt_run: Callable[..., Said], desk: Desk) -> Callable[..., dict[str
     Twice: for people where there is no output yet, and for machines where an older output stands. Returns what the
     machine is told; every one of ``parts`` is in the text for people.
     """
+
     def call(code: int, *parts: str, arguments: tuple[object, ...] = (), regions: Path | None = None) -> dict:
         command = ("predict", regions or desk.regions, *arguments)
         before = desk.state()

@@ -25,14 +25,21 @@ FACTS = {
     "schema_version": 1,
     "version": "0.1.0",
     "source": {"run": "r", "regions": 77},
-    "tasks": {"crime": {"prompt": "prompt_crime"}},
+    "tasks": {"crime": {"prompt": "prompt_crime", "scores": [0.5, 1.0]}},
     "views": {"poi": ["b", "a"], "land_use": ["x"]},
     "mobility": True,
     "prompts": {"prompt_crime": {"width": 16, "encoder": "hashing"}},
-    "ranges": {"poi_b": [0.0, 9.0]},
+    "ranges": {name: [0.0, 9.0] for name in ("poi_b", "poi_a", "land_use_x", "outflow", "inflow")},
     "inputs": ["poi", "land_use", "mobility", "position", "prompt_crime"],
     "opset": 18,
-    "variants": {"fp32": {"file": "models/fp32.onnx"}},
+    "variants": {
+        "fp32": {
+            "graph": "models/fp32.onnx",
+            "weights": "models/fp32.onnx",
+            "initializers": {"w": [0, [2, 3]]},
+            "tolerance": 1e-4,
+        }
+    },
     "golden": ["a"],
 }
 
@@ -378,6 +385,21 @@ class TestZip:
         raw[6] |= 1
         (tmp_path / "m.zip").write_bytes(raw)
         refuse(tmp_path / "m.zip", "cannot be unpacked")
+
+    @pytest.mark.parametrize("where", ["entry", "directory"])
+    def test_a_name_that_is_no_text(self, folder, tmp_path, where):
+        raw = bytearray(pack(folder, tmp_path / "m.zip").read_bytes())
+        header, flags, name = (0, 7, 30) if where == "entry" else (raw.find(b"PK\1\2"), 9, 46)
+        raw[header + flags] |= 8  # says that the name is UTF-8
+        raw[header + name] = 0xE5  # and it is not
+        (tmp_path / "m.zip").write_bytes(raw)
+        refuse(tmp_path / "m.zip")
+
+    def test_an_empty_name(self, folder, tmp_path):
+        raw = bytearray(pack(folder, tmp_path / "m.zip").read_bytes())
+        raw[raw.find(b"PK\1\2") + 46] = 0  # names end where a zero is
+        (tmp_path / "m.zip").write_bytes(raw)
+        refuse(tmp_path / "m.zip")
 
     @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
     def test_rare_compressions_whose_decoders_raise_errors_of_their_own(self, folder, tmp_path, compression):

@@ -25,7 +25,11 @@ def commands(command, path):
             yield from commands(found, (*path, name))
 
 
-ALL = {" ".join(path): c for tree, name in ((topt_deploy, "topt-deploy"), (topt_run, "topt-run")) for path, c in commands(tree, (name,))}
+ALL = {
+    " ".join(path): c
+    for tree, name in ((topt_deploy, "topt-deploy"), (topt_run, "topt-run"))
+    for path, c in commands(tree, (name,))
+}
 OPTIONS = [
     (path, option) for path, command in ALL.items() for option in command.params if isinstance(option, click.Option)
 ]
@@ -45,7 +49,9 @@ def test_every_command_has_help_that_names_its_arguments(path):
     assert command.help.rstrip().endswith(".")
     for argument in command.params:
         if isinstance(argument, click.Argument):
-            assert argument.human_readable_name in command.help, f"{path}: {argument.human_readable_name} is not explained"
+            assert argument.human_readable_name in command.help, (
+                f"{path}: {argument.human_readable_name} is not explained"
+            )
 
 
 @pytest.mark.parametrize(("path", "option"), OPTIONS, ids=[f"{p} {o.opts[-1]}" for p, o in OPTIONS])
@@ -136,7 +142,9 @@ class TestEndings:
         assert out == ""
         assert "Traceback" not in err
 
-    @pytest.mark.parametrize("arguments", [["predict", "x", "--bogus"], ["predict"], ["predict", "x", "--threads", "0"]])
+    @pytest.mark.parametrize(
+        "arguments", [["predict", "x", "--bogus"], ["predict"], ["predict", "x", "--threads", "0"]]
+    )
     def test_a_wrong_command_line_is_json_to_machines(self, arguments, capsys):
         with pytest.raises(SystemExit) as left:
             run(topt_run, [*arguments, "--log-format", "json"])

@@ -44,7 +44,9 @@ def test_what_is_not_known_is_left_out():
     assert set(BadData("is wrong").as_dict()) == {"error", "exit_code", "message"}
 
 
-@pytest.mark.parametrize(("count", "ending"), [(5, "'4'"), (6, "'4' and 1 more (6 in all)"), (5000, "and 4995 more (5000 in all)")])
+@pytest.mark.parametrize(
+    ("count", "ending"), [(5, "'4'"), (6, "'4' and 1 more (6 in all)"), (5000, "and 4995 more (5000 in all)")]
+)
 def test_the_first_ids_are_shown_and_all_are_counted(count, ending):
     error = BadData("is wrong", ids=range(count))
     assert str(error).endswith(ending)
@@ -60,7 +62,7 @@ def test_falsy_values_are_facts_too():
 
 
 def test_machines_can_read_it_whatever_it_holds():
-    error = BadData("is \"wrong\"\n", file="ü/ \\", ids=["\x00", "é"], found=float("nan"), expected=object)
+    error = BadData('is "wrong"\n', file="ü/ \\", ids=["\x00", "é"], found=float("nan"), expected=object)
     facts = json.loads(json.dumps(error.as_dict(), allow_nan=False))
     assert facts["message"] == 'is "wrong"\n'
     assert facts["region_ids"] == ["\x00", "é"]

@@ -37,7 +37,9 @@ COLUMNS = {
     "decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("-2.00"), None, None], pa.decimal128(10, 2)),
     "date": pa.array([datetime.date(2026, 1, 1), None, datetime.date(1, 1, 1), None, None]),
     "timestamp": pa.array([1, None, 2, 3, 4], pa.timestamp("us", tz="UTC")),
-    "fixed_list": pa.array([[1.0, 2.0], None, [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], pa.list_(pa.field(ELEMENT, pa.float32()), 2)),
+    "fixed_list": pa.array(
+        [[1.0, 2.0], None, [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]], pa.list_(pa.field(ELEMENT, pa.float32()), 2)
+    ),
     "list": pa.array([[1.0], None, [], [None, 2.0], [3.0] * 50], list_of(pa.float64())),
     "list_of_lists": pa.array([[["a"], []], None, [], [None], [["b", None]]], list_of(list_of(pa.string()))),
     "struct": pa.array([{"a": 1, "b": "x"}, None, {"a": None, "b": None}, {"a": 2, "b": "y"}, {"a": 3, "b": "z"}]),
@@ -50,7 +52,9 @@ def everything():
         pa.field(name, array.type, metadata={"encoder": f"of {name}"} if name == "fixed_list" else None)
         for name, array in COLUMNS.items()
     ]
-    return pa.table(list(COLUMNS.values()), schema=pa.schema(fields, metadata={"geo": '{"version": "1.1.0"}', "ü": "é"}))
+    return pa.table(
+        list(COLUMNS.values()), schema=pa.schema(fields, metadata={"geo": '{"version": "1.1.0"}', "ü": "é"})
+    )
 
 
 def same(a, b):
@@ -86,7 +90,11 @@ def test_each_type_comes_back_to_both(name, tmp_path):
         {"use_dictionary": True, "row_group_size": 1},
         {"store_schema": False},
         {"write_page_checksum": True},
-        {"compression": {"text": "gzip", "int64": "brotli"}, "use_byte_stream_split": ["float32"], "use_dictionary": ["text"]},
+        {
+            "compression": {"text": "gzip", "int64": "brotli"},
+            "use_byte_stream_split": ["float32"],
+            "use_dictionary": ["text"],
+        },
     ],
     ids=repr,
 )

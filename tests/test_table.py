@@ -731,6 +731,13 @@ class TestBadFiles:
                 refused += 1
         assert refused > 100
 
+    def test_a_damaged_name_below_a_list_column(self, path):
+        pq.write_table(tiny_city_tables(N, lists=True)[0], path)
+        data = path.read_bytes()
+        assert b"element" in data
+        path.write_bytes(data.replace(b"element", b"\xe5lement"))
+        refuse(path, parts=[str(path), "Parquet"])
+
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
     def test_permission_denied(self, path):
         path.chmod(0)

@@ -214,9 +214,18 @@ def _check_form(manifest: Manifest) -> None:
     require(all(isinstance(facts.get("scores"), list) for facts in manifest.tasks.values()), "tasks")
     require(isinstance(manifest.mobility, bool), "mobility")
     require(all(size(facts.get("width"), 1) for facts in manifest.prompts.values()), "prompts")
-    numbers = (int, float)
-    ranges = manifest.ranges.values()
-    require(all(len(v) == 2 and all(isinstance(x, numbers) for x in v) for v in ranges), "ranges")
+    ranged = {f"{view}_{name}" for view, categories in manifest.views.items() for name in categories}
+    ranged |= {"outflow", "inflow"} if manifest.mobility else set()
+    require(ranged <= set(manifest.ranges), "ranges")
+    for ends in manifest.ranges.values():
+        require(isinstance(ends, list) and len(ends) == 2 and all(type(x) in (int, float) for x in ends), "ranges")
+    for variant in manifest.variants.values():
+        require({variant.get("graph"), variant.get("weights")} <= set(manifest.files), "variants")
+        require(isinstance(variant.get("initializers"), dict), "variants")
+        require(type(variant.get("tolerance")) in (int, float), "variants")
+        for place in variant["initializers"].values():
+            require(isinstance(place, list) and len(place) == 2 and size(place[0]), "variants")
+            require(isinstance(place[1], list) and all(size(n) for n in place[1]), "variants")
     require(all(size(f.get("size")) and isinstance(f.get("sha256"), str) for f in manifest.files.values()), "files")
 
 
@@ -234,7 +243,7 @@ class _Files:
             with reading(self.path):
                 try:
                     self._zip = zipfile.ZipFile(self.path)
-                except (zipfile.BadZipFile, NotImplementedError) as error:
+                except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
                     raise _refuse(self.path, f"neither a folder nor a zip file ({error})") from error
         return self
 
@@ -260,7 +269,7 @@ class _Files:
             for info in self._zip.infolist():
                 if info.compress_type not in (0, 8):  # stored, deflated: the others' decoders fail in ways of their own
                     raise _refuse(self.path, f"{info.filename} is compressed in a way that no bundle uses")
-                if not info.is_dir():
+                if not info.filename.endswith("/"):
                     yield info.filename, info.file_size
             return
         folders = [self.path]

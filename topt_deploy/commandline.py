@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from .errors import Exit, ToptError
+from .errors import Exit, ToptError, UsageError
 
 LOG_FORMATS = ("text", "json")
 
@@ -54,7 +54,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, teard
         log.error(error)
         code = error.exit_code
     except click.UsageError as error:
-        error.show()
+        if log.json:
+            log.error(UsageError(error.format_message(), fix="see --help"))
+        else:
+            error.show()
         code = Exit.USAGE
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

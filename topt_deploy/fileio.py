@@ -53,6 +53,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
+    if path.is_dir():
+        raise write_error(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
     temporary = path.with_name(f".{path.stem}.{_token()}{path.suffix}")
     try:
         temporary.touch(exist_ok=False)

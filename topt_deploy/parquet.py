@@ -46,8 +46,8 @@ class ParquetFile:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read all columns, or those named."""
         chosen = set(self.names if columns is None else columns)
-        indices = [i for i, path in enumerate(self._reader.column_paths) if path[0] in chosen]
         with self._errors():
+            indices = [i for i, path in enumerate(self._reader.column_paths) if path[0] in chosen]
             return self._reader.read_all(column_indices=indices, use_threads=False)
 
     def logical_types(self) -> dict[str, str]:

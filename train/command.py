@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
 @click.option("--seed", type=int, help="Seed of the run [default: the settings'].")
 @click.option("--resume", is_flag=True, help="Go on with --out, or with the newest unfinished run.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+)
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: fp32; tf32 on CUDA]")
 @click.option("--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: 1 up to 500 regions].")

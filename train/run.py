@@ -18,7 +18,7 @@ from topt_deploy import __version__
 from topt_deploy.config import Config
 from topt_deploy.errors import BadConfig
 from topt_deploy.features import features, range_columns
-from topt_deploy.fileio import sha256_file
+from topt_deploy.fileio import sha256_file, write_error
 from topt_deploy.intervals import scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
@@ -63,7 +63,10 @@ class TaskReport:
 
 def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
     """Create a run folder and record what the run depends on."""
-    out.mkdir(parents=True, exist_ok=False)
+    try:
+        out.mkdir(parents=True, exist_ok=False)
+    except OSError as error:
+        raise write_error(out, error) from error
     run = Run(
         path=out,
         config=config,

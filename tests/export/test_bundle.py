@@ -88,9 +88,7 @@ def test_no_row_of_the_training_city_is_in_it(demo_bundle, demo_city):
     def prompts(table, column):
         return np.array(table.column(column).to_pylist(), dtype=np.float32)
 
-    views = {
-        view: [c for c in training.column_names if c.startswith(f"{view}_")] for view in ("poi", "land_use")
-    }
+    views = {view: [c for c in training.column_names if c.startswith(f"{view}_")] for view in ("poi", "land_use")}
     for size in (7, 31):
         golden = pq.read_table(demo_bundle / f"golden/golden-{size}.regions.parquet")
         assert len(golden) == size

@@ -34,9 +34,7 @@ def model(demo_run):
 @pytest.fixture(scope="module")
 def session(bundle):
     variant = bundle.manifest.variants["fp32"]
-    return Session(
-        bundle.read(variant["graph"]), bundle.read(variant["weights"]), variant["initializers"], threads=1
-    )
+    return Session(bundle.read(variant["graph"]), bundle.read(variant["weights"]), variant["initializers"], threads=1)
 
 
 def arrays(model, bundle, regions):

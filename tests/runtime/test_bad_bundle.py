@@ -228,7 +228,9 @@ class TestSealedWithIntent:
             lambda r: r["variants"]["fp32"].pop("graph"),
             lambda r: r["variants"]["fp32"].update(initializers={"nothing": [0, [1]]}),
             lambda r: r["variants"]["fp32"].update(
-                initializers={name: [1 << 40, shape] for name, (_, shape) in r["variants"]["fp32"]["initializers"].items()}
+                initializers={
+                    name: [1 << 40, shape] for name, (_, shape) in r["variants"]["fp32"]["initializers"].items()
+                }
             ),
             lambda r: r.update(tasks={"another": next(iter(r["tasks"].values()))}),
             lambda r: r.update(files=[1, 2]),

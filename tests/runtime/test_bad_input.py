@@ -145,7 +145,10 @@ REGIONS = {
         ["column 'city_id'", "several cities", "'elsewhere', 'synthetic-demo'"],
     ),
     "no positions": (lambda t: t.drop_columns(["lon", "geometry"]), ["positions are absent", "lon and lat"]),
-    "metres for degrees": (lambda t: changed(t, 5, "lat", 4_600_000.0), ["lon, lat", "'D006'", "not degrees", "4.6e+06"]),
+    "metres for degrees": (
+        lambda t: changed(t, 5, "lat", 4_600_000.0),
+        ["lon, lat", "'D006'", "not degrees", "4.6e+06"],
+    ),
     "NaN longitude": (lambda t: changed(t, 5, "lon", float("nan")), ["lon", "'D006'"]),
 }
 

@@ -14,6 +14,7 @@ import pytest
 from builders import fixed_lists, replaced
 
 TASKS = ("crime", "check_in", "service_call")
+WIDE = [name for task in TASKS for name in (task, f"{task}_lower", f"{task}_upper")]
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ class TestOutput:
 
     def test_wide_holds_the_same_numbers(self, predicted):
         long, wide = predicted(), predicted("--wide")
-        assert wide.column_names == ["city_id", "region_id", *TASKS, "status", "reason", "geometry"]
+        assert wide.column_names == ["city_id", "region_id", *WIDE, "status", "reason", "geometry"]
         found = {(row["region_id"], task): row[task] for row in wide.to_pylist() for task in TASKS}
         assert found == {(row["region_id"], row["task"]): row["prediction"] for row in long.to_pylist()}
 
@@ -119,7 +120,15 @@ class TestOutput:
     def test_what_is_shown_is_what_is_written(self, desk, topt_run):
         said = topt_run("predict", desk.regions)
         first = pq.read_table(desk.out).to_pylist()[0]
-        assert said.out.splitlines()[0].split() == ["city_id", "region_id", "task", "prediction", "status"]
+        assert said.out.splitlines()[0].split() == [
+            "city_id",
+            "region_id",
+            "task",
+            "prediction",
+            "lower",
+            "upper",
+            "status",
+        ]
         assert f"{first['prediction']:.1f}" in said.out.splitlines()[1]
         assert "(231 rows)" in said.out
         assert str(desk.receipt) in said.out
@@ -270,7 +279,9 @@ class TestReceipt:
 
         predicted("--task", "crime", "--wide")
         receipt = json.loads(desk.receipt.read_text())
-        assert receipt["options"] == {"tasks": ["crime"], "wide": True, "id_col": "region_id", "device": "cpu"}
+        assert receipt["options"] == {
+            "tasks": ["crime"], "wide": True, "id_col": "region_id", "coverage": 0.9, "device": "cpu",
+        }  # fmt: skip
         assert receipt["provider"] == "CPUExecutionProvider"
         assert receipt["precision"] == "fp32"
         assert receipt["versions"]["onnxruntime"] == onnxruntime.__version__
@@ -386,7 +397,16 @@ class TestPythonFace:
 
     def test_options(self, predictor, tables):
         table = predictor.predict(*tables, tasks=["crime"], wide=True)
-        assert table.column_names == ["city_id", "region_id", "crime", "status", "reason", "geometry"]
+        assert table.column_names == [
+            "city_id",
+            "region_id",
+            "crime",
+            "crime_lower",
+            "crime_upper",
+            "status",
+            "reason",
+            "geometry",
+        ]
 
     def test_twenty_four_threads_at_once_say_the_same(self, demo_bundle, tables):
         from topt_deploy.runtime.predictor import open_predictor
@@ -442,7 +462,9 @@ class TestPythonFace:
 
     def test_prompts_that_name_no_encoder_are_taken(self, predictor, tables):
         regions, mobility = tables
-        plain = regions.cast(pa.schema([pa.field(f.name, f.type) for f in regions.schema], metadata=regions.schema.metadata))
+        plain = regions.cast(
+            pa.schema([pa.field(f.name, f.type) for f in regions.schema], metadata=regions.schema.metadata)
+        )
         assert plain.schema.field("prompt_crime").metadata is None
         assert predictor.predict(plain, mobility).equals(predictor.predict(regions, mobility))
 

@@ -1,0 +1,428 @@
+"""The whole road as a user walks it: train, export, predict; interruptions on the way; real Chicago; every variant."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import PROMPT4RE, SREL, replaced, tiny_city_tables
+from commands import environment, shell
+from safetensors.numpy import load_file
+
+TASKS = ("crime", "check_in", "service_call")
+TINY = """\
+views = ["poi", "land_use"]
+checkpoint_every = 10
+
+[srel]
+width = 8
+heads = 2
+ffn_width = 12
+memory = 4
+channels = 3
+view_width = 4
+epochs = 6
+lr = 1e-3
+
+[prompt4re]
+heads = 2
+epochs = 6
+folds = 3
+lr = 1e-2
+"""
+
+
+class TestThreeCommands:
+    """In a folder that holds regions.parquet and mobility.parquet, each ends by naming the next."""
+
+    def test_train(self, demo_trained, demo_run):
+        assert demo_trained.out.splitlines()[-1] == "next: topt-deploy export --format onnx"
+        for task in TASKS:
+            assert any(line.startswith(task) for line in demo_trained.out.splitlines())
+        assert "held out" in demo_trained.out
+        assert str(demo_run.name) in demo_trained.out
+        assert {"run.json", "model.safetensors", "held_out.parquet", "metrics.jsonl"} < {
+            p.name for p in demo_run.iterdir()
+        }
+
+    def test_export(self, demo_exported, demo_bundle):
+        assert demo_exported.out.splitlines()[-1] == "next: topt-run predict regions.parquet"
+        assert "parity passed on 4 cities" in demo_exported.out
+        assert demo_bundle.is_dir()
+
+    def test_predict(self, demo_bundle):
+        said = shell("topt-run predict regions.parquet", demo_bundle.parent)
+        assert said.code == 0, said.err
+        table = pq.read_table(demo_bundle.with_name("predictions.parquet"))
+        assert table.num_rows == 77 * 3
+        assert "receipt     predictions.receipt.json" in said.out
+
+    def test_what_export_and_prediction_say_is_what_training_said(self, demo_run, demo_bundle, desk, topt_run):
+        """The deployed model's in-sample predictions, from training, are what the bundle predicts."""
+        assert topt_run("predict", desk.regions).code == 0
+        held = {
+            (r["region_id"], r["task"]): r["in_sample"]
+            for r in pq.read_table(demo_run / "held_out.parquet").to_pylist()
+        }
+        found = {(r["region_id"], r["task"]): r["prediction"] for r in pq.read_table(desk.out).to_pylist()}
+        assert held.keys() == found.keys()
+        assert found == pytest.approx(held, rel=1e-4, abs=1e-4)
+
+    def test_the_kept_bundle_is_there_for_the_runtime_only_tests(self, demo_bundle):
+        place = os.environ.get("TOPT_KEEP_BUNDLE")
+        if place is None:
+            pytest.skip("TOPT_KEEP_BUNDLE is not set: `make test` sets it")
+        kept = {name.name for name in os.scandir(place)}
+        assert kept == {"model.topt", "regions.parquet", "mobility.parquet"}
+
+
+def write(folder, regions, mobility):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(regions, folder / "regions.parquet")
+    pq.write_table(mobility, folder / "mobility.parquet")
+    return folder
+
+
+class TestInterrupted:
+    """Stopped at any moment and gone on with, a run ends bit for bit as if nothing had happened."""
+
+    SETTINGS = TINY.replace("epochs = 6", "epochs = 1200") + "\n[tasks.crime]\n[tasks.calls]\n"
+
+    @pytest.fixture(scope="class")
+    def city(self, tmp_path_factory):
+        folder = write(
+            tmp_path_factory.mktemp("interrupted"),
+            *tiny_city_tables(20, prompts=["prompt_crime", "prompt_calls"]),
+        )
+        (folder / "topt.toml").write_text(self.SETTINGS)
+        return folder
+
+    @pytest.fixture(scope="class")
+    def uninterrupted(self, city):
+        said = shell("topt-deploy train --out runs/whole", city)
+        assert said.code == 0, said.err
+        return city / "runs" / "whole"
+
+    @staticmethod
+    def epochs_done(run):
+        """Epochs in the log, and their number: what tells that training goes on."""
+        log = run / "metrics.jsonl"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def stop(self, city, command, run, with_signal, delay_s):
+        """Start, and send a signal so long after the first checkpoint, or the first progress after it."""
+        before = self.epochs_done(run)
+        child = subprocess.Popen(
+            command.split(), cwd=city, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not (any(run.glob("checkpoints/*.safetensors")) and self.epochs_done(run) > before):
+            assert child.poll() is None, f"ended too early: {child.stderr.read()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(delay_s)
+        child.send_signal(with_signal)
+        err = child.communicate(timeout=60)[1]
+        assert child.returncode == (-signal.SIGKILL if with_signal == signal.SIGKILL else 130), err
+        assert not json.loads((run / "run.json").read_text())["finished"], "it had ended before it was stopped"
+        assert not (run / "model.safetensors").exists()
+        return err
+
+    @pytest.mark.parametrize("seed", [None])
+    def test_resuming_gives_the_same_bytes(self, seed, city, uninterrupted):
+        instants = random.Random(seed)
+        run = city / "runs" / "stopped"
+        resume = "topt-deploy train --resume"
+        waits = [instants.uniform(0, 0.6) for _ in range(3)]
+        print(f"stopped after {waits} s")  # shown where the test fails
+        self.stop(city, "topt-deploy train --out runs/stopped", run, signal.SIGKILL, waits[0])
+        said = self.stop(city, resume, run, signal.SIGINT, waits[1])
+        assert "interrupted; go on with: topt-deploy train" in said
+        assert "Traceback" not in said
+        self.stop(city, f"{resume} --out runs/stopped", run, signal.SIGKILL, waits[2])
+        done = shell(resume, city)
+        assert done.code == 0, done.err
+        for name in ("model.safetensors", "held_out.parquet", "inputs.safetensors"):
+            assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+        def lines(folder):
+            return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+        epochs = [(line["stage"], line["epoch"]) for line in lines(run)]
+        assert len(set(epochs)) == len(epochs), "an epoch stands there twice"
+        assert lines(run) == lines(uninterrupted)
+
+    def test_half_a_line_in_the_log_does_not_stop_it(self, city, uninterrupted):
+        """A full disk or a power cut can leave that."""
+        run = shutil.copytree(uninterrupted, city / "runs" / "half")
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+        with (run / "metrics.jsonl").open("a") as log:
+            log.write('{"stage": "prompt4re/ca')
+        said = shell("topt-deploy train --resume --out runs/half", city)
+        assert said.code == 0, said.err
+        assert (run / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            json.loads(line)
+
+    def test_a_damaged_checkpoint_is_named(self, city, uninterrupted):
+        run = shutil.copytree(uninterrupted, city / "runs" / "damaged")
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+        checkpoint = next(run.glob("checkpoints/*.safetensors"))
+        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+        said = shell("topt-deploy train --resume --out runs/damaged", city)
+        assert said.code not in (0, 70), said.err
+        assert checkpoint.name in said.err
+        assert "Traceback" not in said.err
+
+    def test_another_city_is_not_resumed_on(self, city, uninterrupted, tmp_path):
+        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=["prompt_crime", "prompt_calls"]))
+        run = shutil.copytree(uninterrupted, tmp_path / "run")
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+        said = shell(f"topt-deploy train {other} --resume --out {run}", tmp_path)
+        assert said.code == 78
+        assert "has changed since this run was started" in said.err
+
+
+class TestNullLabels:
+    """Regions without a label are predicted, and teach nothing."""
+
+    HIDDEN = ("001", "005", "010")
+
+    @pytest.fixture(scope="class")
+    def train(self, tmp_path_factory):
+        """Train a city whose labels of the hidden regions are these; the run, within this process."""
+        from builders import quiet
+
+        from topt_deploy.config import Config
+        from topt_deploy.train.fit import Engine
+        from topt_deploy.train.run import start_run, train_run
+
+        regions, mobility = tiny_city_tables(16, prompts=["prompt_crime", "prompt_calls"])
+
+        def call(name, label, drop_zeros=False):
+            labels = [
+                label if region in self.HIDDEN else value
+                for region, value in zip(regions["region_id"].to_pylist(), regions["crime"].to_pylist(), strict=True)
+            ]
+            folder = write(tmp_path_factory.mktemp(name), replaced(regions, crime=labels), mobility)
+            task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
+            config = Config.from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
+            files = {"regions": folder / "regions.parquet", "mobility": folder / "mobility.parquet"}
+            run = start_run(folder / "run", folder, config, **files)
+            train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
+            return folder / "run"
+
+        return call
+
+    @pytest.fixture(scope="class")
+    def hidden(self, train):
+        return train("hidden", None)
+
+    def test_they_are_predicted_and_held_out_of_the_figures(self, hidden):
+        rows = [r for r in pq.read_table(hidden / "held_out.parquet").to_pylist() if r["task"] == "crime"]
+        for row in rows:
+            assert np.isfinite(row["in_sample"])
+            unknown = row["region_id"] in self.HIDDEN
+            assert (row["label"] is None, row["held_out"] is None, row["fold"] == -1) == (unknown,) * 3
+        record = json.loads((hidden / "run.json").read_text())
+        assert record["reports"]["crime"]["held_out"]["regions"] == 13
+        assert record["reports"]["calls"]["held_out"]["regions"] == 16
+
+    def test_null_is_the_same_as_not_taking_part(self, train):
+        """A zero that the protocol drops, and a null, leave the same model to the last bit."""
+        null, zero = train("null", None, drop_zeros=True), train("zero", 0.0, drop_zeros=True)
+        assert (null / "model.safetensors").read_bytes() == (zero / "model.safetensors").read_bytes()
+
+    def test_any_label_there_would_have_been_another_model(self, hidden, train):
+        """Else the test above shows nothing; and the other task must not notice either way."""
+        known = train("known", 50.0)
+        a, b = (load_file(run / "model.safetensors") for run in (hidden, known))
+        assert a.keys() == b.keys()
+        other = {name for name in a if not np.array_equal(a[name], b[name])}
+        assert other
+        assert all(".for_crime." in name and name.startswith("heads.") for name in other), other
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Train and export a tiny city within this process; its folder. One export for several variants as tasks."""
+    from builders import quiet
+
+    from topt_deploy.config import load_config
+    from topt_deploy.export.bundle import export_bundle
+    from topt_deploy.runs import open_run
+    from topt_deploy.train.fit import Engine
+    from topt_deploy.train.run import start_run, train_run
+
+    def call(name, toml, tables):
+        folder = write(tmp_path_factory.mktemp(name), *tables)
+        (folder / "topt.toml").write_text(toml)
+        config = load_config(preset="paper", file=folder / "topt.toml")
+        mobility = folder / "mobility.parquet" if config.mobility else None
+        files = {"regions": folder / "regions.parquet", "mobility": mobility}
+        run = start_run(folder / "run", folder, config, **files)
+        train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
+        export_bundle(open_run(folder / "run"), folder / "model.topt", say=lambda text: None)
+        return folder
+
+    return call
+
+
+def checked(folder, topt_run, task):
+    """The bundle's predictions of a task: PyTorch's, and within reason."""
+    said = topt_run("predict", folder / "regions.parquet", "--task", task, "--wide")
+    assert said.code == 0, said.err
+    table = pq.read_table(folder / "predictions.parquet")
+    found = dict(zip(table["region_id"].to_pylist(), table[task].to_pylist(), strict=True))
+    rows = [r for r in pq.read_table(folder / "run" / "held_out.parquet").to_pylist() if r["task"] == task]
+    assert found == pytest.approx({r["region_id"]: r["in_sample"] for r in rows}, rel=1e-4, abs=1e-4)
+    return found
+
+
+ABLATION = {
+    "full": "",
+    "no_distance_bias": "[tasks.{}.srel]\ndistance_bias = false",
+    "no_centrality": "[tasks.{}.srel]\ncentrality = false",
+    "no_prompt4re": "[tasks.{}.prompt4re]\nenabled = false",
+    "no_task_prompt": '[tasks.{}.prompt4re]\nprompt = "none"',
+    "no_alignment": "[tasks.{}.prompt4re]\nalignment = false",
+}
+OTHERS = {
+    "poisson": '[tasks.{}.target]\nlikelihood = "poisson"',
+    "negative_binomial": '[tasks.{}.target]\nlikelihood = "negative_binomial"',
+    "sqrt": '[tasks.{}.target]\ntransform = "sqrt"\n[tasks.{}.prompt4re]\nskip = true\nridge_penalty = true\nridge_alpha = 0.0',
+    "log1p": '[tasks.{}.target]\ntransform = "log1p"\ndrop_zeros = true\n[tasks.{}.srel]\ndecay = "gaussian"',
+    "members": "[tasks.{}.prompt4re]\nmembers = 2\nhidden = 5\ncomponents = 3\nwidth = 4\nskip = true",
+    "deeper": '[tasks.{}.srel]\ndecay = "inverse"\ndecay_length_m = 900.0\nlayers = 3\nintra_blocks = 2\ninter_blocks = 1',
+}
+
+
+def variants(named, **more):
+    """Settings with a task per variant, and a city with such labels."""
+    sections = "\n".join(f"[tasks.{name}]\n{text.format(name, name)}" for name, text in named.items())
+    prompts = [*(f"prompt_{name}" for name in named), "prompt_none"]
+    return f"{TINY}\n{sections}\n", tiny_city_tables(14, tasks=tuple(named), prompts=prompts, **more)
+
+
+class TestVariants:
+    @pytest.fixture(scope="class")
+    def ablation(self, exported):
+        return exported("ablation", *variants(ABLATION))
+
+    @pytest.fixture(scope="class")
+    def others(self, exported):
+        return exported("others", *variants(OTHERS, lists=True))
+
+    @pytest.mark.parametrize("task", ABLATION)
+    def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, topt_run):
+        found = checked(ablation, topt_run, task)
+        assert len(found) == 14
+        assert len(set(found.values())) > 7
+
+    def test_the_ablation_leaves_out_what_it_says(self, ablation, topt_run):
+        manifest = json.loads((ablation / "model.topt" / "manifest.json").read_text())
+        prompts = {task: facts["prompt"] for task, facts in manifest["tasks"].items()}
+        assert prompts == {task: f"prompt_{task}" for task in ABLATION} | {
+            "no_prompt4re": None,
+            "no_task_prompt": "prompt_none",
+        }
+        assert "prompt_no_prompt4re" not in manifest["inputs"]
+        weights = load_file(ablation / "run" / "model.safetensors")
+        assert not [name for name in weights if "no_prompt4re.basis" in name]
+        assert [name for name in weights if "full.basis" in name]
+        assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
+
+    @pytest.mark.parametrize("task", OTHERS)
+    def test_so_does_every_other_setting(self, task, others, topt_run):
+        found = checked(others, topt_run, task)
+        assert len(found) == 14
+        assert min(found.values()) >= 0
+
+    def test_without_flows_and_with_one_view(self, exported, topt_run):
+        toml, tables = variants({"crime": ""})
+        toml = toml.replace('views = ["poi", "land_use"]', 'views = ["land_use"]\nmobility = false')
+        folder = exported("alone", toml, tables)
+        manifest = json.loads((folder / "model.topt" / "manifest.json").read_text())
+        assert manifest["inputs"] == ["land_use", "position", "prompt_crime"]
+        (folder / "mobility.parquet").unlink()
+        checked(folder, topt_run, "crime")
+        assert topt_run("selftest", folder / "model.topt").code == 0
+        assert not list((folder / "model.topt" / "golden").glob("*.mobility.parquet"))
+        receipt = json.loads((folder / "predictions.receipt.json").read_text())
+        assert set(receipt["inputs"]) == {"regions"}
+
+
+class TestChicago:
+    """The real city of the paper: 77 community areas, Llama's prompt vectors of 4096 numbers."""
+
+    HIDDEN = ("08", "32", "77")
+
+    @pytest.fixture(scope="class")
+    def folder(self, chicago, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("chicago")
+        table = pq.read_table(chicago / "regions.parquet")
+        ids = table["region_id"].to_pylist()
+        hidden = [
+            None if region in self.HIDDEN else v for region, v in zip(ids, table["crime"].to_pylist(), strict=True)
+        ]
+        assert hidden.count(None) == 3
+        pq.write_table(replaced(table, crime=pa.array(hidden, pa.int64())), folder / "regions.parquet")
+        shutil.copy(chicago / "mobility.parquet", folder)
+        few = "--set srel.epochs=20 --set prompt4re.epochs=10 --set prompt4re.folds=3"
+        for command in (f"topt-deploy train --preset quick {few}", "topt-deploy export --format onnx"):
+            said = shell(command, folder)
+            assert said.code == 0, said.err
+        return folder
+
+    def test_every_region_and_task_is_predicted(self, folder, topt_run):
+        assert topt_run("predict", folder / "regions.parquet").code == 0
+        rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+        assert len(rows) == 77 * 3
+        assert {row["city_id"] for row in rows} == {"Chi"}
+        assert len({row["region_id"] for row in rows}) == 77
+        assert all(np.isfinite(row["prediction"]) and row["prediction"] >= 0 for row in rows)
+        hidden = {row["region_id"] for row in rows if row["task"] == "crime"} & set(self.HIDDEN)
+        assert hidden == set(self.HIDDEN)
+
+    def test_the_predictions_know_the_city(self, folder, chicago, topt_run):
+        """Even a minute's training ranks the areas of Chicago roughly as they are."""
+        assert topt_run("predict", folder / "regions.parquet", "--wide").code == 0
+        found, truth = (pq.read_table(p) for p in (folder / "predictions.parquet", chicago / "regions.parquet"))
+        for task in TASKS:
+            a, b = (np.argsort(np.argsort(t[task].to_numpy())) for t in (found, truth))
+            assert np.corrcoef(a, b)[0, 1] > 0.6, task
+
+    def test_it_passes_its_own_test(self, folder, topt_run):
+        assert topt_run("selftest", folder / "model.topt").code == 0
+        said = topt_run("info", folder / "model.topt")
+        assert "city       Chi, 77 regions" in said.out
+        assert "SYNTHETIC" not in said.out
+        assert "4096 from meta-llama/Llama-3.2-11B-Vision-Instruct" in said.out
+
+    def test_nothing_of_chicago_is_in_the_bundle(self, folder, chicago):
+        texts = pq.read_table(chicago / "regions.parquet", columns=["text", "lon"]).to_pylist()
+        held = b"".join(path.read_bytes() for path in (folder / "model.topt").rglob("*") if path.is_file())
+        for row in texts:
+            assert row["text"][-80:].encode() not in held
+            assert np.float64(row["lon"]).tobytes() not in held
+
+    def test_prompts_of_the_other_encoder_are_refused(self, folder, topt_run, tmp_path):
+        table = pq.read_table(folder / "regions.parquet")
+        index = table.schema.get_field_index("prompt_crime")
+        field = table.schema.field(index).with_metadata({"encoder": "Qwen/Qwen2.5-VL-7B-Instruct"})
+        pq.write_table(table.set_column(index, field, table.column(index)), tmp_path / "regions.parquet")
+        shutil.copy(folder / "mobility.parquet", tmp_path)
+        said = topt_run("predict", tmp_path / "regions.parquet", "--bundle", folder / "model.topt")
+        assert said.code == 65
+        assert "Llama-3.2" in said.err
+        assert "Qwen2.5" in said.err
