@@ -1,5 +1,6 @@
 """Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
 
+import errno
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ import pyarrow as pa
 import torch
 
 from topt_deploy import __version__
-from topt_deploy.bundle import CARD, SCHEMA_VERSION, Manifest, seal_bundle
-from topt_deploy.errors import UsageError
+from topt_deploy.bundle import CARD, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.features import features
-from topt_deploy.fileio import atomic_file, atomic_folder
+from topt_deploy.fileio import atomic_file, atomic_folder, write_error
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
@@ -56,8 +57,7 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
     """
     if not run.finished:
         raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
-    if out.exists() and (out.is_dir() if as_zip else not (out / "manifest.json").exists()):
-        raise UsageError("is there already, and is no bundle", file=out, fix="name another --out")
+    _check_place(out, as_zip)
     model = load_model(run.path / MODEL_FILE)
     inputs, facts = load_tensors(run.path / INPUTS_FILE)
     say("exporting the graph")
@@ -129,6 +129,21 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
         seal_bundle(folder, manifest)
     size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return Exported(path=out, parity=parity, bytes=size)
+
+
+def _check_place(out: Path, as_zip: bool) -> None:
+    """Refuse before the work what could not be written after it, and to replace what is no bundle."""
+    if not out.parent.is_dir():
+        raise write_error(out, FileNotFoundError(errno.ENOENT, "no such folder"))
+    if not out.exists():
+        return
+    try:
+        open_bundle(out)
+        replaceable = out.is_dir() != as_zip
+    except ToptError:
+        replaceable = not as_zip and (out / MANIFEST).exists()  # a damaged bundle may be replaced
+    if not replaceable:
+        raise UsageError("is there already, and is no bundle of this form", file=out, fix="name another --out")
 
 
 def _write_golden(folder: Path, name: str, city: SyntheticCity, expected: pa.Table) -> None:

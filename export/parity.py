@@ -45,7 +45,7 @@ def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str
     worst, swapped = 0.0, 0
     for task, e in expected.items():
         a, b = e.astype(np.float64), found[task].astype(np.float64)
-        if not np.isfinite(b).all():
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
             worst = float("inf")
             continue
         worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import pytest
 from commands import Desk, Said, shell
+
+from topt_deploy.cli import cli
+from topt_deploy.commandline import run
+from topt_deploy.runtime.cli import cli as runtime_cli
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT.parent / "shared" / "data"
@@ -46,32 +51,43 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _once(shared: Path, name: str, make: Callable[[], Said]) -> Said:
-    """What ``make`` said, in the first worker that came here; it must have succeeded."""
-    said = shared / f"{name}.said"
-    with _locked(shared / f"{name}.lock"):
-        if not said.exists():
-            done = make()
-            assert done.code == 0, f"{name}: exit {done.code}\n{done.out}\n{done.err}"
-            said.write_text(f"{done.out}\0{done.err}")
-    out, err = said.read_text().split("\0")
-    return Said(0, out, err)
+Once = Callable[[str, Callable[[Path], Said | None]], Said]
 
 
 @pytest.fixture(scope="session")
-def demo_city(shared: Path) -> Path:
+def once(shared: Path) -> Once:
+    """Make something below ``shared`` in whichever worker comes first; what was said is known to all."""
+
+    def call(name: str, make: Callable[[Path], Said | None]) -> Said:
+        said = shared / f"{name}.said"
+        with _locked(shared / f"{name}.lock"):
+            if not said.exists():
+                done = make(shared) or Said(0, "", "")
+                assert done.code == 0, f"{name}: exit {done.code}\n{done.out}\n{done.err}"
+                said.write_text(f"{done.out}\0{done.err}")
+        out, err = said.read_text().split("\0")
+        return Said(0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def demo_city(shared: Path, once: Once) -> Path:
     """A synthetic city of 77 regions, as many as Chicago has, with settings that train in seconds."""
-    _once(shared, "sample", lambda: shell(f"topt-deploy sample --out demo --regions {REGIONS}", shared))
-    settings = shared / "demo" / "topt.toml"
-    if not settings.exists():
-        settings.write_text(SETTINGS)
+
+    def sample(folder: Path) -> Said:
+        said = shell(f"topt-deploy sample --out demo --regions {REGIONS}", folder)
+        (folder / "demo" / "topt.toml").write_text(SETTINGS)
+        return said
+
+    once("sample", sample)
     return shared / "demo"
 
 
 @pytest.fixture(scope="session")
-def demo_trained(shared: Path, demo_city: Path) -> Said:
+def demo_trained(once: Once, demo_city: Path) -> Said:
     """What ``topt-deploy train`` said of the demo."""
-    return _once(shared, "train", lambda: shell("topt-deploy train", demo_city))
+    return once("train", lambda _: shell("topt-deploy train", demo_city))
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +98,10 @@ def demo_run(demo_city: Path, demo_trained: Said) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_exported(shared: Path, demo_city: Path, demo_run: Path) -> Said:
+def demo_exported(once: Once, demo_city: Path, demo_run: Path) -> Said:
     """What ``topt-deploy export --format onnx`` said of the demo."""
 
-    def export() -> Said:
+    def export(_: Path) -> Said:
         done = shell("topt-deploy export --format onnx", demo_city)
         if KEEP in os.environ and done.code == 0:
             keep = Path(os.environ[KEEP])
@@ -94,7 +110,7 @@ def demo_exported(shared: Path, demo_city: Path, demo_run: Path) -> Said:
                 shutil.copy(demo_city / name, keep)
         return done
 
-    return _once(shared, "export", export)
+    return once("export", export)
 
 
 @pytest.fixture(scope="session")
@@ -112,15 +128,14 @@ def published() -> Path:
 
 
 @pytest.fixture(scope="session")
-def chicago(shared: Path, published: Path) -> Path:
+def chicago(shared: Path, once: Once, published: Path) -> Path:
     """Real Chicago, imported: 77 community areas with Llama's prompt vectors."""
-    _once(
-        shared,
+    once(
         "chicago",
-        lambda: shell(
+        lambda folder: shell(
             f"topt-deploy import hafusion {published / 'HAFusion'} --city Chi --out chicago"
             f" --prompt4re {published / 'Prompt4RE'} --encoder llama",
-            shared,
+            folder,
         ),
     )
     return shared / "chicago"
@@ -136,20 +151,29 @@ def desk(tmp_path: Path, demo_bundle: Path) -> Desk:
     return Desk(folder)
 
 
-@pytest.fixture
-def topt_run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``topt-run`` within this process: no second to start it, and the same exit."""
-    from topt_deploy.commandline import run
-    from topt_deploy.runtime.cli import cli
+def _within(command: click.Command, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Call ``command`` within this process: no seconds to start it, and the same exit."""
 
     def call(*arguments: object) -> Said:
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
-            run(cli, [str(argument) for argument in arguments])
+            run(command, [str(argument) for argument in arguments])
         assert isinstance(left.value.code, int)
         return Said(left.value.code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def topt_run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """``topt-run`` within this process."""
+    return _within(runtime_cli, capfd)
+
+
+@pytest.fixture
+def topt_deploy(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """``topt-deploy`` within this process."""
+    return _within(cli, capfd)
 
 
 @pytest.fixture

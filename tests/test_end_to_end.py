@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import PROMPT4RE, SREL, replaced, tiny_city_tables
+from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables
 from commands import environment, shell
 from safetensors.numpy import load_file
+
+from topt_deploy.config import Config, load_config
 
 TASKS = ("crime", "check_in", "service_call")
 TINY = """\
 views = ["poi", "land_use"]
-checkpoint_every = 10
+checkpoint_every = 25
 
 [srel]
 width = 8
@@ -28,6 +30,8 @@ ffn_width = 12
 memory = 4
 channels = 3
 view_width = 4
+layers = 1
+inter_blocks = 1
 epochs = 6
 lr = 1e-3
 
@@ -90,40 +94,59 @@ def write(folder, regions, mobility):
     return folder
 
 
+def train_at(city, config):
+    """Train the city in this folder within this process; the run is its folder ``run``."""
+    from topt_deploy.train.fit import Engine
+    from topt_deploy.train.run import start_run, train_run
+
+    mobility = city / "mobility.parquet" if config.mobility else None
+    files = {"regions": city / "regions.parquet", "mobility": mobility}
+    run = start_run(city / "run", city, config, **files)
+    train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
+
+
 class TestInterrupted:
     """Stopped at any moment and gone on with, a run ends bit for bit as if nothing had happened."""
 
-    SETTINGS = TINY.replace("epochs = 6", "epochs = 1200") + "\n[tasks.crime]\n[tasks.calls]\n"
+    SETTINGS = TINY.replace("epochs = 6", "epochs = 400") + "\n[tasks.crime]\n[tasks.calls]\n"
+    PROMPTS = ("prompt_crime", "prompt_calls")
 
     @pytest.fixture(scope="class")
-    def city(self, tmp_path_factory):
-        folder = write(
-            tmp_path_factory.mktemp("interrupted"),
-            *tiny_city_tables(20, prompts=["prompt_crime", "prompt_calls"]),
-        )
-        (folder / "topt.toml").write_text(self.SETTINGS)
-        return folder
+    def city(self, shared, once):
+        def make(folder):
+            city = write(folder / "interrupted", *tiny_city_tables(20, prompts=self.PROMPTS))
+            (city / "topt.toml").write_text(self.SETTINGS)
+
+        once("interrupted", make)
+        return shared / "interrupted"
 
     @pytest.fixture(scope="class")
-    def uninterrupted(self, city):
-        said = shell("topt-deploy train --out runs/whole", city)
-        assert said.code == 0, said.err
-        return city / "runs" / "whole"
+    def uninterrupted(self, city, once):
+        once("uninterrupted", lambda _: shell("topt-deploy train --out whole", city))
+        return city / "whole"
+
+    @pytest.fixture
+    def unfinished(self, uninterrupted, tmp_path):
+        """A copy of the run as it was just before its end."""
+        run = shutil.copytree(uninterrupted, tmp_path / "run")
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
+        return run
 
     @staticmethod
-    def epochs_done(run):
-        """Epochs in the log, and their number: what tells that training goes on."""
+    def lines(run):
+        """The log's lines; they tell that training goes on."""
         log = run / "metrics.jsonl"
-        return len(log.read_text().splitlines()) if log.exists() else 0
+        return log.read_text().splitlines() if log.exists() else []
 
     def stop(self, city, command, run, with_signal, delay_s):
         """Start, and send a signal so long after the first checkpoint, or the first progress after it."""
-        before = self.epochs_done(run)
+        before = len(self.lines(run))
         child = subprocess.Popen(
             command.split(), cwd=city, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         deadline = time.monotonic() + 120
-        while not (any(run.glob("checkpoints/*.safetensors")) and self.epochs_done(run) > before):
+        while not (any(run.glob("checkpoints/*.safetensors")) and len(self.lines(run)) > before):
             assert child.poll() is None, f"ended too early: {child.stderr.read()}"
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -135,12 +158,10 @@ class TestInterrupted:
         assert not (run / "model.safetensors").exists()
         return err
 
-    @pytest.mark.parametrize("seed", [None])
-    def test_resuming_gives_the_same_bytes(self, seed, city, uninterrupted):
-        instants = random.Random(seed)
+    def test_resuming_gives_the_same_bytes(self, city, uninterrupted):
         run = city / "runs" / "stopped"
         resume = "topt-deploy train --resume"
-        waits = [instants.uniform(0, 0.6) for _ in range(3)]
+        waits = [random.uniform(0, 0.3) for _ in range(3)]
         print(f"stopped after {waits} s")  # shown where the test fails
         self.stop(city, "topt-deploy train --out runs/stopped", run, signal.SIGKILL, waits[0])
         said = self.stop(city, resume, run, signal.SIGINT, waits[1])
@@ -151,44 +172,34 @@ class TestInterrupted:
         assert done.code == 0, done.err
         for name in ("model.safetensors", "held_out.parquet", "inputs.safetensors"):
             assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
-
-        def lines(folder):
-            return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-        epochs = [(line["stage"], line["epoch"]) for line in lines(run)]
+        found = [json.loads(line) for line in self.lines(run)]
+        epochs = [(line["stage"], line["epoch"]) for line in found]
         assert len(set(epochs)) == len(epochs), "an epoch stands there twice"
-        assert lines(run) == lines(uninterrupted)
+        assert found == [json.loads(line) for line in self.lines(uninterrupted)]
 
-    def test_half_a_line_in_the_log_does_not_stop_it(self, city, uninterrupted):
+    def test_half_a_line_in_the_log_does_not_stop_it(self, city, uninterrupted, unfinished, topt_deploy):
         """A full disk or a power cut can leave that."""
-        run = shutil.copytree(uninterrupted, city / "runs" / "half")
-        record = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
-        with (run / "metrics.jsonl").open("a") as log:
+        with (unfinished / "metrics.jsonl").open("a") as log:
             log.write('{"stage": "prompt4re/ca')
-        said = shell("topt-deploy train --resume --out runs/half", city)
+        said = topt_deploy("train", city, "--resume", "--out", unfinished)
         assert said.code == 0, said.err
-        assert (run / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
-        for line in (run / "metrics.jsonl").read_text().splitlines():
+        assert (unfinished / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
+        for line in self.lines(unfinished):
             json.loads(line)
 
-    def test_a_damaged_checkpoint_is_named(self, city, uninterrupted):
-        run = shutil.copytree(uninterrupted, city / "runs" / "damaged")
-        record = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
-        checkpoint = next(run.glob("checkpoints/*.safetensors"))
-        checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-        said = shell("topt-deploy train --resume --out runs/damaged", city)
-        assert said.code not in (0, 70), said.err
-        assert checkpoint.name in said.err
-        assert "Traceback" not in said.err
+    def test_a_damaged_checkpoint_is_named(self, city, unfinished, topt_deploy):
+        checkpoint = min(unfinished.glob("checkpoints/*.safetensors"))
+        whole = checkpoint.read_bytes()
+        for damaged in (b"", whole[:100], whole[:-1]):
+            checkpoint.write_bytes(damaged)
+            said = topt_deploy("train", city, "--resume", "--out", unfinished)
+            assert said.code not in (0, 70), said.err
+            assert checkpoint.name in said.err
+            assert "Traceback" not in said.err
 
-    def test_another_city_is_not_resumed_on(self, city, uninterrupted, tmp_path):
-        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=["prompt_crime", "prompt_calls"]))
-        run = shutil.copytree(uninterrupted, tmp_path / "run")
-        record = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(record | {"finished": False}))
-        said = shell(f"topt-deploy train {other} --resume --out {run}", tmp_path)
+    def test_another_city_is_not_resumed_on(self, unfinished, tmp_path, topt_deploy):
+        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=self.PROMPTS))
+        said = topt_deploy("train", other, "--resume", "--out", unfinished)
         assert said.code == 78
         assert "has changed since this run was started" in said.err
 
@@ -199,14 +210,8 @@ class TestNullLabels:
     HIDDEN = ("001", "005", "010")
 
     @pytest.fixture(scope="class")
-    def train(self, tmp_path_factory):
-        """Train a city whose labels of the hidden regions are these; the run, within this process."""
-        from builders import quiet
-
-        from topt_deploy.config import Config
-        from topt_deploy.train.fit import Engine
-        from topt_deploy.train.run import start_run, train_run
-
+    def train(self, shared, once):
+        """Train a city whose labels of the hidden regions are these; the run."""
         regions, mobility = tiny_city_tables(16, prompts=["prompt_crime", "prompt_calls"])
 
         def call(name, label, drop_zeros=False):
@@ -214,13 +219,10 @@ class TestNullLabels:
                 label if region in self.HIDDEN else value
                 for region, value in zip(regions["region_id"].to_pylist(), regions["crime"].to_pylist(), strict=True)
             ]
-            folder = write(tmp_path_factory.mktemp(name), replaced(regions, crime=labels), mobility)
             task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
             config = Config.from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
-            files = {"regions": folder / "regions.parquet", "mobility": folder / "mobility.parquet"}
-            run = start_run(folder / "run", folder, config, **files)
-            train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
-            return folder / "run"
+            once(name, lambda folder: train_at(write(folder / name, replaced(regions, crime=labels), mobility), config))
+            return shared / name / "run"
 
         return call
 
@@ -253,27 +255,22 @@ class TestNullLabels:
         assert all(".for_crime." in name and name.startswith("heads.") for name in other), other
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Train and export a tiny city within this process; its folder. One export for several variants as tasks."""
-    from builders import quiet
-
-    from topt_deploy.config import load_config
-    from topt_deploy.export.bundle import export_bundle
-    from topt_deploy.runs import open_run
-    from topt_deploy.train.fit import Engine
-    from topt_deploy.train.run import start_run, train_run
+@pytest.fixture(scope="session")
+def exported(shared, once):
+    """Train and export a tiny city; its folder. One export, which takes its time, for several variants as tasks."""
 
     def call(name, toml, tables):
-        folder = write(tmp_path_factory.mktemp(name), *tables)
-        (folder / "topt.toml").write_text(toml)
-        config = load_config(preset="paper", file=folder / "topt.toml")
-        mobility = folder / "mobility.parquet" if config.mobility else None
-        files = {"regions": folder / "regions.parquet", "mobility": mobility}
-        run = start_run(folder / "run", folder, config, **files)
-        train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
-        export_bundle(open_run(folder / "run"), folder / "model.topt", say=lambda text: None)
-        return folder
+        def make(folder):
+            from topt_deploy.export.bundle import export_bundle
+            from topt_deploy.runs import open_run
+
+            city = write(folder / name, *tables)
+            (city / "topt.toml").write_text(toml)
+            train_at(city, load_config(preset="paper", file=city / "topt.toml"))
+            export_bundle(open_run(city / "run"), city / "model.topt", say=lambda text: None)
+
+        once(name, make)
+        return shared / name
 
     return call
 
@@ -291,25 +288,26 @@ def checked(folder, topt_run, task):
 
 ABLATION = {
     "full": "",
-    "no_distance_bias": "[tasks.{}.srel]\ndistance_bias = false",
-    "no_centrality": "[tasks.{}.srel]\ncentrality = false",
-    "no_prompt4re": "[tasks.{}.prompt4re]\nenabled = false",
-    "no_task_prompt": '[tasks.{}.prompt4re]\nprompt = "none"',
-    "no_alignment": "[tasks.{}.prompt4re]\nalignment = false",
+    "no_distance_bias": "[tasks.{0}.srel]\ndistance_bias = false",
+    "no_centrality": "[tasks.{0}.srel]\ncentrality = false",
+    "no_prompt4re": "[tasks.{0}.prompt4re]\nenabled = false",
+    "no_task_prompt": '[tasks.{0}.prompt4re]\nprompt = "none"',
+    "no_alignment": "[tasks.{0}.prompt4re]\nalignment = false",
 }
-OTHERS = {
-    "poisson": '[tasks.{}.target]\nlikelihood = "poisson"',
-    "negative_binomial": '[tasks.{}.target]\nlikelihood = "negative_binomial"',
-    "sqrt": '[tasks.{}.target]\ntransform = "sqrt"\n[tasks.{}.prompt4re]\nskip = true\nridge_penalty = true\nridge_alpha = 0.0',
-    "log1p": '[tasks.{}.target]\ntransform = "log1p"\ndrop_zeros = true\n[tasks.{}.srel]\ndecay = "gaussian"',
-    "members": "[tasks.{}.prompt4re]\nmembers = 2\nhidden = 5\ncomponents = 3\nwidth = 4\nskip = true",
-    "deeper": '[tasks.{}.srel]\ndecay = "inverse"\ndecay_length_m = 900.0\nlayers = 3\nintra_blocks = 2\ninter_blocks = 1',
+LIKELIHOODS = {
+    "poisson": '[tasks.{0}.target]\nlikelihood = "poisson"',
+    "negative_binomial": '[tasks.{0}.target]\nlikelihood = "negative_binomial"',
+    "sqrt": '[tasks.{0}.target]\ntransform = "sqrt"\n[tasks.{0}.prompt4re]\nskip = true\nridge_penalty = true',
+    "log1p": '[tasks.{0}.target]\ntransform = "log1p"\ndrop_zeros = true\n[tasks.{0}.prompt4re]\nridge_alpha = 0.0',
+    "members": "[tasks.{0}.prompt4re]\nmembers = 2\nhidden = 5\ncomponents = 3\nwidth = 4\nskip = true",
 }
+DEEPER = 'decay = "inverse"\ndecay_length_m = 900.0\nlayers = 2\nintra_blocks = 2\ninter_blocks = 2'
+"""Of all tasks, so that they share one embedding."""
 
 
 def variants(named, **more):
     """Settings with a task per variant, and a city with such labels."""
-    sections = "\n".join(f"[tasks.{name}]\n{text.format(name, name)}" for name, text in named.items())
+    sections = "\n".join(f"[tasks.{name}]\n{text.format(name)}" for name, text in named.items())
     prompts = [*(f"prompt_{name}" for name in named), "prompt_none"]
     return f"{TINY}\n{sections}\n", tiny_city_tables(14, tasks=tuple(named), prompts=prompts, **more)
 
@@ -320,8 +318,9 @@ class TestVariants:
         return exported("ablation", *variants(ABLATION))
 
     @pytest.fixture(scope="class")
-    def others(self, exported):
-        return exported("others", *variants(OTHERS, lists=True))
+    def likelihoods(self, exported):
+        toml, tables = variants(LIKELIHOODS, lists=True)
+        return exported("likelihoods", toml.replace("layers = 1\ninter_blocks = 1", DEEPER), tables)
 
     @pytest.mark.parametrize("task", ABLATION)
     def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, topt_run):
@@ -342,15 +341,16 @@ class TestVariants:
         assert [name for name in weights if "full.basis" in name]
         assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
 
-    @pytest.mark.parametrize("task", OTHERS)
-    def test_so_does_every_other_setting(self, task, others, topt_run):
-        found = checked(others, topt_run, task)
+    @pytest.mark.parametrize("task", LIKELIHOODS)
+    def test_so_does_every_other_setting(self, task, likelihoods, topt_run):
+        found = checked(likelihoods, topt_run, task)
         assert len(found) == 14
         assert min(found.values()) >= 0
 
     def test_without_flows_and_with_one_view(self, exported, topt_run):
         toml, tables = variants({"crime": ""})
         toml = toml.replace('views = ["poi", "land_use"]', 'views = ["land_use"]\nmobility = false')
+        toml = toml.replace("layers = 1", 'layers = 1\ndecay = "gaussian"')
         folder = exported("alone", toml, tables)
         manifest = json.loads((folder / "model.topt" / "manifest.json").read_text())
         assert manifest["inputs"] == ["land_use", "position", "prompt_crime"]

@@ -38,5 +38,5 @@ def test_a_new_region_falls_inside_as_often_as_promised(coverage: float) -> None
 
 @pytest.mark.parametrize("coverage", [0.0, -0.1, 0.96, 1.0, 1.5, math.nan])
 def test_a_coverage_that_the_labels_cannot_carry_is_refused(coverage: float) -> None:
-    with pytest.raises(UsageError, match="at most 0.950, with 19 labelled regions"):
+    with pytest.raises(UsageError, match=r"at most 0\.950, with 19 labelled regions"):
         interval(np.ones(3), [1.0] * 19, coverage)

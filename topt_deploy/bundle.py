@@ -294,7 +294,15 @@ class _Files:
             try:
                 with self._zip.open(name) as stream:
                     return stream.read(limit + 1)
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+            except (
+                zipfile.BadZipFile,
+                zlib.error,
+                RuntimeError,
+                NotImplementedError,
+                EOFError,
+                OSError,
+                ValueError,
+            ) as error:
                 raise _refuse(self.path, f"{name} cannot be unpacked ({error})") from error
         path = self.path / name
         with reading(path):

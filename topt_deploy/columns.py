@@ -184,7 +184,10 @@ def lists(source: Source, ids: Array, column: str, width: int) -> Array:
             "list entries are missing or not numbers", file=source.name, column=column,
             expected="numbers without nulls", found=f"{kind}, {sum(p.null_count for p in parts)} nulls",
         )  # fmt: skip
-    values = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts]).reshape(len(ids), width)
+    flat = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts])
+    if len(flat) != len(ids) * width:
+        raise BadData("the lists' entries do not add up: damaged file", file=source.name, column=column)
+    values = flat.reshape(len(ids), width)
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         raise BadData(

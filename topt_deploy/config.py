@@ -232,6 +232,7 @@ def load_config(
     Raises:
         BadConfig: Naming the file, the key, and what is known.
     """
+    overrides = tuple(overrides)
     own = {} if file is None else _read_toml(file.read_text, file)
     name = preset or own.get("preset") or DEFAULT_PRESET
     if name not in presets():

@@ -37,7 +37,7 @@ class ParquetFile:
         with self._errors():
             # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
             where = str(source) if isinstance(source, Path) else pa.BufferReader(source)
-            self._reader.open(where, pre_buffer=False)
+            self._reader.open(where, pre_buffer=False, page_checksum_verification=True)
             self.schema: pa.Schema = self._reader.schema_arrow
             self.names: list[str] = list(self.schema.names)
             self.metadata: dict[bytes, bytes] = dict(self._reader.metadata.metadata or {})
@@ -94,6 +94,7 @@ def write_parquet(path: Path, table: pa.Table) -> None:
             version="2.6",
             writer_engine_version="V2",
             store_schema=True,
+            write_page_checksum=True,
         )
         writer.write_table(table)
         writer.close()

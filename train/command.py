@@ -57,8 +57,14 @@ def train(
             fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",
         )
     if resume:
-        changed = [o for o, v in (("--preset", preset), ("--config", file), ("--task", tasks), ("--set", overrides),
-                                  ("--seed", seed)) if v]  # fmt: skip
+        given = {
+            "--preset": preset is not None,
+            "--config": file is not None,
+            "--task": bool(tasks),
+            "--set": bool(overrides),
+            "--seed": seed is not None,
+        }
+        changed = [option for option, there in given.items() if there]
         if changed:
             raise UsageError(
                 f"{changed[0]} cannot change with --resume", fix="a run keeps its settings; start a new one"

@@ -12,24 +12,13 @@ import numpy as np
 import onnx
 import pyarrow.parquet as pq
 import pytest
-from commands import Said
-
-from topt_deploy.cli import cli
-from topt_deploy.commandline import run
 
 SUFFIXES = {".json", ".sha256", ".md", ".onnx", ".weights", ".parquet"}
 
 
 @pytest.fixture
-def export(capfd):
-    """``topt-deploy export`` within this process."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as left:
-            run(cli, ["export", *(str(argument) for argument in arguments)])
-        return Said(left.value.code, *capfd.readouterr())
-
-    return call
+def export(topt_deploy):
+    return lambda *arguments: topt_deploy("export", *arguments)
 
 
 def files(folder):
