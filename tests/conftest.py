@@ -59,12 +59,15 @@ def once(shared: Path) -> Once:
     """Make something below ``shared`` in whichever worker comes first; what was said is known to all."""
 
     def call(name: str, make: Callable[[Path], Said | None]) -> Said:
-        said = shared / f"{name}.said"
+        said, failed = shared / f"{name}.said", shared / f"{name}.failed"
         with _locked(shared / f"{name}.lock"):
+            assert not failed.exists(), f"{name} could not be made: {failed.read_text()}"
             if not said.exists():
+                failed.write_text("see the first test that needed it")
                 done = make(shared) or Said(0, "", "")
                 assert done.code == 0, f"{name}: exit {done.code}\n{done.out}\n{done.err}"
                 said.write_text(f"{done.out}\0{done.err}")
+                failed.unlink()
         out, err = said.read_text().split("\0")
         return Said(0, out, err)
 

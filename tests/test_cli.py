@@ -229,7 +229,7 @@ class TestTopTDeploy:
     def ends(self, capsys, code, *arguments):
         with pytest.raises(SystemExit) as left:
             run(topt_deploy, [str(a) for a in arguments])
-        out, err = capsys.readouterr()
+        err = capsys.readouterr().err
         assert left.value.code == code, err
         assert err.startswith("error: ")
         assert "Traceback" not in err

@@ -43,6 +43,12 @@ lr = 1e-2
 """
 
 
+INTERRUPTED = TINY.replace("epochs = 6", "epochs = 400") + "\n[tasks.crime]\n[tasks.calls]\n"
+PROMPTS = ("prompt_crime", "prompt_calls")
+UNLABELLED = ("001", "005", "010")
+UNLABELLED_IN_CHICAGO = ("08", "32", "77")
+
+
 class TestThreeCommands:
     """In a folder that holds regions.parquet and mobility.parquet, each ends by naming the next."""
 
@@ -105,25 +111,24 @@ def train_at(city, config):
     train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
 
 
+@pytest.fixture(scope="module")
+def city(shared, once):
+    def make(folder):
+        city = write(folder / "interrupted", *tiny_city_tables(20, prompts=PROMPTS))
+        (city / "topt.toml").write_text(INTERRUPTED)
+
+    once("interrupted", make)
+    return shared / "interrupted"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(city, once):
+    once("uninterrupted", lambda _: shell("topt-deploy train --out whole", city))
+    return city / "whole"
+
+
 class TestInterrupted:
     """Stopped at any moment and gone on with, a run ends bit for bit as if nothing had happened."""
-
-    SETTINGS = TINY.replace("epochs = 6", "epochs = 400") + "\n[tasks.crime]\n[tasks.calls]\n"
-    PROMPTS = ("prompt_crime", "prompt_calls")
-
-    @pytest.fixture(scope="class")
-    def city(self, shared, once):
-        def make(folder):
-            city = write(folder / "interrupted", *tiny_city_tables(20, prompts=self.PROMPTS))
-            (city / "topt.toml").write_text(self.SETTINGS)
-
-        once("interrupted", make)
-        return shared / "interrupted"
-
-    @pytest.fixture(scope="class")
-    def uninterrupted(self, city, once):
-        once("uninterrupted", lambda _: shell("topt-deploy train --out whole", city))
-        return city / "whole"
 
     @pytest.fixture
     def unfinished(self, uninterrupted, tmp_path):
@@ -198,43 +203,43 @@ class TestInterrupted:
             assert "Traceback" not in said.err
 
     def test_another_city_is_not_resumed_on(self, unfinished, tmp_path, topt_deploy):
-        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=self.PROMPTS))
+        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=PROMPTS))
         said = topt_deploy("train", other, "--resume", "--out", unfinished)
         assert said.code == 78
         assert "has changed since this run was started" in said.err
 
 
+@pytest.fixture(scope="module")
+def train(shared, once):
+    """Train a city whose labels of the hidden regions are these; the run."""
+    regions, mobility = tiny_city_tables(16, prompts=["prompt_crime", "prompt_calls"])
+
+    def call(name, label, drop_zeros=False):
+        labels = [
+            label if region in UNLABELLED else value
+            for region, value in zip(regions["region_id"].to_pylist(), regions["crime"].to_pylist(), strict=True)
+        ]
+        task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
+        config = Config.from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
+        once(name, lambda folder: train_at(write(folder / name, replaced(regions, crime=labels), mobility), config))
+        return shared / name / "run"
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def hidden(train):
+    return train("hidden", None)
+
+
 class TestNullLabels:
     """Regions without a label are predicted, and teach nothing."""
-
-    HIDDEN = ("001", "005", "010")
-
-    @pytest.fixture(scope="class")
-    def train(self, shared, once):
-        """Train a city whose labels of the hidden regions are these; the run."""
-        regions, mobility = tiny_city_tables(16, prompts=["prompt_crime", "prompt_calls"])
-
-        def call(name, label, drop_zeros=False):
-            labels = [
-                label if region in self.HIDDEN else value
-                for region, value in zip(regions["region_id"].to_pylist(), regions["crime"].to_pylist(), strict=True)
-            ]
-            task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
-            config = Config.from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
-            once(name, lambda folder: train_at(write(folder / name, replaced(regions, crime=labels), mobility), config))
-            return shared / name / "run"
-
-        return call
-
-    @pytest.fixture(scope="class")
-    def hidden(self, train):
-        return train("hidden", None)
 
     def test_they_are_predicted_and_held_out_of_the_figures(self, hidden):
         rows = [r for r in pq.read_table(hidden / "held_out.parquet").to_pylist() if r["task"] == "crime"]
         for row in rows:
             assert np.isfinite(row["in_sample"])
-            unknown = row["region_id"] in self.HIDDEN
+            unknown = row["region_id"] in UNLABELLED
             assert (row["label"] is None, row["held_out"] is None, row["fold"] == -1) == (unknown,) * 3
         record = json.loads((hidden / "run.json").read_text())
         assert record["reports"]["crime"]["held_out"]["regions"] == 13
@@ -275,11 +280,22 @@ def exported(shared, once):
     return call
 
 
-def checked(folder, topt_run, task):
+@pytest.fixture
+def predict(topt_run, tmp_path):
+    """The output of predicting the city in a folder that other tests use at the same time."""
+
+    def call(folder, *arguments):
+        out = tmp_path / "predictions.parquet"
+        said = topt_run("predict", folder / "regions.parquet", "--out", out, *arguments)
+        assert said.code == 0, said.err
+        return pq.read_table(out)
+
+    return call
+
+
+def checked(folder, predict, task):
     """The bundle's predictions of a task: PyTorch's, and within reason."""
-    said = topt_run("predict", folder / "regions.parquet", "--task", task, "--wide")
-    assert said.code == 0, said.err
-    table = pq.read_table(folder / "predictions.parquet")
+    table = predict(folder, "--task", task, "--wide")
     found = dict(zip(table["region_id"].to_pylist(), table[task].to_pylist(), strict=True))
     rows = [r for r in pq.read_table(folder / "run" / "held_out.parquet").to_pylist() if r["task"] == task]
     assert found == pytest.approx({r["region_id"]: r["in_sample"] for r in rows}, rel=1e-4, abs=1e-4)
@@ -312,23 +328,25 @@ def variants(named, **more):
     return f"{TINY}\n{sections}\n", tiny_city_tables(14, tasks=tuple(named), prompts=prompts, **more)
 
 
+@pytest.fixture(scope="module")
+def ablation(exported):
+    return exported("ablation", *variants(ABLATION))
+
+
+@pytest.fixture(scope="module")
+def likelihoods(exported):
+    toml, tables = variants(LIKELIHOODS, lists=True)
+    return exported("likelihoods", toml.replace("layers = 1\ninter_blocks = 1", DEEPER), tables)
+
+
 class TestVariants:
-    @pytest.fixture(scope="class")
-    def ablation(self, exported):
-        return exported("ablation", *variants(ABLATION))
-
-    @pytest.fixture(scope="class")
-    def likelihoods(self, exported):
-        toml, tables = variants(LIKELIHOODS, lists=True)
-        return exported("likelihoods", toml.replace("layers = 1\ninter_blocks = 1", DEEPER), tables)
-
     @pytest.mark.parametrize("task", ABLATION)
-    def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, topt_run):
-        found = checked(ablation, topt_run, task)
+    def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, predict):
+        found = checked(ablation, predict, task)
         assert len(found) == 14
         assert len(set(found.values())) > 7
 
-    def test_the_ablation_leaves_out_what_it_says(self, ablation, topt_run):
+    def test_the_ablation_leaves_out_what_it_says(self, ablation):
         manifest = json.loads((ablation / "model.topt" / "manifest.json").read_text())
         prompts = {task: facts["prompt"] for task, facts in manifest["tasks"].items()}
         assert prompts == {task: f"prompt_{task}" for task in ABLATION} | {
@@ -342,12 +360,12 @@ class TestVariants:
         assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
 
     @pytest.mark.parametrize("task", LIKELIHOODS)
-    def test_so_does_every_other_setting(self, task, likelihoods, topt_run):
-        found = checked(likelihoods, topt_run, task)
+    def test_so_does_every_other_setting(self, task, likelihoods, predict):
+        found = checked(likelihoods, predict, task)
         assert len(found) == 14
         assert min(found.values()) >= 0
 
-    def test_without_flows_and_with_one_view(self, exported, topt_run):
+    def test_without_flows_and_with_one_view(self, exported, predict, topt_run, tmp_path):
         toml, tables = variants({"crime": ""})
         toml = toml.replace('views = ["poi", "land_use"]', 'views = ["land_use"]\nmobility = false')
         toml = toml.replace("layers = 1", 'layers = 1\ndecay = "gaussian"')
@@ -355,74 +373,70 @@ class TestVariants:
         manifest = json.loads((folder / "model.topt" / "manifest.json").read_text())
         assert manifest["inputs"] == ["land_use", "position", "prompt_crime"]
         (folder / "mobility.parquet").unlink()
-        checked(folder, topt_run, "crime")
+        checked(folder, predict, "crime")
         assert topt_run("selftest", folder / "model.topt").code == 0
         assert not list((folder / "model.topt" / "golden").glob("*.mobility.parquet"))
-        receipt = json.loads((folder / "predictions.receipt.json").read_text())
+        receipt = json.loads((tmp_path / "predictions.receipt.json").read_text())
         assert set(receipt["inputs"]) == {"regions"}
+
+
+@pytest.fixture(scope="module")
+def trained_chicago(chicago, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chicago")
+    table = pq.read_table(chicago / "regions.parquet")
+    ids = table["region_id"].to_pylist()
+    crime = table["crime"].to_pylist()
+    hidden = [None if region in UNLABELLED_IN_CHICAGO else v for region, v in zip(ids, crime, strict=True)]
+    assert hidden.count(None) == 3
+    pq.write_table(replaced(table, crime=pa.array(hidden, pa.int64())), folder / "regions.parquet")
+    shutil.copy(chicago / "mobility.parquet", folder)
+    few = "--set srel.epochs=20 --set prompt4re.epochs=10 --set prompt4re.folds=3"
+    for command in (f"topt-deploy train --preset quick {few}", "topt-deploy export --format onnx"):
+        said = shell(command, folder)
+        assert said.code == 0, said.err
+    return folder
 
 
 class TestChicago:
     """The real city of the paper: 77 community areas, Llama's prompt vectors of 4096 numbers."""
 
-    HIDDEN = ("08", "32", "77")
-
-    @pytest.fixture(scope="class")
-    def folder(self, chicago, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("chicago")
-        table = pq.read_table(chicago / "regions.parquet")
-        ids = table["region_id"].to_pylist()
-        hidden = [
-            None if region in self.HIDDEN else v for region, v in zip(ids, table["crime"].to_pylist(), strict=True)
-        ]
-        assert hidden.count(None) == 3
-        pq.write_table(replaced(table, crime=pa.array(hidden, pa.int64())), folder / "regions.parquet")
-        shutil.copy(chicago / "mobility.parquet", folder)
-        few = "--set srel.epochs=20 --set prompt4re.epochs=10 --set prompt4re.folds=3"
-        for command in (f"topt-deploy train --preset quick {few}", "topt-deploy export --format onnx"):
-            said = shell(command, folder)
-            assert said.code == 0, said.err
-        return folder
-
-    def test_every_region_and_task_is_predicted(self, folder, topt_run):
-        assert topt_run("predict", folder / "regions.parquet").code == 0
-        rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    def test_every_region_and_task_is_predicted(self, trained_chicago, predict):
+        rows = predict(trained_chicago).to_pylist()
         assert len(rows) == 77 * 3
         assert {row["city_id"] for row in rows} == {"Chi"}
         assert len({row["region_id"] for row in rows}) == 77
         assert all(np.isfinite(row["prediction"]) and row["prediction"] >= 0 for row in rows)
-        hidden = {row["region_id"] for row in rows if row["task"] == "crime"} & set(self.HIDDEN)
-        assert hidden == set(self.HIDDEN)
+        hidden = {row["region_id"] for row in rows if row["task"] == "crime"} & set(UNLABELLED_IN_CHICAGO)
+        assert hidden == set(UNLABELLED_IN_CHICAGO)
 
-    def test_the_predictions_know_the_city(self, folder, chicago, topt_run):
-        """Even a minute's training ranks the areas of Chicago roughly as they are."""
-        assert topt_run("predict", folder / "regions.parquet", "--wide").code == 0
-        found, truth = (pq.read_table(p) for p in (folder / "predictions.parquet", chicago / "regions.parquet"))
+    def test_the_predictions_know_the_city(self, trained_chicago, chicago, predict):
+        """Even seconds of training rank the areas of Chicago roughly as they are."""
+        found, truth = predict(trained_chicago, "--wide"), pq.read_table(chicago / "regions.parquet")
         for task in TASKS:
             a, b = (np.argsort(np.argsort(t[task].to_numpy())) for t in (found, truth))
             assert np.corrcoef(a, b)[0, 1] > 0.6, task
 
-    def test_it_passes_its_own_test(self, folder, topt_run):
-        assert topt_run("selftest", folder / "model.topt").code == 0
-        said = topt_run("info", folder / "model.topt")
+    def test_it_passes_its_own_test(self, trained_chicago, topt_run):
+        assert topt_run("selftest", trained_chicago / "model.topt").code == 0
+        said = topt_run("info", trained_chicago / "model.topt")
         assert "city       Chi, 77 regions" in said.out
         assert "SYNTHETIC" not in said.out
         assert "4096 from meta-llama/Llama-3.2-11B-Vision-Instruct" in said.out
 
-    def test_nothing_of_chicago_is_in_the_bundle(self, folder, chicago):
+    def test_nothing_of_chicago_is_in_the_bundle(self, trained_chicago, chicago):
         texts = pq.read_table(chicago / "regions.parquet", columns=["text", "lon"]).to_pylist()
-        held = b"".join(path.read_bytes() for path in (folder / "model.topt").rglob("*") if path.is_file())
+        held = b"".join(path.read_bytes() for path in (trained_chicago / "model.topt").rglob("*") if path.is_file())
         for row in texts:
             assert row["text"][-80:].encode() not in held
             assert np.float64(row["lon"]).tobytes() not in held
 
-    def test_prompts_of_the_other_encoder_are_refused(self, folder, topt_run, tmp_path):
-        table = pq.read_table(folder / "regions.parquet")
+    def test_prompts_of_the_other_encoder_are_refused(self, trained_chicago, topt_run, tmp_path):
+        table = pq.read_table(trained_chicago / "regions.parquet")
         index = table.schema.get_field_index("prompt_crime")
         field = table.schema.field(index).with_metadata({"encoder": "Qwen/Qwen2.5-VL-7B-Instruct"})
         pq.write_table(table.set_column(index, field, table.column(index)), tmp_path / "regions.parquet")
-        shutil.copy(folder / "mobility.parquet", tmp_path)
-        said = topt_run("predict", tmp_path / "regions.parquet", "--bundle", folder / "model.topt")
+        shutil.copy(trained_chicago / "mobility.parquet", tmp_path)
+        said = topt_run("predict", tmp_path / "regions.parquet", "--bundle", trained_chicago / "model.topt")
         assert said.code == 65
         assert "Llama-3.2" in said.err
         assert "Qwen2.5" in said.err

@@ -10,12 +10,12 @@ from topt_deploy.export.graph import Graph
 from topt_deploy.export.parity import TOLERANCE, compare
 from topt_deploy.runs import open_run
 
+EXPECTED = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
+
 
 class TestCompare:
-    E = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
-
     def found(self, *values):
-        return compare(self.E, {"crime": np.array(values, dtype=np.float32)}, "x")
+        return compare(EXPECTED, {"crime": np.array(values, dtype=np.float32)}, "x")
 
     def test_the_same(self):
         parity = self.found(10, 20, 30, 40)
@@ -48,7 +48,7 @@ class TestCompare:
     def test_what_is_no_number_fails(self, wrong):
         assert not self.found(10, 20, wrong, 40).worst <= TOLERANCE
         other = {"crime": np.array([10, 20, wrong, 40], dtype=np.float32)}
-        assert not compare(other, self.E, "x").worst <= TOLERANCE
+        assert not compare(other, EXPECTED, "x").worst <= TOLERANCE
 
     def test_every_task_counts(self):
         expected = {"a": np.ones(3), "b": np.ones(3)}
@@ -107,7 +107,7 @@ def test_a_tampered_graph_fails_and_leaves_no_bundle(tamper, older, graph, demo_
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert bool(before) == older
     tampered = Graph(model=graph.model, weights=tamper(graph).tobytes(), initializers=graph.initializers)
-    with pytest.raises(BadBundle, match="parity gate failed on .*no bundle was written") as caught:
+    with pytest.raises(BadBundle, match=r"parity gate failed on .*no bundle was written") as caught:
         export(demo_run, out, monkeypatch, tampered)
     assert "0.0001" in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

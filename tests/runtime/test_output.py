@@ -24,7 +24,7 @@ def test_a_file_in_place_of_the_folder(desk, refused):
 
 
 def test_a_folder_in_place_of_the_output(desk, refused):
-    refused(CANNOT_CREATE, "model.topt", "irectory", arguments=("--out", desk.bundle))
+    refused(CANNOT_CREATE, "model.topt", "is a folder", arguments=("--out", desk.bundle))
 
 
 @pytest.mark.parametrize("place", [".", "..", "/", "/proc", "/proc/x.parquet", "/sys/x.parquet", "/dev/null/x"])

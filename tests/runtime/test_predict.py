@@ -367,17 +367,19 @@ class TestMap:
             assert (shape.x, shape.y) == pytest.approx(places[region], abs=1e-6)
 
 
+@pytest.fixture(scope="module")
+def predictor(demo_bundle):
+    from topt_deploy.runtime import load
+
+    return load(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def tables(demo_bundle):
+    return tuple(pq.read_table(demo_bundle.with_name(f"{name}.parquet")) for name in ("regions", "mobility"))
+
+
 class TestPythonFace:
-    @pytest.fixture(scope="class")
-    def predictor(self, demo_bundle):
-        from topt_deploy.runtime import load
-
-        return load(demo_bundle)
-
-    @pytest.fixture(scope="class")
-    def tables(self, demo_bundle):
-        return tuple(pq.read_table(demo_bundle.with_name(f"{name}.parquet")) for name in ("regions", "mobility"))
-
     def test_arrow_in_arrow_out(self, predictor, tables, predicted):
         table = predictor.predict(*tables)
         assert isinstance(table, pa.Table)
