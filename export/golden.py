@@ -72,6 +72,6 @@ def _prompts(model: TopT, regions: int, rng: np.random.Generator) -> dict[str, n
         if column is None or column in drawn or head.basis is None:
             continue
         inverse = torch.linalg.pinv(head.basis.basis.double())  # (R, H)
-        coordinates = torch.from_numpy(rng.standard_normal((regions, inverse.shape[0])))
+        coordinates = torch.tensor(rng.standard_normal((regions, inverse.shape[0])))
         drawn[column] = (coordinates @ inverse + head.basis.mean).float().numpy()
     return drawn

@@ -69,7 +69,8 @@ def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run the model in PyTorch, by task."""
-    return {task: p.numpy() for task, p in predict(model, {k: torch.from_numpy(v) for k, v in inputs.items()}).items()}
+    tensors = {name: torch.tensor(array) for name, array in inputs.items()}
+    return {task: predicted.numpy() for task, predicted in predict(model, tensors).items()}
 
 
 def parity_gate(model: TopT, graph: Graph, cities: Mapping[str, Mapping[str, Array]]) -> Sequence[Parity]:

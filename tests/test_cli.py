@@ -1,8 +1,10 @@
 """Both commands: everything has help, help costs no import, and every ending has its exit code."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -203,10 +205,33 @@ class TestEndings:
                 run(leaving, [str(code)])
             assert left.value.code == code
 
-    def test_a_closed_pipe_is_no_error(self, desk):
-        said = shell("topt-run info model.topt | true; exit ${PIPESTATUS[0]:-0}", desk.folder)
+    COMMANDS = ("topt-run info model.topt", "topt-run predict regions.parquet", "topt-run --help", "topt-deploy --help")
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_reader_that_left_is_no_error(self, command, desk):
+        """As `topt-run info model.topt | head -1` does."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            command.split(), cwd=desk.folder, env=environment(), stdout=writer, stderr=subprocess.PIPE
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_a_full_disk_under_standard_output_is_no_bug(self, command, desk):
+        said = shell(f"{command} > /dev/full", desk.folder)
+        assert said.code == Exit.IO_ERROR
+        assert "No space left on device" in said.err
         assert "Traceback" not in said.err
-        assert "Exception" not in said.err
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+    def test_a_terminal_that_lacks_a_character_is_no_bug(self, encoding, desk):
+        for command in ("topt-run info model.topt", "topt-run predict regions.parquet", "topt-run predict ü.parquet"):
+            said = shell(command, desk.folder, PYTHONIOENCODING=encoding)
+            assert said.code == (66 if "ü" in command else 0), said.err
+            assert "Traceback" not in said.err
 
     def test_without_teardown_everything_is_still_written(self, desk):
         """topt-run leaves without dismantling the interpreter; what it printed must have left it before."""
@@ -242,6 +267,18 @@ class TestTopTDeploy:
         err = self.ends(capsys, 78, "train", demo_city, "--set", "srel.layer=3")
         assert "'layer'" in err
         assert "layers" in err
+
+    @pytest.mark.parametrize(
+        "task", ["region_id", "city_id", "status", "reason", "geometry", "poi", "mobility", "position", "prompt_crime"]
+    )
+    def test_train_on_a_task_named_like_something_else(self, task, demo_city, capsys):
+        """It would share its name with a column of the output, or with an input of the graph."""
+        assert repr(task) in self.ends(capsys, 78, "train", demo_city, "--task", task)
+
+    def test_train_on_tasks_whose_columns_would_clash(self, demo_city, capsys):
+        """--wide writes crime_lower beside crime."""
+        err = self.ends(capsys, 78, "train", demo_city, "--task", "crime", "--task", "crime_lower")
+        assert "'crime_lower'" in err
 
     def test_train_on_a_device_that_is_absent(self, demo_city, tmp_path, capsys):
         torch = pytest.importorskip("torch")

@@ -378,6 +378,9 @@ class TestVariants:
         assert not list((folder / "model.topt" / "golden").glob("*.mobility.parquet"))
         receipt = json.loads((tmp_path / "predictions.receipt.json").read_text())
         assert set(receipt["inputs"]) == {"regions"}
+        out = tmp_path / "other.parquet"
+        said = topt_run("predict", folder / "regions.parquet", "--mobility", folder / "nowhere.parquet", "--out", out)
+        assert (said.code == 0) == out.exists(), "a table that is not read may be named in vain, or not at all"
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,8 @@ def train_run(
             raise BadConfig("has changed since this run was started", file=file, fix="start a new run")
     schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns())
     city = read_city(regions, mobility, schema, labels=config.tasks)
-    inputs = {name: torch.from_numpy(a).to(engine.device) for name, a in features(city).items()}
+    # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
+    inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
     identity = hashlib.sha256(
         f"{run.regions_sha256}{run.mobility_sha256}{config.views}{config.mobility}{engine.precision}".encode()
     ).hexdigest()

@@ -23,7 +23,7 @@ def similarity_targets(city: City) -> dict[str, Tensor]:
     for view, counts in city.views.items():
         norm = np.linalg.norm(counts, axis=1, keepdims=True)
         unit = counts / np.where(norm == 0, 1, norm)
-        targets[view] = torch.from_numpy((unit @ unit.T).astype(np.float32))
+        targets[view] = torch.tensor((unit @ unit.T).astype(np.float32))
     return targets
 
 
@@ -34,7 +34,7 @@ def flow_target(city: City) -> Tensor | None:
     n = len(city)
     dense = np.zeros((n, n), dtype=np.float64)
     dense[city.flows.origin, city.flows.dest] = city.flows.target
-    return torch.from_numpy((dense / dense.mean()).astype(np.float32))
+    return torch.tensor((dense / dense.mean()).astype(np.float32))
 
 
 class SrelTraining(nn.Module):

@@ -88,8 +88,8 @@ def train_head(
     taking_part = fold >= 0
     # Members: every fold, then the final fit, each `repeat` times. (M, N) ∈ {0, 1}
     training_regions = np.stack([taking_part & (fold != k) for k in range(folds)] + [taking_part])
-    weights = torch.from_numpy(training_regions.repeat(repeat, axis=0)).float().to(engine.device)
-    counts = torch.from_numpy(np.where(taking_part, labels, 0.0)).to(engine.device)
+    weights = torch.tensor(training_regions.repeat(repeat, axis=0)).float().to(engine.device)
+    counts = torch.tensor(np.where(taking_part, labels, 0.0)).to(engine.device)
 
     engine.seed(config.seed, stage)
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components)

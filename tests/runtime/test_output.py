@@ -27,9 +27,12 @@ def test_a_folder_in_place_of_the_output(desk, refused):
     refused(CANNOT_CREATE, "model.topt", "is a folder", arguments=("--out", desk.bundle))
 
 
-@pytest.mark.parametrize("place", [".", "..", "/", "/proc", "/proc/x.parquet", "/sys/x.parquet", "/dev/null/x"])
+@pytest.mark.parametrize(
+    "place", [".", "..", "/", "/proc", "/proc/x.parquet", "/sys/x.parquet", "/dev/null/x", "x" * 300, "loop/x"]
+)
 def test_any_impossible_output_is_no_bug(place, desk, refused, monkeypatch):
     monkeypatch.chdir(desk.folder)
+    (desk.folder / "loop").symlink_to("loop")
     refused(CANNOT_CREATE, "cannot create", arguments=("--out", place))
 
 
@@ -47,6 +50,15 @@ def test_a_map_that_cannot_be_written_leaves_no_predictions_either(desk, refused
 def test_without_the_geo_extra_a_map_leaves_no_predictions_either(desk, refused, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyogrio", None)
     refused(BAD_CONFIG, "pyogrio", "topt-deploy[geo]", arguments=("--geo", desk.folder / "map.gpkg"))
+
+
+def test_a_receipt_that_cannot_be_written_leaves_no_predictions_either(desk, topt_run):
+    desk.receipt.mkdir()
+    before = desk.state()
+    said = topt_run("predict", desk.regions)
+    assert said.code == CANNOT_CREATE
+    assert "predictions.receipt.json" in said.err
+    assert desk.state() == before
 
 
 def test_an_absent_device(desk, refused):

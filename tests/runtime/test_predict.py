@@ -102,6 +102,35 @@ class TestOutput:
         found = {(row["region_id"], task): row[task] for row in wide.to_pylist() for task in TASKS}
         assert found == {(row["region_id"], row["task"]): row["prediction"] for row in long.to_pylist()}
 
+    def test_the_interval_holds_the_prediction_and_widens_with_the_coverage(self, predicted, desk):
+        width = {}
+        for coverage in (0.5, 0.9):
+            rows = predicted("--coverage", coverage).to_pylist()
+            assert all(0 <= row["lower"] <= row["prediction"] <= row["upper"] for row in rows)
+            width[coverage] = [row["upper"] - row["lower"] for row in rows]
+            assert json.loads(desk.receipt.read_text())["options"]["coverage"] == coverage
+        assert all(wide > narrow for wide, narrow in zip(width[0.9], width[0.5], strict=True))
+        assert [row["prediction"] for row in predicted().to_pylist()] == [row["prediction"] for row in rows]
+
+    def test_an_impossible_coverage_is_refused(self, refused):
+        for coverage in ("1.0", "0", "0.999", "nan"):
+            refused(2, "no interval", "--coverage", arguments=("--coverage", coverage))
+
+    def test_few_labels_give_predictions_without_intervals(self, desk, predicted, topt_run):
+        """Nobody asked for an interval; eight labels cannot carry the default one."""
+        manifest = desk.bundle / "manifest.json"
+        record = json.loads(manifest.read_text())
+        for facts in record["tasks"].values():
+            facts["scores"] = facts["scores"][:8]
+        manifest.write_text(json.dumps(record))
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+        (desk.bundle / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+        table = predicted()
+        assert table.column("prediction").null_count == 0
+        assert table.column("lower").null_count == table.column("upper").null_count == len(table)
+        assert topt_run("selftest", desk.bundle).code == 0
+        assert topt_run("predict", desk.regions, "--coverage", "0.9").code == 2, "asked for, it is refused"
+
     def test_a_chosen_task_is_what_it_is_among_all(self, predicted):
         everything = by_region(predicted())
         for chosen in (("check_in",), ("service_call", "crime")):
