@@ -21,6 +21,8 @@ WEIGHTS = "topt.weights"
 """Name of the external data, beside the model."""
 EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 64
+_OUTER = "/outer"
+"""Marks inputs and outputs during the export: the tracer puts no slash into a name."""
 
 
 class _ByPosition(nn.Module):
@@ -77,13 +79,14 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
             traced,
             dynamo=True,
             opset_version=OPSET,
-            input_names=module.names,
-            output_names=list(model.heads),
+            input_names=[name + _OUTER for name in module.names],
+            output_names=[task + _OUTER for task in model.heads],
             optimize=True,
             verbose=False,
         )
     assert program is not None
     proto = program.model_proto
+    _name(proto)
     _strip(proto)
     onnx.checker.check_model(proto, full_check=True)
     return _split(proto)
@@ -103,6 +106,21 @@ def _split(proto: onnx.ModelProto) -> Graph:
         tensor.ClearField("raw_data")
         weights += data + b"\0" * (-len(data) % ALIGNMENT)
     return Graph(model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers)
+
+
+def _name(proto: onnx.ModelProto) -> None:
+    """Give inputs and outputs their plain names, and inner values that the tracer called the same another one.
+
+    A task may be called ``sqrt``, and so may the result of a square root.
+    """
+    graph = proto.graph
+    outer = {value.name: value.name.removesuffix(_OUTER) for value in (*graph.input, *graph.output)}
+    names = outer | {name: f"{name}/inner" for name in outer.values()}
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def _strip(proto: onnx.ModelProto) -> None:

@@ -35,6 +35,7 @@ def shell(command: str, folder: Path, before: Callable[[], None] | None = None, 
         preexec_fn=before,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=240,
     )
     return Said(done.returncode, done.stdout, done.stderr)
