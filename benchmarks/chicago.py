@@ -121,7 +121,6 @@ def main() -> None:
         one, one_record = train(city, "paper-crime", "--preset", "paper", "--task", "crime")
         exported = measure(BIN / "topt-deploy", "export", city / "runs" / "paper-crime")
         one_runs, one_floors = start_up(city)
-        every, every_record = train(city, "paper", "--preset", "paper")
         default, default_record = train(city, "default")
         measure(BIN / "topt-deploy", "export", city / "runs" / "default")
         runs, floors = start_up(city)
@@ -141,12 +140,11 @@ def main() -> None:
     commands = {
         "`topt-deploy import hafusion …`": imported,
         "`topt-deploy train --preset paper --task crime`: 4000 + 3000 epochs, ten folds and the final fit": one,
-        "`topt-deploy train --preset paper`: three tasks": every,
         "`topt-deploy train`: preset default, three tasks": default,
         "`topt-deploy export`": exported,
     }
     versions = default_record["versions"]
-    records = {"paper, one task": one_record, "paper": every_record, "default": default_record}
+    records = {"paper, one task": one_record, "default": default_record}
     rows = [row for name, record in records.items() for row in figures(name, record)]
     page = f"""# Measured on Chicago
 
