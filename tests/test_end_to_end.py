@@ -148,7 +148,13 @@ class TestInterrupted:
         """Start, and send a signal so long after the first checkpoint, or the first progress after it."""
         before = len(self.lines(run))
         child = subprocess.Popen(
-            command.split(), cwd=city, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command.split(),
+            cwd=city,
+            env=environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background job
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 120
         while not (any(run.glob("checkpoints/*.safetensors")) and len(self.lines(run)) > before):

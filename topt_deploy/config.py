@@ -62,7 +62,7 @@ class SrelConfig:
     intra_blocks: int = 1
     inter_blocks: int = 2
     layers: int = 2
-    ffn_width: Positive = 288
+    ffn_width: Positive = 144
     memory: Positive = 36
     channels: Positive = 32
     view_width: Positive = 32

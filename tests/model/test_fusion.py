@@ -94,3 +94,12 @@ class TestViewFusion:
             fusion.mix_own.mul_(7)
             fusion.mix_others.mul_(7)
         torch.testing.assert_close(fusion(x)[0], before)
+
+
+def test_the_score_features_own_backward_is_the_gradient():
+    from topt_deploy.model.fusion import _PooledScores
+
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.randn(4, dtype=torch.double, generator=generator, requires_grad=True)
+    scores = torch.rand(7, 7, dtype=torch.double, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(_PooledScores.apply, (scale, scores))

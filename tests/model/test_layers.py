@@ -6,7 +6,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from topt_deploy.model.layers import FeedForward, SelfAttention, Standardize
+from topt_deploy.model.layers import Dropout, FeedForward, SelfAttention, Standardize
 
 HEADS = (1, 2, 4)
 N, WIDTH = 6, 8
@@ -114,3 +114,23 @@ def test_feed_forward_and_attention_are_a_post_norm_encoder_layer():
             getattr(reference, name).load_state_dict(getattr(rest, name).state_dict())
         expected = reference(x[None], src_mask=bias)[0]
         torch.testing.assert_close(rest(x, layer(x, bias)[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+class TestDropout:
+    def test_drops_at_its_rate_and_keeps_the_mean(self):
+        torch.manual_seed(0)
+        out = Dropout(0.3)(torch.ones(501, 403))
+        assert abs((out == 0).double().mean().item() - 0.3) < 4 * (0.3 * 0.7 / out.numel()) ** 0.5
+        torch.testing.assert_close(out[out > 0], torch.full_like(out[out > 0], 1 / 0.7), rtol=1e-4, atol=0)
+        assert abs(out.double().mean().item() - 1) < 0.01
+
+    def test_is_nothing_in_evaluation_or_at_rate_zero(self):
+        x = torch.randn(5, 3)
+        assert Dropout(0.5).eval()(x) is x
+        assert Dropout(0.0)(x) is x
+
+    def test_neighbours_are_dropped_independently(self):
+        torch.manual_seed(0)
+        dropped = (Dropout(0.5)(torch.ones(4000, 64)) == 0).double()
+        together = torch.corrcoef(dropped.T).fill_diagonal_(0).abs().amax()
+        assert together < 0.1

@@ -1,11 +1,36 @@
 """Multi-view learning and inter-view fusion: the first half of stage 1 (HAFusion, ICDE 2024, sections IV-A, IV-B)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import SrelConfig
-from .layers import FeedForward, SelfAttention, Standardize
+from .layers import Dropout, FeedForward, SelfAttention, Standardize
+
+
+class _PooledScores(torch.autograd.Function):
+    """p_ic = Σ_j w_cij s_ij with w = softmax_j(a_c s_ij), with a backward of three small products instead of four
+    passes over c×N×N numbers: ∂p_ic/∂s_ij = w_cij (1 + a_c (s_ij − p_ic)), ∂p_ic/∂a_c = Σ_j w_cij s_ij² − p_ic².
+
+    *Shape:* a (c), s (N, N) → p (N, c)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, s: Tensor) -> Tensor:
+        w = (a[None, :, None] * s[:, None, :]).softmax(dim=-1)  # (N, c, N)
+        p = torch.bmm(w, s[:, :, None])[..., 0]
+        ctx.save_for_backward(a, s, w, p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (g,) = gradients  # (N, c)
+        a, s, w, p = ctx.saved_tensors
+        both = torch.bmm(torch.stack([g * (1 - a * p), g * a], dim=1), w)  # (N, 2, N)
+        second = torch.bmm(w, s.square()[:, :, None])[..., 0]  # Σ_j w s²
+        return (g * (second - p.square())).sum(dim=0), both[:, 0] + both[:, 1] * s
 
 
 class ScoreFeature(nn.Module):
@@ -25,8 +50,7 @@ class ScoreFeature(nn.Module):
         self.proj = nn.Linear(channels, width)
 
     def forward(self, scores: Tensor) -> Tensor:
-        weights = (self.scale[:, None, None] * scores).softmax(dim=-1)  # (c, N, N)
-        pooled = (weights * scores).sum(dim=-1).T  # (N, c); an einsum here takes a quarter longer on a CPU
+        pooled = _PooledScores.apply(self.scale, scores)
         out: Tensor = self.proj(self.scale * pooled + self.shift)
         return out
 
@@ -59,7 +83,7 @@ class ViewEncoder(nn.Module):
         super().__init__()
         self.standardize = Standardize(features)
         self.proj = nn.Linear(features, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(IntraViewBlock(config) for _ in range(config.intra_blocks))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,6 +35,26 @@ class Standardize(nn.Module):
         return (x - self.mean) / self.scale
 
 
+class Dropout(nn.Module):
+    """Dropout whose mask comes from 16 random bits an element: half of the time of PyTorch's on a CPU.
+
+    The rate is rounded to 1/65536, and what is kept is scaled by the rounded rate, so that the mean is exact.
+
+    *Shape:* any → the same
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropped = round(rate * 65536)  # of 65536
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.dropped:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 32768
+        return x * kept * (65536 / (65536 - self.dropped))
+
+
 class ByName(nn.Module):
     """Modules by the names of views, tasks or embeddings, which users choose.
 
@@ -73,7 +93,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
 
@@ -100,7 +120,7 @@ class FeedForward(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, inner)
         self.linear2 = nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         x = self.norm1(x + self.dropout(update))

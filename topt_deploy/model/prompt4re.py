@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Prompt4ReConfig
+from .layers import Dropout
 
 
 class PromptBasis(nn.Module):
@@ -107,7 +108,7 @@ class Alignment(nn.Module):
         self.value = MemberLinear(members, rank, inner)
         self.residual = MemberLinear(members, inputs, inner)
         self.norm = MemberLayerNorm(members, inner)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def _split(self, x: Tensor) -> Tensor:
         """(M, N, W) → (M, heads, N, W / heads)"""
@@ -155,7 +156,7 @@ class Prompt4Re(nn.Module):
             self.hidden = MemberLinear(members, joined, config.hidden)
             self.hidden_out = MemberLinear(members, config.hidden, 1)
             nn.init.zeros_(self.hidden_out.weight)  # so that the FNN starts from the ridge fit as well
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def start_from_ridge(self, fit: "RidgeFit", *, prompts_from_zero: bool) -> None:
         """Set the FNN's E part from ridge fits, and the soft prompt's part, if asked, to zero."""
