@@ -271,13 +271,15 @@ class TestTopTDeploy:
     @pytest.mark.parametrize(
         "task", ["region_id", "city_id", "status", "reason", "geometry", "poi", "mobility", "position", "prompt_crime"]
     )
-    def test_train_on_a_task_named_like_something_else(self, task, demo_city, capsys):
+    def test_train_on_a_task_named_like_something_else(self, task, demo_city, tmp_path, capsys):
         """It would share its name with a column of the output, or with an input of the graph."""
-        assert repr(task) in self.ends(capsys, 78, "train", demo_city, "--task", task)
+        err = self.ends(capsys, 78, "train", demo_city, "--task", task, "--out", tmp_path / "run")
+        assert repr(task) in err
 
-    def test_train_on_tasks_whose_columns_would_clash(self, demo_city, capsys):
+    def test_train_on_tasks_whose_columns_would_clash(self, demo_city, tmp_path, capsys):
         """--wide writes crime_lower beside crime."""
-        err = self.ends(capsys, 78, "train", demo_city, "--task", "crime", "--task", "crime_lower")
+        tasks = ("--task", "crime", "--task", "crime_lower")
+        err = self.ends(capsys, 78, "train", demo_city, *tasks, "--out", tmp_path / "run")
         assert "'crime_lower'" in err
 
     def test_train_on_a_device_that_is_absent(self, demo_city, tmp_path, capsys):
