@@ -46,7 +46,9 @@ def cli() -> None:
 @click.option("--out", type=_PATH, help=f"[default: {DEFAULT_OUT} beside REGIONS]")
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
 @click.option("--wide", is_flag=True, help="One row per region, one column per task.")
-@click.option("--coverage", type=float, default=0.9, show_default=True, help="How often lower to upper should hold.")
+@click.option(
+    "--coverage", type=float, help="How often lower to upper should hold [default: 0.9, or none with too few labels]."
+)
 @click.option("--geo", type=_PATH, help="Also write a map for GIS: FILE.gpkg or FILE.geojson (extra `geo`).")
 @click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
@@ -59,7 +61,7 @@ def predict(
     out: Path | None,
     tasks: tuple[str, ...],
     wide: bool,
-    coverage: float,
+    coverage: float | None,
     geo: Path | None,
     id_col: str,
     threads: int,
@@ -67,22 +69,26 @@ def predict(
     log_format: str,
 ) -> None:
     """Predict every task of a bundle for the city in REGIONS, a regions.parquet."""
-    from topt_deploy.fileio import reading
+    from topt_deploy.fileio import check_place, reading
     from topt_deploy.parquet import write_parquet
 
-    from .predictor import open_predictor
+    from .predictor import COVERAGE, open_predictor
     from .receipt import Stopwatch, receipt_path, write_receipt
 
     with reading(regions), regions.open("rb"):
         pass
     bundle = bundle or _default_bundle(regions)
     out = out or regions.with_name(DEFAULT_OUT)
+    for place in (out, receipt_path(out)) if out.name else (out,):
+        check_place(place)
     if geo is not None:
         _check_map(geo)
     watch = Stopwatch()
     with watch.step("open"):
         predictor = open_predictor(bundle, device=device, threads=threads)
-    if mobility is None and predictor.bundle.manifest.mobility:
+    if not predictor.bundle.manifest.mobility:
+        mobility = None  # not read, so it is no part of the receipt either
+    elif mobility is None:
         beside = regions.with_name(DEFAULT_MOBILITY)
         mobility = beside if beside.exists() else None
     asked: dict[str, Any] = {"tasks": tasks, "id_col": id_col, "coverage": coverage}
@@ -95,6 +101,7 @@ def predict(
         if geo is not None:  # first, for a run that fails must leave no predictions
             _write_map(geo, predictor.predict(regions, mobility, wide=True, **asked), regions)
         write_parquet(out, table)
+    asked["coverage"] = COVERAGE if coverage is None else coverage
     options = asked | {"tasks": list(tasks or predictor.tasks), "wide": wide, "device": device}
     receipt = write_receipt(
         out,

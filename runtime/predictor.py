@@ -95,7 +95,7 @@ class Predictor:
         tasks: Sequence[str] = (),
         id_col: str = REGION_ID,
         wide: bool = False,
-        coverage: float = COVERAGE,
+        coverage: float | None = None,
     ) -> pa.Table:
         """Predict one city.
 
@@ -105,7 +105,8 @@ class Predictor:
             tasks: Tasks to predict; all of the bundle's by default.
             id_col: The column that holds the region ids.
             wide: One row per region, instead of one per region and task.
-            coverage: How often ``lower`` to ``upper`` should hold (:mod:`topt_deploy.intervals`).
+            coverage: How often ``lower`` to ``upper`` should hold (:mod:`topt_deploy.intervals`). By default
+                :data:`COVERAGE`, or no interval where the labels are too few for it.
 
         Returns:
             The predictions table of the contract, in the order of the input's rows.
@@ -135,10 +136,18 @@ class Predictor:
                     "the model gives no finite number for this input", file=_name(regions), column=task,
                     ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
                 )  # fmt: skip
-        ends = {task: interval(values, manifest.tasks[task]["scores"], coverage) for task, values in predicted.items()}
-        results = {task: _Result(values, *ends[task]) for task, values in predicted.items()}
+        results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
         table = _wide if wide else _long
         return table(city, results, self._extrapolated(city))
+
+    def _result(self, task: str, values: Array, coverage: float | None) -> "_Result":
+        score = self.bundle.manifest.tasks[task]["scores"]
+        try:
+            return _Result(values, *interval(values, score, COVERAGE if coverage is None else coverage))
+        except UsageError:
+            if coverage is not None:
+                raise
+            return _Result(values, None, None)  # too few labels for an interval that nobody asked for
 
     def selftest(self) -> list[Check]:
         """Predict the bundle's golden cities on this machine.
@@ -224,11 +233,11 @@ def _name(regions: pa.Table | Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Result:
-    """A task's predictions and the ends of their intervals, each (N,) in canonical order."""
+    """A task's predictions and the ends of their intervals, if any, each (N,) in canonical order."""
 
     prediction: Array
-    lower: Array
-    upper: Array
+    lower: Array | None
+    upper: Array | None
 
 
 # Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
@@ -272,10 +281,14 @@ def _about(city: City, reasons: list[str]) -> dict[str, list[Any]]:
     }
 
 
-def _values(city: City, result: _Result) -> dict[str, list[float]]:
+def _values(city: City, result: _Result) -> dict[str, list[Any]]:
     """A task's numbers, in the order of the input's rows."""
     back = np.argsort(city.input_row)
-    return {name: getattr(result, name)[back].astype(np.float64).tolist() for name in _VALUES}
+    values = {name: getattr(result, name) for name in _VALUES}
+    return {
+        name: [None] * len(city) if array is None else array[back].astype(np.float64).tolist()
+        for name, array in values.items()
+    }
 
 
 def _table(city: City, columns: dict[str, list[Any]], numbers: set[str], repeat: int) -> pa.Table:

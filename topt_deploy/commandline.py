@@ -1,15 +1,17 @@
 """What both commands share: how an error reaches the user and the exit code reaches the batch system."""
 
+import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import click
 
-from .errors import Exit, ToptError, UsageError
+from .errors import Exit, IOFailure, ToptError, UsageError
 
 LOG_FORMATS = ("text", "json")
 
@@ -48,6 +50,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, teard
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     log = Log(_log_format(arguments))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # not every terminal has an R²
     try:
         code = command.main(arguments, standalone_mode=False)
     except ToptError as error:
@@ -62,8 +67,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, teard
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
+    except OSError as error:  # every file's own errors are the user's by now: what is left is standard output
+        log.error(IOFailure(f"writing failed ({error.strerror or error})", file="standard output"))
+        code = Exit.IO_ERROR
+    except SystemExit:  # click's answer to a reader that left, as `| head` does
         code = Exit.DONE
     except Exception:
         traceback.print_exc()
@@ -72,8 +79,9 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, teard
     code = code if isinstance(code, int) else Exit.DONE
     if teardown:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # said above
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -22,6 +22,11 @@ from .fileio import reading
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "topt.toml"
 RESERVED_VIEWS = {"mobility", "position", "prompt"}
+RESERVED_TASKS = {
+    "region_id", "city_id", "geometry", "lon", "lat", "task", "prediction", "lower", "upper", "status", "reason",
+    "mobility", "position",
+}  # fmt: skip
+"""Columns of the contract's tables, and inputs of the graph; a task is a column and an output beside them."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -319,6 +324,12 @@ def _check_names(config: Config) -> None:
     for task in config.tasks:
         if not _NAME.match(task):
             raise BadConfig("a task's name is made of letters, digits and _", found=repr(task))
+        beside = {f"{other}_{end}" for other in config.tasks for end in ("lower", "upper")}
+        if task in RESERVED_TASKS | beside | set(config.views) or task.startswith("prompt_"):
+            raise BadConfig(
+                f"{task!r} cannot be the name of a task: another column or input is called so",
+                fix="rename the label column",
+            )
     for view in config.views:
         if not _NAME.match(view) or view in RESERVED_VIEWS or config.views.count(view) > 1:
             raise BadConfig(

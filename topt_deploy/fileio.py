@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from .errors import BadData, CannotCreate, IOFailure, NoInput, NoPermission, ToptError
 
-_CANNOT_CREATE = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
+_CANNOT_CREATE = {
+    errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 def write_error(path: Path, error: OSError) -> ToptError:
@@ -42,6 +45,21 @@ def reading(path: Path) -> Iterator[None]:
         raise IOFailure(f"reading failed ({error.strerror or error})", file=path) from error
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place that no file can be written to, before the work whose result would go there.
+
+    Raises:
+        CannotCreate: If it is a folder, or the operating system does not take the name.
+    """
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise write_error(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder; flush it and rename it to ``path`` on success.
@@ -53,8 +71,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
-    if path.is_dir():
-        raise write_error(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+    check_place(path)
     temporary = path.with_name(f".{path.stem}.{_token()}{path.suffix}")
     try:
         temporary.touch(exist_ok=False)
