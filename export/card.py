@@ -5,18 +5,9 @@ from typing import Any
 
 from topt_deploy.bundle import Manifest
 from topt_deploy.commandline import decimal
+from topt_deploy.use import INTENDED_USE
 
 from .parity import Parity
-
-_USE = """\
-## Intended use
-
-Estimates of reported counts for whole regions of a city, to plan services and to fill gaps where counts are
-missing. Predictions are of *reported* events: they carry every bias of who reports what, and where.
-
-Not for decisions about individuals, and not for allocating patrols: a model of reported crime sends more
-patrols to where more was reported, which reports more.
-"""
 
 
 def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) -> str:
@@ -38,7 +29,7 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_row(task, facts["report"]) for task, facts in manifest.tasks.items()]
-    lines += ["", _USE, "## What it reads", ""]
+    lines += ["", "## Intended use", "", "\n\n".join(INTENDED_USE), "", "## What it reads", ""]
     lines += [f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()]
     lines += ["- flows between the regions"] if manifest.mobility else []
     lines += [

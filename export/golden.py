@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from topt_deploy.model.topt import TaskHead, TopT
+from topt_deploy.model.topt import EnsembleHead, TaskHead, TopT
 
 CENTRE_LONLAT = (0.0, 45.0)
 FLOWS_PER_REGION = 6
@@ -36,8 +36,7 @@ def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, re
     rng = np.random.default_rng(seed)
     schema = model.spec.schema
     ids = [f"G{i:05d}" for i in range(regions)]
-    length_m = float(model.srel[next(iter(model.srel))].adjacency.length_m)  # type: ignore[union-attr, arg-type]
-    side_deg = np.sqrt(regions) * length_m / 111_000  # as dense as the training city
+    side_deg = np.sqrt(regions) * _spacing_m(model) / 111_000  # as dense as the training city
     lonlat = np.array(CENTRE_LONLAT) + rng.uniform(-0.5, 0.5, (regions, 2)) * min(side_deg, 60.0)
     columns: dict[str, pa.Array] = {
         "region_id": pa.array(ids),
@@ -62,13 +61,24 @@ def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, re
     return SyntheticCity(regions=pa.table(columns), mobility=mobility)
 
 
+def _spacing_m(model: TopT) -> float:
+    """How far apart regions are: the decay length, or, without an embedding, from the spread of the positions."""
+    for name in model.srel:
+        return float(model.srel[name].adjacency.length_m)  # type: ignore[union-attr, arg-type]
+    for task in model.heads:
+        head = model.heads[task]
+        if isinstance(head, EnsembleHead):
+            return head.spread_m / 5
+    raise AssertionError("a model has an embedding or an ensemble head")
+
+
 def _prompts(model: TopT, regions: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Prompt vectors with independent standard normal coordinates in the basis of the first task that reads them."""
     drawn: dict[str, np.ndarray] = {}
     for task, settings in model.spec.config.tasks.items():
         column = settings.prompt_column(task)
         head = model.heads[task]
-        assert isinstance(head, TaskHead)
+        assert isinstance(head, (TaskHead, EnsembleHead))
         if column is None or column in drawn or head.basis is None:
             continue
         inverse = torch.linalg.pinv(head.basis.basis.double())  # (R, H)

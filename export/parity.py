@@ -64,7 +64,8 @@ def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
         path.with_name(WEIGHTS).write_bytes(graph.weights)
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    read = {value.name: inputs[value.name] for value in session.get_inputs()}
+    return dict(zip(names, session.run(names, read), strict=True))
 
 
 def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:

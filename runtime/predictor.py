@@ -127,7 +127,8 @@ class Predictor:
                 )
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
-        inputs = features(city)
+        arrays = features(city)
+        inputs = {name: arrays[name] for name in manifest.inputs}
         pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         predicted = self.session.run(inputs, chosen)
         for task, values in predicted.items():

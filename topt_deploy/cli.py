@@ -11,6 +11,11 @@ _COMMANDS = {
     "sample": ("topt_deploy.train.commands_data:sample", "Make up a synthetic city to try everything on."),
     "import": ("topt_deploy.train.commands_data:import_group", "Turn published research data into a city."),
     "train": ("topt_deploy.train.command:train", "Train both stages on a city."),
+    "evaluate": ("topt_deploy.train.evaluation.command:evaluate", "Compare methods on labels that were held out."),
+    "report": (
+        "topt_deploy.train.report.command:report",
+        "Show a run's maps, errors and their pattern on one HTML page.",
+    ),
     "export": (
         "topt_deploy.export.command:export",
         "Export a trained run as a bundle, behind the parity gate.",

@@ -21,10 +21,10 @@ from .fileio import reading
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "topt.toml"
-RESERVED_VIEWS = {"mobility", "position", "prompt"}
+RESERVED_VIEWS = {"mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position", "prompt"}
 RESERVED_TASKS = {
     "region_id", "city_id", "geometry", "lon", "lat", "task", "prediction", "lower", "upper", "status", "reason",
-    "mobility", "position",
+    "mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position",
 }  # fmt: skip
 """Columns of the contract's tables, and inputs of the graph; a task is a column and an output beside them."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -130,6 +130,46 @@ class Prompt4ReConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """The head that takes the place of the embedding and of Prompt4RE's attention: the mean of two regressions on the
+    views, what flows lead to, positions and prompts. Which prompts, and how many of their components, ``prompt4re``
+    says.
+
+    Attributes:
+        enabled: Off is the paper's form.
+        kernel, network: Whether the Gaussian process, and the network, take part (ablation).
+        lengths: Lengths of the radial kernels of every view, in units of a standardised feature's spread. There are
+            as many Gaussian processes: with all of them, without the shortest, and so on.
+        position_lengths: The same for the positions.
+        not_linear: Views without a linear kernel: where a region's values may lie far outside of the others'.
+        features: Random frequencies of every radial kernel.
+        steps: Steps of evidence maximisation.
+        members, width, layers: Networks in the ensemble, their width, and their residual layers.
+        input_dropout, dropout: Of the features, and of the hidden layers.
+        epochs, lr, schedule, weight_decay, decoupled: How the networks are trained.
+    """
+
+    enabled: bool = False
+    kernel: bool = True
+    network: bool = True
+    lengths: tuple[float, ...] = (0.7, 1.5)
+    position_lengths: tuple[float, ...] = (0.3, 1.0)
+    not_linear: tuple[str, ...] = ("land_use", "position", "destinations")
+    features: Positive = 128
+    steps: int = 60
+    members: Positive = 4
+    width: Positive = 32
+    layers: int = 2
+    input_dropout: Share = 0.4
+    dropout: Share = 0.3
+    epochs: int = 600
+    lr: float = 5e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 1e-2
+    decoupled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetConfig:
     """How counts enter the loss.
 
@@ -140,7 +180,7 @@ class TargetConfig:
             protocol for check-ins); they still get a prediction.
     """
 
-    transform: Literal["none", "sqrt", "log1p"] = "none"
+    transform: Literal["none", "sqrt", "cbrt", "log1p"] = "none"
     likelihood: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian"
     drop_zeros: bool = False
 
@@ -151,10 +191,11 @@ class TaskConfig:
 
     srel: SrelConfig = field(default_factory=SrelConfig)
     prompt4re: Prompt4ReConfig = field(default_factory=Prompt4ReConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
 
     def prompt_column(self, task: str) -> str | None:
-        """The column the task's prompt vectors are read from; None without Prompt4RE."""
+        """The column the task's prompt vectors are read from; None without prompts."""
         if not self.prompt4re.enabled:
             return None
         return "prompt_none" if self.prompt4re.prompt == "none" else f"prompt_{task}"
@@ -189,7 +230,8 @@ class Config:
         """The distinct stage-1 models: name (of the first task that uses it) and settings."""
         groups: dict[SrelConfig, str] = {}
         for name, task in self.tasks.items():
-            groups.setdefault(task.srel, name)
+            if not task.ensemble.enabled:
+                groups.setdefault(task.srel, name)
         return {name: srel for srel, name in groups.items()}
 
     def embedding_of(self, task: str) -> str:
@@ -269,7 +311,10 @@ def load_config(
     return config
 
 
-_SECTIONS: dict[str, Any] = {"srel": SrelConfig, "prompt4re": Prompt4ReConfig, "target": TargetConfig}
+_SECTIONS: dict[str, Any] = {
+    "srel": SrelConfig, "prompt4re": Prompt4ReConfig, "ensemble": EnsembleConfig,
+    "target": TargetConfig,
+}  # fmt: skip
 
 
 def _presets() -> Any:
@@ -379,6 +424,10 @@ def _check(task: TaskConfig, where: str) -> None:
     ):
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
+    if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
+        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or both")
+    if task.ensemble.enabled and task.target.likelihood != "gaussian":
+        raise BadConfig("ensemble: squared error only", file=where, expected="target.likelihood = 'gaussian'")
     if task.prompt4re.folds < 2:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 
@@ -412,9 +461,12 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
     elif kind in (bool, str) and type(value) is kind:
         return value
     elif get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        numbers = get_args(kind)[0] is float
+        if isinstance(value, (list, tuple)) and all(
+            type(v) in (int, float) and v > 0 if numbers else isinstance(v, str) for v in value
+        ):
             return tuple(value)
-        expected = "a list of names"
+        expected = "a list of numbers above 0" if numbers else "a list of names"
     elif key == "tasks":
         return value
     raise BadConfig("wrong value", file=where, column=key, expected=expected, found=repr(value))

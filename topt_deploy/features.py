@@ -14,62 +14,113 @@ Array = np.ndarray[Any, Any]
 
 MOBILITY = "mobility"
 POSITION = "position"
+LOG_CONTEXT = "mobility_log"
+TWO_HOPS = "mobility_two_hops"
+TRIPS = "trips"
+DESTINATIONS = "destinations"
+FLOW_VIEWS = (MOBILITY, LOG_CONTEXT, TWO_HOPS, TRIPS, DESTINATIONS)
+"""What is made of the flows, in order; only :data:`MOBILITY` is a view of the paper's embedding."""
+TRIP_FEATURES = 11
 EARTH_RADIUS_M = 6_371_008.8
 """Mean radius of the Earth (IUGG), metres."""
 
 
 def feature_widths(schema: Schema) -> dict[str, int]:
-    """Width of every feature view that :func:`features` makes for ``schema``, in the model's order."""
+    """Width of every view of the paper's embedding that :func:`features` makes for ``schema``, in the model's order."""
     widths = {view: len(names) for view, names in schema.views.items()}
     if schema.mobility:
         widths[MOBILITY] = 2 * sum(widths.values()) + 2
     return widths
 
 
+def all_widths(schema: Schema) -> dict[str, int]:
+    """Width of everything that :func:`features` makes for ``schema``, prompts apart, in the model's order."""
+    counts = sum(len(names) for names in schema.views.values())
+    flows = {LOG_CONTEXT: 2 * counts, TWO_HOPS: 2 * counts, TRIPS: TRIP_FEATURES, DESTINATIONS: 12}
+    return feature_widths(schema) | (flows if schema.mobility else {}) | {POSITION: 3}
+
+
 def features(city: City) -> dict[str, Array]:
     """The model's inputs, all float32, in the city's canonical order. N regions.
 
     Returns:
-        One (N, C) array of log1p counts per count view; ``mobility`` (N, 2·ΣC + 2) where the city has flows;
+        One (N, C) array of log1p counts per count view; the views of :func:`flow_features` where the city has flows;
         ``position`` (N, 3) in metres; the prompt columns (N, H) as they are.
     """
-    logs = {view: np.log1p(counts) for view, counts in city.views.items()}
-    arrays = dict(logs)
+    arrays = {view: np.log1p(counts) for view, counts in city.views.items()}
+    position_m = local_position_m(city.lonlat)
     if city.flows is not None:
-        arrays[MOBILITY] = flow_features(city.flows, np.concatenate(list(logs.values()), axis=1))
-    arrays[POSITION] = local_position_m(city.lonlat)
+        arrays |= flow_features(city.flows, np.concatenate(list(arrays.values()), axis=1), position_m)
+    arrays[POSITION] = position_m
     return {name: array.astype(np.float32) for name, array in arrays.items()} | dict(city.prompts)
 
 
-def flow_features(flows: Flows, x: Array) -> Array:
-    """The mobility view: what a region's flows lead to and come from. Independent of N in width.
+class _Averaging:
+    """Averages over the regions that a region's flows lead to: a row-normalised matrix P (N, N) that is never formed.
 
-    With row-normalised flows P (N, N), out- and inbound, the view is [P_out x ‖ P_in x ‖ log1p outflow ‖
-    log1p inflow]. P is never formed: memory grows with the number of flows. A region without flows gets zeros.
+    Args:
+        rows, columns: int64 (E,), the two ends of every flow.
+        weight: float64 (E,), not negative. A region without flows averages to zeros.
+    """
+
+    def __init__(self, rows: Array, columns: Array, weight: Array, *, n: int) -> None:
+        self.total = np.bincount(rows, weights=weight, minlength=n)  # (N,)
+        order = np.argsort(rows, kind="stable")
+        self.rows, self.columns, self.n = rows[order], columns[order], n
+        self.share = weight[order] / np.where(self.total == 0, 1, self.total)[self.rows]  # (E,)
+
+    def of(self, x: Array) -> Array:
+        """P x, column by column: memory stays at O(E).
+
+        *Shape:* (N, F) → (N, F)
+        """
+        return np.stack([self.over_flows(column[self.columns]) for column in x.T], axis=1)
+
+    def over_flows(self, value: Array) -> Array:
+        """The mean of a quantity of the flows themselves, in the order of the rows.
+
+        *Shape:* (E,) → (N,)
+        """
+        return np.bincount(self.rows, weights=self.share * value, minlength=self.n)
+
+
+def flow_features(flows: Flows, x: Array, position_m: Array) -> dict[str, Array]:
+    """What a region's flows lead to and come from. No width depends on N, and memory grows with the number of flows.
+
+    P are the row-normalised flows (N, N), L the row-normalised logarithms log1p(flow), out- and inbound each:
+
+    - ``mobility`` (N, 2·F + 2): [P_out x ‖ P_in x ‖ log1p outflow ‖ log1p inflow];
+    - ``mobility_log`` (N, 2·F): L x, in which small flows count for more;
+    - ``mobility_two_hops`` (N, 2·F): P P x (SIGN, Frasca et al. 2020: a graph network's reach without its layers);
+    - ``trips`` (N, 11): totals, mean lengths under P and L, flow within the region and its shares, entropies of P;
+    - ``destinations`` (N, 12): mean positions of the other ends, under P and L.
 
     Args:
         flows: Flows between the N regions, E of them.
-        x: float64 (N, F), the other views.
-
-    Returns:
-        float64 (N, 2·F + 2).
+        x: float64 (N, F), the count views.
+        position_m: float64 (N, 3), :func:`local_position_m`.
     """
     n = len(x)
-
-    def average(rows: Array, columns: Array) -> tuple[Array, Array]:
-        total = np.bincount(rows, weights=flows.flow, minlength=n)  # (N,)
-        order = np.argsort(rows, kind="stable")
-        # Edges in row order, summed by column of x: one bincount per feature keeps memory at O(E).
-        weight = flows.flow[order] / np.where(total == 0, 1, total)[rows[order]]
-        mean = np.stack(
-            [np.bincount(rows[order], weights=weight * column[columns[order]], minlength=n) for column in x.T],
-            axis=1,
-        )
-        return mean, total
-
-    outward, outflow = average(flows.origin, flows.dest)
-    inward, inflow = average(flows.dest, flows.origin)
-    return np.concatenate([outward, inward, np.log1p(outflow)[:, None], np.log1p(inflow)[:, None]], axis=1)
+    ends = ((flows.origin, flows.dest), (flows.dest, flows.origin))  # out, in
+    plain = [_Averaging(rows, columns, flows.flow, n=n) for rows, columns in ends]
+    logs = [_Averaging(rows, columns, np.log1p(flows.flow), n=n) for rows, columns in ends]
+    context = [p.of(x) for p in plain]
+    inside = flows.origin == flows.dest
+    within = np.bincount(flows.origin[inside], weights=flows.flow[inside], minlength=n)
+    trips = [np.log1p(p.total) for p in plain]
+    for p in (*plain, *logs):
+        length_m = np.linalg.norm(position_m[p.rows] - position_m[p.columns], axis=1)
+        trips.append(np.log1p(p.over_flows(length_m) / 1000))
+    trips.append(np.log1p(within))
+    trips += [within / np.where(p.total == 0, 1, p.total) for p in plain]
+    trips += [p.over_flows(-np.log(np.where(p.share == 0, 1, p.share))) for p in plain]  # Σ −p log p, a mean under P
+    return {
+        MOBILITY: np.column_stack([*context, *trips[:2]]),
+        LOG_CONTEXT: np.column_stack([p.of(x) for p in logs]),
+        TWO_HOPS: np.column_stack([p.of(c) for p, c in zip(plain, context, strict=True)]),
+        TRIPS: np.column_stack(trips),
+        DESTINATIONS: np.column_stack([p.of(position_m) for p in (*plain, *logs)]),
+    }
 
 
 def local_position_m(lonlat: Array) -> Array:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.config import Prompt4ReConfig, SrelConfig
+from topt_deploy.config import EnsembleConfig, Prompt4ReConfig, SrelConfig
 from topt_deploy.errors import BadConfig, NoDevice
 from topt_deploy.model.checkpoint import restore_training, save_training
 
@@ -76,7 +76,7 @@ class Engine:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
 
-def learning_rate(settings: SrelConfig | Prompt4ReConfig, epoch: int) -> float:
+def learning_rate(settings: SrelConfig | Prompt4ReConfig | EnsembleConfig, epoch: int) -> float:
     """The rate of an epoch: a function of the epoch alone, so that a resumed run needs no scheduler state."""
     if settings.schedule == "cosine":
         return settings.lr * 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs))
@@ -86,7 +86,7 @@ def learning_rate(settings: SrelConfig | Prompt4ReConfig, epoch: int) -> float:
 def fit(
     module: nn.Module,
     loss: Callable[[], Mapping[str, Tensor]],
-    settings: SrelConfig | Prompt4ReConfig,
+    settings: SrelConfig | Prompt4ReConfig | EnsembleConfig,
     *,
     stage: str,
     identity: str,
@@ -94,6 +94,7 @@ def fit(
     reporter: Reporter,
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
+    observe: Callable[[int], None] | None = None,
 ) -> None:
     """Minimise the sum of the loss's terms over the module's parameters, in full batches.
 
@@ -107,6 +108,7 @@ def fit(
         stage: Name for people and files.
         identity: Hash of everything the stage depends on; a checkpoint with another one is refused.
         checkpoint: The stage's checkpoint file.
+        observe: Called after every epoch with the number of epochs done; leaves the module in training mode.
     """
     adam = torch.optim.AdamW if settings.decoupled else torch.optim.Adam
     optimiser = adam(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
@@ -127,6 +129,8 @@ def fit(
             total.backward()
             optimiser.step()
             epoch += 1
+            if observe is not None:
+                observe(epoch)
             if epoch % LOG_EVERY == 0 or epoch == settings.epochs:
                 values = {name: float(term.detach()) for name, term in terms.items()}
                 if not math.isfinite(sum(values.values())):

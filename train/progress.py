@@ -49,6 +49,10 @@ class Reporter:
     ) -> None:
         self._progress.stop()
 
+    def quiet(self) -> "Reporter":
+        """One that shows nothing and keeps nothing, for work that this one reports as a whole."""
+        return Reporter(console=Console(quiet=True))
+
     def say(self, text: str) -> None:
         """One line for people."""
         self.console.print(text, highlight=False, soft_wrap=True)

@@ -27,11 +27,12 @@ from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.table import City, infer_schema, read_city
 
 from .baseline import boosted_trees
+from .ensemble import train_ensemble
 from .fit import Engine
 from .metrics import Metrics, metrics
 from .progress import Reporter
 from .stage1 import embed, train_embedding
-from .stage2 import HeadResult, train_head
+from .stage2 import HeadResult, fold_of, train_head, training_sets
 
 Array = np.ndarray[Any, Any]
 
@@ -59,6 +60,28 @@ class TaskReport:
     in_sample: Metrics
     mean: Metrics
     trees: Metrics
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What a trained head says of its own city.
+
+    Attributes:
+        fold: int64 (N,), the fold a region was held out in; -1 for none.
+        held_out: float64 (N,): each labelled region as predicted by the fold that did not train on it, at the last
+            epoch; NaN for regions that took no part.
+        in_sample: float64 (N,): the deployed head on every region.
+    """
+
+    fold: Array
+    held_out: Array
+    in_sample: Array
+
+    @classmethod
+    def of(cls, result: HeadResult, fold: Array) -> "Outcome":
+        """From a head trained on :func:`topt_deploy.train.stage2.training_sets`."""
+        own = result.predicted[fold, np.arange(len(fold))]  # fold -1 reads the last row, and is masked
+        return cls(fold=fold, held_out=np.where(fold >= 0, own, np.nan), in_sample=result.predicted[-1])
 
 
 def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
@@ -118,18 +141,25 @@ def train_run(
         srels[name] = train_embedding(city, inputs, schema, config, name, checkpoint=path, **common)
         embeddings[name] = embed(srels[name], inputs)
     results: dict[str, HeadResult] = {}
+    outcomes: dict[str, Outcome] = {}
     for task, settings in config.tasks.items():
         column = settings.prompt_column(task)
-        results[task] = train_head(
-            embeddings[config.embedding_of(task)],
-            all_features(inputs, schema),
-            None if column is None else inputs[column],
+        prompts = None if column is None else inputs[column]
+        fold = fold_of(
             city.labels[task],
-            config,
-            task,
-            checkpoint=checkpoints / f"prompt4re-{task}.safetensors",
-            **common,
+            folds=settings.prompt4re.folds,
+            seed=settings.prompt4re.fold_seed,
+            drop_zeros=settings.target.drop_zeros,
         )
+        labels = training_sets(city.labels[task], fold)
+        if settings.ensemble.enabled:
+            path = checkpoints / f"ensemble-{task}.safetensors"
+            results[task] = train_ensemble(inputs, schema, prompts, labels, config, task, checkpoint=path, **common)
+        else:
+            path = checkpoints / f"prompt4re-{task}.safetensors"
+            embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
+            results[task] = train_head(embedding, all_, prompts, labels, config, task, checkpoint=path, **common)
+        outcomes[task] = Outcome.of(results[task], fold)
     ranks = {
         task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
     }
@@ -140,12 +170,12 @@ def train_run(
         model.heads[task].load_state_dict(result.head.state_dict())
     save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders)})
     save_model(run.path / MODEL_FILE, model)
-    _write_held_out(run.path / HELD_OUT_FILE, city, results)
+    _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
     reporter.say("plain baseline: boosted trees under the same folds")
     plain = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
     reports = {
-        task: report(city.labels[task], result, boosted_trees(plain, city.labels[task], result.fold))
-        for task, result in results.items()
+        task: report(city.labels[task], outcome, boosted_trees(plain, city.labels[task], outcome.fold))
+        for task, outcome in outcomes.items()
     }
     ranges = {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()}
     run.finish(
@@ -154,7 +184,7 @@ def train_run(
             "city_id": city.city_id,
             "synthetic": city.synthetic,
             "protocol": PROTOCOL,
-            "scores": {task: scores(city.labels[task], result.held_out) for task, result in results.items()},
+            "scores": {task: scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()},
             "reports": {task: asdict(r) for task, r in reports.items()},
             "ranges": ranges,
             "seconds": round(time.monotonic() - began, 1),
@@ -171,21 +201,21 @@ def train_run(
     return reports
 
 
-def report(labels: Array, result: HeadResult, trees: Array) -> TaskReport:
+def report(labels: Array, outcome: Outcome, trees: Array) -> TaskReport:
     """Metrics of a task, and of the baselines, under its own folds."""
-    truth = np.where(result.fold >= 0, labels, np.nan)
+    truth = np.where(outcome.fold >= 0, labels, np.nan)
     means = np.full(len(labels), np.nan)
-    for k in range(int(result.fold.max()) + 1):
-        means[result.fold == k] = labels[(result.fold >= 0) & (result.fold != k)].mean()
+    for k in range(int(outcome.fold.max()) + 1):
+        means[outcome.fold == k] = labels[(outcome.fold >= 0) & (outcome.fold != k)].mean()
     return TaskReport(
-        held_out=metrics(truth, result.held_out),
-        in_sample=metrics(truth, result.in_sample),
+        held_out=metrics(truth, outcome.held_out),
+        in_sample=metrics(truth, outcome.in_sample),
         mean=metrics(truth, means),
         trees=metrics(truth, trees),
     )
 
 
-def _write_held_out(path: Path, city: City, results: Mapping[str, HeadResult]) -> None:
+def _write_held_out(path: Path, city: City, outcomes: Mapping[str, Outcome]) -> None:
     """One row per region and task: label, fold, held-out and in-sample prediction."""
     tables = [
         pa.table(
@@ -193,11 +223,11 @@ def _write_held_out(path: Path, city: City, results: Mapping[str, HeadResult]) -
                 "region_id": city.region_id.tolist(),
                 "task": [task] * len(city),
                 "label": pa.array(city.labels[task], from_pandas=True),
-                "fold": result.fold,
-                "held_out": pa.array(result.held_out, from_pandas=True),
-                "in_sample": result.in_sample,
+                "fold": outcome.fold,
+                "held_out": pa.array(outcome.held_out, from_pandas=True),
+                "in_sample": outcome.in_sample,
             }
         )
-        for task, result in results.items()
+        for task, outcome in outcomes.items()
     ]
     write_parquet(path, pa.concat_tables(tables))

@@ -1,4 +1,4 @@
-"""Stage 2: train a task's Prompt4RE head on frozen embeddings; folds and the final fit as one batch."""
+"""Stage 2: train a task's Prompt4RE head on frozen embeddings; all training sets as one batch."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from topt_deploy.config import Config
 from topt_deploy.errors import BadData
 from topt_deploy.model.prompt4re import PromptBasis, ridge
-from topt_deploy.model.topt import TaskHead
+from topt_deploy.model.topt import EnsembleHead, TaskHead
 
 from .fit import Engine, fit
 from .progress import Reporter
@@ -23,20 +23,15 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class HeadResult:
-    """A trained head and what it says about the labelled regions.
+    """What came of S training sets.
 
     Attributes:
-        head: The deployed head: the final fit's members.
-        held_out: float64 (N,): each labelled region as predicted by the fold that did not train on it, at the last
-            epoch; NaN for regions that took no part.
-        in_sample: float64 (N,): the deployed head on every region.
-        fold: int64 (N,): the fold a region was held out in, -1 for none.
+        head: The head of the last training set, in evaluation mode.
+        predicted: float64 (S, N): counts, every region as each training set's head predicts it, at the last epoch.
     """
 
-    head: TaskHead
-    held_out: Array
-    in_sample: Array
-    fold: Array
+    head: TaskHead | EnsembleHead
+    predicted: Array
 
 
 def fold_of(labels: Array, *, folds: int, seed: int, drop_zeros: bool) -> Array:
@@ -56,6 +51,23 @@ def fold_of(labels: Array, *, folds: int, seed: int, drop_zeros: bool) -> Array:
     return fold
 
 
+def training_sets(labels: Array, fold: Array) -> Array:
+    """Rows of labels: every fold's training set, then all of them. Float64 (K + 1, N), NaN where not to be seen.
+
+    Args:
+        labels: float64 (N,).
+        fold: :func:`fold_of`.
+    """
+    folds = np.arange(int(fold.max()) + 1)[:, None]
+    seen = np.concatenate([(fold >= 0) & (fold != folds), (fold >= 0)[None]])
+    return np.where(seen, labels, np.nan)
+
+
+def one_label(labels: Array) -> Array:
+    """Each region's label from rows of training sets (S, N), wherever a row has it; 0 for none. Float64 (N,)."""
+    return np.nan_to_num(np.fmax.reduce(labels, axis=0))
+
+
 def train_head(
     embedding: Tensor,
     features: Tensor,
@@ -71,25 +83,21 @@ def train_head(
 ) -> HeadResult:
     """Train the head of ``task``.
 
-    Every choice is fixed before training: no label outside a fold's training regions reaches the fold's weights,
-    its target scale or its number of epochs. The prompt basis and the embedding see all regions and no labels.
+    Every choice is fixed before training, and nothing of one row reaches another's weights, target scale or number
+    of epochs. The prompt basis and the embedding see all regions and no labels.
 
     Args:
         embedding: E (N, D), frozen.
         features: All views side by side (N, F).
         prompts: (N, H), or None without Prompt4RE.
-        labels: float64 (N,), NaN where unknown.
+        labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """
     settings = config.tasks[task].prompt4re
-    targets = config.tasks[task].target
     stage = f"prompt4re/{task}"
-    fold = fold_of(labels, folds=settings.folds, seed=settings.fold_seed, drop_zeros=targets.drop_zeros)
-    folds, repeat = int(fold.max()) + 1, settings.members
-    taking_part = fold >= 0
-    # Members: every fold, then the final fit, each `repeat` times. (M, N) ∈ {0, 1}
-    training_regions = np.stack([taking_part & (fold != k) for k in range(folds)] + [taking_part])
-    weights = torch.tensor(training_regions.repeat(repeat, axis=0)).float().to(engine.device)
-    counts = torch.tensor(np.where(taking_part, labels, 0.0)).to(engine.device)
+    repeat = settings.members
+    known = ~np.isnan(labels)
+    weights = torch.tensor(known.repeat(repeat, axis=0)).float().to(engine.device)  # (S · repeat, N) ∈ {0, 1}
+    counts = torch.tensor(one_label(labels)).to(engine.device)
 
     engine.seed(config.seed, stage)
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components)
@@ -132,14 +140,13 @@ def train_head(
     model.eval()
     with torch.no_grad():
         predicted = model.target.counts(model.head(seen, coordinates))  # (M, N)
-    by_fit = predicted.double().cpu().numpy().reshape(folds + 1, repeat, -1).mean(axis=1)
-    held_out = np.where(taking_part, by_fit[fold, np.arange(len(fold))], np.nan)
+    by_row = predicted.double().cpu().numpy().reshape(len(labels), repeat, -1).mean(axis=1)
     final = TaskHead(members=repeat, **sizes)
-    # Weights have the members in front, and the final fit's are the last; the rest is shared by all.
+    # Weights have the members in front, and the last training set's are the last; the rest is shared by all.
     final.load_state_dict(
         {
             name: tensor[-repeat:] if name.startswith(("head.", "target.")) else tensor
             for name, tensor in model.state_dict().items()
         }
     )
-    return HeadResult(head=final.eval(), held_out=held_out, in_sample=by_fit[-1], fold=fold)
+    return HeadResult(head=final.eval(), predicted=by_row)

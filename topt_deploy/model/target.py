@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from ..config import TargetConfig
 
+POWERS = {"sqrt": 2, "cbrt": 3}
+"""Roots that steady the variance of counts, and the power that undoes them."""
 MAX_LOG = 20.0
 """Log rates are capped here: e²⁰ is half a billion."""
 
@@ -34,7 +36,8 @@ class Target(nn.Module):
     def _transform(self, counts: Tensor) -> Tensor:
         if self.log_link or self.config.transform == "log1p":
             return torch.log1p(counts)
-        return counts.sqrt() if self.config.transform == "sqrt" else counts
+        power = POWERS.get(self.config.transform)
+        return counts if power is None else counts.pow(1 / power)
 
     def fit(self, counts: Tensor, weights: Tensor) -> Tensor:
         """Take each member's mean and deviation over its training labels; return the scaled labels (M, N).
@@ -66,7 +69,8 @@ class Target(nn.Module):
         if self.config.transform == "log1p":
             return torch.expm1(value.clamp(max=MAX_LOG)).clamp(min=0)
         value = value.clamp(min=0)
-        return value.square() if self.config.transform == "sqrt" else value
+        power = POWERS.get(self.config.transform)
+        return value if power is None else value.pow(power)
 
     def loss(self, output: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """Each member's mean loss over its training regions.

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, TaskConfig
-from ..features import POSITION, feature_widths
+from ..features import POSITION, all_widths, feature_widths
 from ..table import Schema
+from .kernel import PROMPT, KernelHead, ViewKernels
 from .layers import ByName, Standardize
+from .network import Network
 from .prompt4re import Prompt4Re, PromptBasis
 from .srel import Srel
 from .target import Target
@@ -73,9 +75,79 @@ class TaskHead(nn.Module):
         return self.target.counts(self.head(self.see(embedding, features, coordinates), coordinates))
 
 
+class EnsembleHead(nn.Module):
+    """One task without an embedding: the mean, on the target scale, of Gaussian processes and of networks, where the
+    networks together count as one of the Gaussian processes.
+
+    All see every view, what flows lead to, and positions; the Gaussian processes also see the prompts. A region is
+    predicted from its own row of these alone.
+
+    *Shape:* {view: (N, F_v)}, prompts (N, H) or None → counts (1, N)
+
+    Args:
+        widths: F_v of every view (:func:`topt_deploy.features.all_widths`).
+        prompt_width, rank: H and R of the prompt basis; 0 without prompts.
+        settings: The task's settings.
+    """
+
+    def __init__(self, *, widths: Mapping[str, int], prompt_width: int, rank: int, settings: TaskConfig) -> None:
+        super().__init__()
+        config = settings.ensemble
+        self.names = tuple(widths)
+        self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
+        prompt = {PROMPT: rank} if rank else {}
+        self.kernel = KernelHead({**widths, **prompt}, config) if config.kernel else None
+        inputs = sum(widths.values())
+        self.network = Network(members=config.members, inputs=inputs, config=config) if config.network else None
+        self.target = Target(members=1, config=settings.target)
+
+    def views(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> dict[str, Tensor]:
+        """Everything that the head sees, by view."""
+        views = {name: inputs[name] for name in self.names}
+        return views if self.basis is None else views | {PROMPT: self.basis(prompts)}
+
+    @property
+    def spread_m(self) -> float:
+        """Root mean square distance of the training city's regions from its centre."""
+        if self.network is not None:
+            return float(self.network.standardize.scale[-3:].norm())  # positions come last
+        assert self.kernel is not None
+        view = self.kernel.views[POSITION]
+        assert isinstance(view, ViewKernels)
+        assert view.standardize is not None
+        return float(view.standardize.scale.norm())
+
+    def side_by_side(self, views: Mapping[str, Tensor]) -> Tensor:
+        """What the networks see (N, ΣF_v)."""
+        return torch.cat([views[name] for name in self.names], dim=1)
+
+    def forward(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> Tensor:
+        views = self.views(inputs, prompts)
+        parts = [] if self.kernel is None else [self.kernel(views)] * len(self.kernel.lengths)
+        if self.network is not None:
+            parts.append(self.network(self.side_by_side(views)).mean(dim=0))
+        return self.target.counts(torch.stack(parts).mean(dim=0, keepdim=True))
+
+
 def all_features(inputs: Mapping[str, Tensor], schema: Schema) -> Tensor:
     """All views side by side, (N, ΣF_v)."""
     return torch.cat([inputs[view] for view in feature_widths(schema)], dim=1)
+
+
+def make_head(spec: ModelSpec, task: str) -> TaskHead | EnsembleHead:
+    """The head of a task, before its weights are known."""
+    settings, rank = spec.config.tasks[task], spec.ranks.get(task, 0)
+    prompt_width = spec.schema.prompts.get(settings.prompt_column(task) or "", 0)
+    if settings.ensemble.enabled:
+        widths = all_widths(spec.schema)
+        return EnsembleHead(widths=widths, prompt_width=prompt_width, rank=rank, settings=settings)
+    return TaskHead(
+        members=settings.prompt4re.members,
+        features=sum(feature_widths(spec.schema).values()),
+        prompt_width=prompt_width,
+        rank=rank,
+        settings=settings,
+    )
 
 
 class TopT(nn.Module):
@@ -89,18 +161,7 @@ class TopT(nn.Module):
         self.spec = spec
         widths = feature_widths(spec.schema)
         self.srel = ByName({name: Srel(widths, c) for name, c in spec.config.embeddings().items()})
-        self.heads = ByName(
-            {
-                task: TaskHead(
-                    members=settings.prompt4re.members,
-                    features=sum(widths.values()),
-                    prompt_width=spec.schema.prompts.get(settings.prompt_column(task) or "", 0),
-                    rank=spec.ranks.get(task, 0),
-                    settings=settings,
-                )
-                for task, settings in spec.config.tasks.items()
-            }
-        )
+        self.heads = ByName({task: make_head(spec, task) for task in spec.config.tasks})
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         embeddings = {}
@@ -112,13 +173,19 @@ class TopT(nn.Module):
         for task, settings in self.spec.config.tasks.items():
             column = settings.prompt_column(task)
             prompts = None if column is None else inputs[column]
-            embedding = embeddings[self.spec.config.embedding_of(task)]
-            predictions[task] = self.heads[task](embedding, features, prompts).mean(dim=0)
+            if settings.ensemble.enabled:
+                counts = self.heads[task](inputs, prompts)
+            else:
+                counts = self.heads[task](embeddings[self.spec.config.embedding_of(task)], features, prompts)
+            predictions[task] = counts.mean(dim=0)
         return predictions
 
     def input_names(self) -> list[str]:
         """Names of the inputs that the forward pass reads, in a fixed order."""
-        return [*feature_widths(self.spec.schema), POSITION, *self.spec.schema.prompts]
+        spec = self.spec
+        ensemble = any(settings.ensemble.enabled for settings in spec.config.tasks.values())
+        views = all_widths(spec.schema) if ensemble else [*feature_widths(spec.schema), POSITION]
+        return [*views, *spec.schema.prompts]
 
 
 @torch.no_grad()

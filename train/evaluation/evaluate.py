@@ -1,0 +1,153 @@
+"""Evaluate methods on a city's tasks under one protocol, going on from what the folder already holds."""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from topt_deploy import __version__
+from topt_deploy.columns import PROMPT_PREFIX
+from topt_deploy.config import Config
+from topt_deploy.errors import ToptError
+from topt_deploy.fileio import sha256_bytes, sha256_file, write_json, write_text
+from topt_deploy.parquet import ParquetFile
+from topt_deploy.table import infer_schema, read_city
+
+from ..city_files import MOBILITY, REGIONS
+from ..fit import Engine
+from ..progress import Reporter
+from .coverage import measure
+from .problem import Method, Problem
+from .protocols import PROTOCOLS, Protocol
+from .registry import METHODS, Entry
+from .results import Store
+from .tables import as_json, markdown
+
+Array = np.ndarray[Any, Any]
+
+LIBRARIES = ("numpy", "scikit-learn", "torch")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What is evaluated, and where its results go.
+
+    Attributes:
+        problem: The city as methods see it.
+        labels: Per task, float64 (N,), NaN where unknown.
+        protocol: How held-out predictions come about.
+        seeds: One per repetition.
+        store: Keeps every result as soon as it is known; what it holds already is not computed again.
+        nominal: Also measure how often intervals of this coverage hold.
+    """
+
+    problem: Problem
+    labels: Mapping[str, Array]
+    protocol: Protocol
+    seeds: Sequence[int]
+    store: Store
+    nominal: float | None = None
+
+    def run(self, methods: Mapping[str, Entry]) -> None:
+        """Fill the store with every method's results for every task.
+
+        A method that cannot run on this city is recorded with its reason, and tried again the next time. One instance
+        serves all tasks, so that it may share what needs no labels.
+
+        Raises:
+            BadConfig: If the store holds results of other settings of a method.
+        """
+        began, worked = time.monotonic(), 0
+        for m, (name, entry) in enumerate(methods.items()):
+            method = entry.make()
+            for t, task in enumerate(self.labels):
+                if (said := self._cell(name, entry.settings, method, task)) is None:
+                    continue
+                worked += 1
+                done, total = m * len(self.labels) + t + 1, len(methods) * len(self.labels)
+                left = (time.monotonic() - began) / worked * (total - done)
+                self.problem.reporter.say(f"{done} of {total}: {task}, {name}: {said}; about {left / 60:.0f} min left")
+
+    def _cell(self, name: str, settings: str, method: Method, task: str) -> str | None:
+        """Work out one method for one task; what to say of it, or None where nothing was left to do."""
+        held_out, said = self.store.held_out(name, task, settings), list[str]()
+        if held_out is None:
+            start = time.monotonic()
+            try:
+                held_out = self.protocol.predict(method, self.problem, task, self.labels[task], self.seeds)
+            except ToptError as error:
+                self.store.save_reason(name, task, settings, error)
+                return f"not run: {error.message}"
+            self.store.save(name, task, settings, held_out, time.monotonic() - start)
+            said.append(f"MAE {np.mean([m.mae for m in held_out.metrics()]):.1f}")
+        if self.nominal is not None and not self.store.has_coverage(name, task, self.nominal):
+            coverage = measure(method, self.problem, task, held_out, seed=self.seeds[0], nominal=self.nominal)
+            self.store.save_coverage(name, task, coverage)
+            said.append(f"{100 * coverage.all.coverage:.0f} % inside their intervals")
+        return ", ".join(said) or None
+
+
+def evaluate_city(
+    city_dir: Path,
+    config: Config,
+    names: Sequence[str],
+    *,
+    protocol: str,
+    seeds: Sequence[int],
+    nominal: float | None,
+    engine: Engine,
+    reporter: Reporter,
+    out: Path,
+) -> str:
+    """Evaluate methods on a city's folder.
+
+    Args:
+        config: Which tasks and views are read, and whether flows are. Prompts are read where the city has them.
+        names: Of :data:`.registry.METHODS`.
+        out: Folder of the results. Those of other methods and tasks that it holds are reported with these.
+
+    Returns:
+        The page that ``results.md`` in that folder holds; ``results.json`` holds the same for machines.
+    """
+    regions, mobility = city_dir / REGIONS, city_dir / MOBILITY if config.mobility else None
+    prompts = [column for column in ParquetFile(regions).names if column.startswith(PROMPT_PREFIX)]
+    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=prompts)
+    city = read_city(regions, mobility, schema, labels=config.tasks)
+    problem = Problem.of(city, schema, engine, reporter)
+    recorded = {
+        "protocol": protocol,
+        "seeds": list(seeds),
+        "regions_sha256": sha256_file(regions),
+        "mobility_sha256": None if mobility is None else sha256_file(mobility),
+        "inputs_sha256": _sha256(problem.inputs),
+        "device": engine.device.type,
+        "precision": engine.precision,
+        "versions": {"topt-deploy": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
+    }
+    store = Store.open(out, city.region_id, recorded)
+    evaluation = Evaluation(
+        problem=problem,
+        labels=city.labels,
+        protocol=PROTOCOLS[protocol],
+        seeds=seeds,
+        store=store,
+        nominal=nominal,
+    )
+    evaluation.run({name: METHODS[name] for name in names})
+    results = list(store.load(METHODS))
+    page = markdown(recorded, results)
+    write_text(out / "results.md", page)
+    write_json(out / "results.json", as_json(recorded, results))
+    return page
+
+
+def _sha256(inputs: Mapping[str, Tensor]) -> str:
+    """Hash of what methods read of the city: it changes with how features are made, as the files' do not."""
+    return sha256_bytes(b"".join(name.encode() + x.cpu().numpy().tobytes() for name, x in inputs.items()))

@@ -1,0 +1,152 @@
+"""What the literature's methods share: an embedding of the regions that no label enters, and a ridge on it per task."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.errors import BadConfig, BadData
+from topt_deploy.model.prompt4re import ridge
+from topt_deploy.table import Flows
+
+from ...fit import LOG_EVERY
+from ..problem import Problem
+
+Array = np.ndarray[Any, Any]
+
+FEWEST_LABELS = 3
+"""A training set needs that many known labels: two leave nothing to choose the ridge's α by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a paper trains: Adam on the full batch; every ``step`` epochs the rate is multiplied by ``decay``."""
+
+    epochs: int
+    lr: float
+    weight_decay: float = 0.0
+    step: int = 1
+    decay: float = 1.0
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.lr * self.decay ** (epoch // self.step)
+
+
+def minimise(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, *, stage: str, problem: Problem) -> None:
+    """Train ``module`` and leave it in evaluation mode. Nothing is selected: the last epoch is the result.
+
+    Args:
+        loss: The loss of an epoch, a scalar.
+        stage: Name for people and files.
+
+    Raises:
+        BadConfig: If the loss is not finite.
+    """
+    adam = torch.optim.Adam(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    module.train()
+    with problem.reporter.stage(stage, epochs=recipe.epochs) as progress:
+        for epoch in range(recipe.epochs):
+            for group in adam.param_groups:
+                group["lr"] = recipe.rate(epoch)
+            with problem.engine.autocast():
+                value = loss(epoch).float()
+            adam.zero_grad()
+            value.backward()
+            adam.step()
+            if (epoch + 1) % LOG_EVERY == 0 or epoch + 1 == recipe.epochs:
+                if not math.isfinite(value.item()):
+                    raise BadConfig(
+                        f"{stage}: the loss is not finite at epoch {epoch + 1}",
+                        found=value.item(),
+                        fix="use precision fp32, or leave this baseline out",
+                    )
+                progress.update(epoch + 1, value.item())
+    module.eval()
+
+
+class EmbeddingMethod(ABC):
+    """A method of the field: region embeddings learnt without labels, then a regression on them per training set.
+
+    One embedding per problem and seed, whatever the task: all rows and tasks share it.
+
+    Attributes:
+        name: The method's name, of its stage of training and in errors.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._embeddings: WeakKeyDictionary[Problem, dict[int, Tensor]] = WeakKeyDictionary()
+
+    @abstractmethod
+    def embed(self, problem: Problem) -> Tensor:
+        """Train an embedding with the random numbers as they are seeded: float32 (N, D), without gradient."""
+
+    def embedding(self, problem: Problem, seed: int) -> Tensor:
+        """The embedding of ``seed`` (N, D), trained on the first call."""
+        trained = self._embeddings.setdefault(problem, {})
+        if seed not in trained:
+            problem.engine.seed(seed, self.name)
+            trained[seed] = self.embed(problem)
+        return trained[seed]
+
+    def regress(self, problem: Problem, embedding: Tensor, labels: Tensor, known: Tensor, seed: int) -> Tensor:
+        """Counts of every region (S, N) from a regression per row: ridge on E, the papers' own protocol.
+
+        The papers fix α = 1 whatever the embedding's scale. Here the embedding is centred and scaled to unit mean
+        square, as one number (a change of unit that needs no label), and α is chosen per row by leave-one-out among
+        the row's known labels.
+
+        Args:
+            embedding: (N, D).
+            labels: float64 (S, N), 0 where unknown.
+            known: float64 (S, N) ∈ {0, 1}.
+            seed: The rows' seed.
+        """
+        centred = (embedding - embedding.mean(dim=0)).double()
+        x = centred / centred.square().mean().sqrt().clamp(min=1e-12)
+        fit = ridge(x, labels, known, alpha=0)
+        return fit.coefficients @ x.T + fit.intercepts[:, None]
+
+    def predict(self, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> Array:
+        """Fit on every row of labels, and predict every region: :class:`Method`. Negative predictions become 0."""
+        known = ~np.isnan(labels)
+        if (fewest := int(known.sum(axis=1).min())) < FEWEST_LABELS:
+            raise BadData(
+                f"{self.name}: too few labels of {task!r} in a training set",
+                expected=f"at least {FEWEST_LABELS}",
+                found=fewest,
+                fix="use fewer folds, or leave this task out",
+            )
+        device = problem.engine.device
+        weights = torch.tensor(known, dtype=torch.float64, device=device)
+        values = torch.tensor(np.where(known, labels, 0.0), device=device)
+        predicted = np.empty(labels.shape)
+        for seed in dict.fromkeys(seeds):
+            rows = np.flatnonzero(np.array(seeds) == seed)
+            counts = self.regress(problem, self.embedding(problem, seed), values[rows], weights[rows], seed)
+            predicted[rows] = counts.clamp(min=0).double().cpu().numpy()
+        return predicted
+
+
+def need_flows(problem: Problem, method: str) -> Flows:
+    """The city's flows.
+
+    Raises:
+        BadData: If it has none.
+    """
+    if problem.city.flows is None:
+        raise BadData(
+            f"{method} learns from flows between regions, and this city has none",
+            expected="mobility.parquet with origin_id, dest_id, flow",
+            found="no flows",
+            fix="add the flows and set mobility = true, or leave this baseline out",
+        )
+    return problem.city.flows

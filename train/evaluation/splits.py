@@ -1,0 +1,101 @@
+"""Outer folds, and the rows of training labels they leave: the one place that knows what is held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from topt_deploy.errors import BadData
+
+from ..stage2 import fold_of
+
+Array = np.ndarray[Any, Any]
+
+FOLDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Splits:
+    """Repeated folds over the labelled regions. R repetitions, N regions, S = Σ folds training sets.
+
+    Attributes:
+        labels: float64 (N,), NaN where unknown.
+        fold: int64 (R, N), the fold each region is held out in, 0 … K-1; -1 for regions that take no part.
+        seeds: Seed of every repetition (R).
+    """
+
+    labels: Array
+    fold: Array
+    seeds: tuple[int, ...]
+
+    def rows(self) -> Array:
+        """Repetition and held-out fold of every training set, int64 (S, 2)."""
+        return np.array([(r, k) for r, fold in enumerate(self.fold) for k in range(int(fold.max()) + 1)])
+
+    def row_seeds(self) -> list[int]:
+        """Seed of every training set (S): its repetition's."""
+        return [self.seeds[r] for r, _ in self.rows()]
+
+    def training_labels(self) -> Array:
+        """float64 (S, N): the labels of each training set; NaN where held out, unknown, or taking no part."""
+        repetition, held_out = self.rows().T
+        fold = self.fold[repetition]  # (S, N)
+        return np.where((fold >= 0) & (fold != held_out[:, None]), self.labels, np.nan)
+
+    def held_out(self, predictions: Array) -> Array:
+        """Each region as predicted by the training set that it was held out of.
+
+        Args:
+            predictions: float64 (S, N), counts.
+
+        Returns:
+            float64 (R, N); NaN for regions that take no part.
+        """
+        rows = self.rows()
+        if predictions.shape != (len(rows), len(self.labels)) or not (predictions >= 0).all():  # NaN too
+            raise ValueError(f"predictions must be counts of shape {(len(rows), len(self.labels))}")
+        own = np.full(self.fold.shape, np.nan)
+        for prediction, (r, k) in zip(predictions, rows, strict=True):
+            mine = self.fold[r] == k
+            own[r, mine] = prediction[mine]
+        return own
+
+
+def honest(labels: Array, *, seeds: Sequence[int], folds: int = FOLDS) -> Splits:
+    """KFold(folds, shuffle=True, random_state=seed) over the labelled regions, once per seed.
+
+    With fewer labelled regions than folds, every region is a fold.
+
+    Args:
+        labels: float64 (N,), NaN where unknown.
+
+    Raises:
+        BadData: With fewer than 3 labelled regions.
+    """
+    fold = np.stack([fold_of(labels, folds=folds, seed=seed, drop_zeros=False) for seed in seeds])
+    return Splits(labels=labels, fold=fold, seeds=tuple(seeds))
+
+
+def spatial(labels: Array, position: Array, *, seeds: Sequence[int], folds: int = FOLDS) -> Splits:
+    """Spatial blocks as folds (Roberts et al., Ecography 2017): k-means on the labelled regions' positions.
+
+    No block is empty; regions at one and the same place are in one block, so that there are never more blocks than
+    places.
+
+    Args:
+        labels: float64 (N,), NaN where unknown.
+        position: (N, 3), :func:`topt_deploy.features.local_position_m`.
+
+    Raises:
+        BadData: If the labelled regions lie at fewer than 3 places.
+    """
+    known = ~np.isnan(labels)
+    places = len(np.unique(position[known], axis=0))
+    if places < 3:
+        raise BadData("too few places with a label for spatial blocks", expected="at least 3", found=places)
+    fold = np.full((len(seeds), len(labels)), -1)
+    for r, seed in enumerate(seeds):
+        fold[r, known] = KMeans(min(folds, places), n_init=10, random_state=seed).fit_predict(position[known])
+    return Splits(labels=labels, fold=fold, seeds=tuple(seeds))

@@ -1,0 +1,186 @@
+"""What an evaluation came to: Markdown for people, JSON for machines, and a verdict per task."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from topt_deploy.commandline import decimal
+
+from .coverage import SIZES
+from .paired import SIGNIFICANT, Paired, compare
+from .protocols import PROTOCOLS, HeldOut
+from .registry import MAIN, Group
+from .results import Result
+
+FIGURES = {"mae": 1, "rmse": 1, "r2": 3}
+"""Figures of a cell, with their decimals; all but R² are better when smaller."""
+GROUPS: Mapping[Group, str] = {"variant": "ToPT", "literature": "literature", "plain": "plain"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean over repetitions and their standard deviation; None where the figure has no value, or is a single one."""
+
+    mean: float | None
+    sd: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Spread":
+        """Of one value per repetition."""
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return cls(mean=None, sd=None)
+        return cls(mean=float(np.mean(known)), sd=float(np.std(known, ddof=1)) if len(known) > 1 else None)
+
+    def text(self, digits: int) -> str:
+        """Such as ``58.2 ± 0.7``."""
+        return decimal(self.mean, digits) + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The main method against the best plain baseline of the same evaluation, for one task."""
+
+    task: str
+    mae: float
+    baseline: str
+    baseline_mae: float
+    paired: Paired
+
+    def sentence(self) -> str:
+        """For people."""
+        change, tests = 100 * self.paired.difference, self._tests()
+        if change >= 0:
+            return (
+                f"{self.task}: the plain baseline wins: {self.baseline} has MAE {self.baseline_mae:.1f}, and {MAIN}"
+                f" {self.mae:.1f}, {change:.1f} % more; {tests}"
+            )
+        return (
+            f"{self.task}: {MAIN} has MAE {self.mae:.1f}, {-change:.1f} % below the best plain baseline,"
+            f" {self.baseline} with {self.baseline_mae:.1f}; {tests}"
+        )
+
+    def _tests(self) -> str:
+        found = "significant" if self.paired.significant else "not significant"
+        wilcoxon, t = (f"{p:.2g}" for p in (self.paired.wilcoxon_p, self.paired.corrected_t_p))
+        return f"the difference is {found} (Wilcoxon over regions p = {wilcoxon}, corrected resampled t p = {t})"
+
+
+def spreads(held_out: HeldOut) -> dict[str, Spread]:
+    """Every figure's spread over the repetitions."""
+    repetitions = held_out.metrics()
+    return {figure: Spread.of([getattr(m, figure) for m in repetitions]) for figure in FIGURES}
+
+
+def verdicts(results: Sequence[Result]) -> list[Verdict]:
+    """A verdict for every task that both the main method and some plain baseline ran on."""
+    found = []
+    for task in _tasks(results):
+        ran = {r.method: r for r in results if r.task == task and r.held_out is not None}
+        mae = {name: float(np.mean([m.mae for m in _held_out(r).metrics()])) for name, r in ran.items()}
+        plain = [name for name, r in ran.items() if r.group == "plain"]
+        if MAIN in ran and plain:
+            best = min(plain, key=lambda name: mae[name])
+            paired = compare(_held_out(ran[MAIN]), _held_out(ran[best]))
+            found.append(Verdict(task=task, mae=mae[MAIN], baseline=best, baseline_mae=mae[best], paired=paired))
+    return found
+
+
+def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The whole page: protocol, figures, verdicts, coverage, and what did not run.
+
+    Args:
+        facts: What the results depend on, :func:`.evaluate.facts`.
+    """
+    repetitions = len(facts["seeds"])
+    blocks = [
+        f"## Protocol `{facts['protocol']}`",
+        PROTOCOLS[facts["protocol"]].meaning,
+        "MAE / RMSE / R², the first two in counts: mean ± standard deviation over repetitions"
+        f" ({repetitions}); best in bold.",
+        _figures(results),
+    ]
+    if found := verdicts(results):
+        blocks.append(
+            f"Against the plain baseline with the lowest MAE of all in this table (significant: p < {SIGNIFICANT} by"
+            " Wilcoxon's signed-rank test over regions, each with its error averaged over repetitions):"
+        )
+        blocks.append("\n".join(f"- {verdict.sentence()}" for verdict in found))
+    if any(result.coverage for result in results):
+        blocks += ["Share of held-out labels inside their intervals, first repetition:", _coverage(results)]
+    if reasons := [f"- {r.method}, {r.task}: {' '.join(r.reason.split())}" for r in results if r.reason]:
+        blocks += ["Not run:", "\n".join(reasons)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+    """The same for machines."""
+    return {
+        **facts,
+        "results": [
+            {
+                "method": r.method,
+                "group": r.group,
+                "task": r.task,
+                "seconds": r.seconds,
+                "figures": None if r.held_out is None else {k: asdict(s) for k, s in spreads(r.held_out).items()},
+                "coverage": None if r.coverage is None else asdict(r.coverage),
+                "reason": r.reason,
+            }
+            for r in results
+        ],
+        "verdicts": [
+            asdict(v) | {"significant": v.paired.significant, "sentence": v.sentence()} for v in verdicts(results)
+        ],
+    }
+
+
+def _figures(results: Sequence[Result]) -> str:
+    """Methods × tasks."""
+    cells = {(r.method, r.task): spreads(r.held_out) for r in results if r.held_out is not None}
+    rows = [["method", "", *_tasks(results)]]
+    for method, group in {r.method: r.group for r in results}.items():
+        figures = [_cell(cells, method, task) for task in _tasks(results)]
+        rows.append([method, GROUPS[group], *figures])
+    return _table(rows)
+
+
+def _cell(cells: Mapping[tuple[str, str], Mapping[str, Spread]], method: str, task: str) -> str:
+    """A method's figures for a task; a dash where it did not run."""
+    if (method, task) not in cells:
+        return "–"
+    parts = []
+    for figure, digits in FIGURES.items():
+        spread, better = cells[method, task][figure], max if figure == "r2" else min
+        among = [mean for (_, other), c in cells.items() if other == task and (mean := c[figure].mean) is not None]
+        best = spread.mean is not None and spread.mean == better(among)
+        parts.append(f"**{spread.text(digits)}**" if best else spread.text(digits))
+    return " / ".join(parts)
+
+
+def _coverage(results: Sequence[Result]) -> str:
+    """Coverage and mean width, of all regions and of its strata."""
+    rows = [["method", "task", "nominal", "all", "mean width", *SIZES, "lowest block"]]
+    for r in results:
+        if (c := r.coverage) is not None:
+            shares = [c.all, *c.by_size.values(), min(c.by_block, key=lambda block: block.coverage)]
+            whole, *strata = (f"{100 * s.coverage:.0f} % of {s.regions}" for s in shares)
+            rows.append([r.method, r.task, f"{100 * c.nominal:g} %", whole, f"{c.all.width:.1f}", *strata])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+
+
+def _tasks(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result.task for result in results))
+
+
+def _held_out(result: Result) -> HeldOut:
+    assert result.held_out is not None
+    return result.held_out

@@ -1,0 +1,102 @@
+"""What a trained SREL attends to: the weights of its views, and the regions that each region looks at.
+
+The modules return their attention already and :class:`Srel` drops it; forward hooks read it here, so that the model
+neither carries it in training nor in its export.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.features import POSITION
+from topt_deploy.model.srel import GraphormerLayer, Srel
+from topt_deploy.model.topt import TopT
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attention:
+    """One stage-1 model's attention in a city of N regions.
+
+    Attributes:
+        tasks: The tasks that build on this embedding.
+        views: The fusion's weight of every view; they sum to one over the city.
+        regions: float64 (N, N), how much row i attends to column j: mean over the Graphormer layers and their heads;
+            rows sum to one. None where the model has no such layer.
+    """
+
+    tasks: tuple[str, ...]
+    views: Mapping[str, float]
+    regions: Array | None
+
+
+@torch.no_grad()
+def read_attention(model: TopT, inputs: Mapping[str, Tensor]) -> list[Attention]:
+    """The attention of every stage-1 model, in evaluation mode; none where the model has none.
+
+    Args:
+        model: The fused model, in evaluation mode.
+        inputs: :func:`topt_deploy.features.features` of the city, as tensors.
+    """
+    config = model.spec.config
+    found = []
+    for name, srel in model.srel.items():
+        assert isinstance(srel, Srel)
+        layers = [layer.attention for layer in srel.layers if isinstance(layer, GraphormerLayer)]
+        with _second_outputs([srel.fusion]) as views, _second_outputs(layers) as regions:
+            srel(inputs, srel.adjacency(inputs[POSITION]))
+        found.append(
+            Attention(
+                tasks=tuple(task for task in config.tasks if config.embedding_of(task) == name),
+                views=dict(zip(srel.encoders, views[0].tolist(), strict=True)),
+                regions=torch.stack(regions).double().mean(dim=0).numpy() if regions else None,
+            )
+        )
+    return found
+
+
+def spread(weights: Array) -> float:
+    """Over how many regions the attention of a region is spread, on average: exp of its entropy. N is an even share.
+
+    *Shape:* (N, N) →
+    """
+    logs = np.log(np.maximum(weights, np.finfo(float).tiny))
+    return float(np.exp(-(weights * logs).sum(axis=1)).mean())
+
+
+def received(weights: Array) -> Array:
+    """How much attention each region gets from all, where 1 is an even share.
+
+    *Shape:* (N, N) → (N,)
+    """
+    total: Array = weights.sum(axis=0)
+    return total
+
+
+def attended_most(weights: Array, k: int) -> Array:
+    """The k other regions that each region attends to most, most first; all others where there are fewer.
+
+    *Shape:* (N, N) → int64 (N, k)
+    """
+    others = weights.copy()
+    np.fill_diagonal(others, -1)
+    order: Array = np.argsort(-others, axis=1, kind="stable")
+    return order[:, : min(k, len(weights) - 1)]
+
+
+@contextmanager
+def _second_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the second of the two values that each of ``modules`` returns, in the order they are called."""
+    seen: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda _module, _in, out: seen.append(out[1])) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

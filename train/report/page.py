@@ -1,0 +1,210 @@
+"""The page: what is shown of a run, in words and figures, rendered to one HTML file that needs no other."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from topt_deploy.commandline import decimal
+from topt_deploy.features import MOBILITY
+from topt_deploy.fileio import check_place, write_text
+from topt_deploy.runs import Run
+from topt_deploy.use import INTENDED_USE
+
+from ..command import verdict
+from .attention import Attention, attended_most, received, spread
+from .facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
+from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
+from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
+from .scales import BLUES, GREENS, PURPLES, diverging, number, sequential
+
+TEMPLATES = Path(__file__).parent / "templates"
+VIEW_TITLES = {"poi": "Points of interest", MOBILITY: "Flows between regions"}
+"""Views whose column names are not words."""
+COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"
+ATTENDED = 3
+"""How many of the regions that a region attends to are listed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSection:
+    """What the page shows of one task.
+
+    Attributes:
+        title: The task's name as words.
+        facts: The task's facts.
+        verdict: One sentence on whether the model earns its keep.
+        mean_reported: The average reported count, which an error is to be held against.
+        without_report: How many regions have no reported count.
+        left_out: How many regions have one, and took no part in training.
+        predicted, width, residual: Maps; ``width`` is None with too few labels for intervals.
+        scatter: Reported against held out.
+        moran, moran_meaning: Spatial pattern of the residuals, and what it means.
+    """
+
+    title: str
+    facts: TaskFacts
+    verdict: str
+    mean_reported: float
+    without_report: int
+    left_out: int
+    predicted: Choropleth
+    width: Choropleth | None
+    residual: Choropleth
+    scatter: Scatter
+    moran: Moran | None
+    moran_meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSection:
+    """What the page shows of one embedding's attention.
+
+    Attributes:
+        tasks: Titles of the tasks that build on it.
+        views: Weight per view, heaviest first.
+        spread: Over how many regions a region's attention is spread.
+        received: A map; None where regions do not attend to each other, and then ``spread`` is 0.
+        attended: Per region, the ids and multiples of an even share that it attends to most.
+    """
+
+    tasks: list[str]
+    views: list[tuple[str, float]]
+    spread: float
+    received: Choropleth | None
+    attended: list[list[tuple[str, float]]]
+
+
+def write_report(run: Run, out: Path) -> int:
+    """Write a run's report to ``out`` atomically; the same run gives the same bytes.
+
+    Returns:
+        The page's size in bytes.
+
+    Raises:
+        UsageError: If the run is not finished.
+        CannotCreate: If ``out`` cannot be written.
+        NoInput, BadData: If one of the run's files is missing or damaged.
+    """
+    check_place(out)
+    page = render(read_facts(run))
+    write_text(out, page)
+    return len(page.encode())
+
+
+def render(facts: Facts) -> str:
+    """The page of a run, as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, decimal=_decimal, count_or_dash=_count_or_dash)
+    environment.globals.update(
+        coverage_text=COVERAGE_TEXT,
+        neighbours=NEIGHBOURS,
+        permutations=PERMUTATIONS,
+        scatter_size=SCATTER_SIZE,
+        intended_use=INTENDED_USE,
+    )
+    return environment.get_template("page.html").render(
+        facts=facts,
+        run=facts.run,
+        reads=[title_of(view) for view in (*facts.run.config.views, *([MOBILITY] * facts.run.config.mobility))],
+        tasks=[task_section(name, task, facts) for name, task in facts.tasks.items()],
+        attention=[attention_section(found, facts) for found in facts.attention],
+    )
+
+
+def title_of(name: str) -> str:
+    """A task's or view's name as words: ``check_in`` is "Check in"."""
+    words = VIEW_TITLES.get(name, name.replace("_", " ").strip())
+    return words[:1].upper() + words[1:]
+
+
+def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
+    """Figures and sentences of one task."""
+    title, tips, unreported = title_of(name), _tips(task, facts.region_ids), np.isnan(task.reported)
+    held = ~np.isnan(task.residual)
+    moran = morans_i(task.residual[held], nearest(facts.position[held]))
+    sentence = verdict(task.report).replace(" %", "\N{NO-BREAK SPACE}%")
+    width = None if task.interval is None else task.interval[1] - task.interval[0]
+    blues, purples = partial(sequential, colours=BLUES), partial(sequential, colours=PURPLES)
+    shared: dict[str, Any] = {"unit": "counts", "tips": tips}
+    return TaskSection(
+        title=title,
+        facts=task,
+        verdict=sentence[:1].upper() + sentence[1:],
+        mean_reported=float(task.reported[held].mean()),
+        without_report=int(unreported.sum()),
+        left_out=int((~unreported & ~held).sum()),
+        predicted=choropleth(task.predicted, blues, label=f"{title}, predicted", hatched=unreported, **shared),
+        width=None
+        if width is None
+        else choropleth(width, purples, label=f"{title}, width of the interval", hatched=unreported, **shared),
+        residual=choropleth(task.residual, diverging, label=f"{title}, residual", **shared),
+        scatter=scatter(
+            task.reported, task.held_out, tips=tips, interval=partial(interval_of, scores=task.scores), label=title
+        ),
+        moran=moran,
+        moran_meaning=meaning(moran),
+    )
+
+
+def attention_section(attention: Attention, facts: Facts) -> AttentionSection:
+    """Figures of one embedding's attention."""
+    views = sorted(((title_of(view), weight) for view, weight in attention.views.items()), key=lambda v: -v[1])
+    titles = [title_of(task) for task in attention.tasks]
+    if attention.regions is None:
+        return AttentionSection(tasks=titles, views=views, spread=0, received=None, attended=[])
+    n, ids = len(facts.region_ids), facts.region_ids
+    most = attended_most(attention.regions, ATTENDED)
+    attended = [[(ids[j], float(attention.regions[i, j]) * n) for j in row] for i, row in enumerate(most)]
+    share = received(attention.regions)
+    tips = [
+        f"{ids[i]}\nreceives {share[i]:.2f} × an even share\nattends most to "
+        + ", ".join(f"{other} ({times:.2f} ×)" for other, times in attended[i])
+        for i in range(n)
+    ]
+    return AttentionSection(
+        tasks=titles,
+        views=views,
+        spread=spread(attention.regions),
+        received=choropleth(
+            share,
+            partial(sequential, colours=GREENS),
+            label="Attention received",
+            unit="× an even share",
+            tips=tips,
+        ),
+        attended=attended,
+    )
+
+
+def _decimal(value: float | None, digits: int = 3) -> str:
+    return decimal(value, digits).replace("-", "−")
+
+
+def _count_or_dash(value: float, *, signed: bool = False) -> str:
+    return "–" if np.isnan(value) else number(value, signed=signed)
+
+
+def _tips(task: TaskFacts, region_ids: tuple[str, ...]) -> list[str]:
+    """What hovering over a region tells, in lines."""
+    return ["\n".join(_tip(task, i, region_id)) for i, region_id in enumerate(region_ids)]
+
+
+def _tip(task: TaskFacts, i: int, region_id: str) -> list[str]:
+    reported, held_out, residual = task.reported[i], task.held_out[i], task.residual[i]
+    lines = [region_id, "no reported count" if np.isnan(reported) else f"reported {number(reported)}"]
+    by = "predicted, by the deployed model" if np.isnan(held_out) else "predicted, held out"
+    lines += [f"{by}: {number(task.predicted[i])}"]
+    if task.interval is not None:
+        lower, upper = task.interval
+        lines += [f"{COVERAGE_TEXT} interval: {number(lower[i])} to {number(upper[i])}"]
+    return lines if np.isnan(residual) else [*lines, f"residual {number(residual, signed=True)}"]
