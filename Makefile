@@ -8,7 +8,7 @@ TARGET ?= runtime train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install demo test lint types check-install benchmark clean
+.PHONY: install demo test lint types check-install benchmark results clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -57,3 +57,7 @@ PROMPT4RE ?= ../shared/data/Prompt4RE
 
 benchmark: install
 	$(BIN)/python benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
+
+# docs/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
+results: install
+	$(BIN)/python benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)

@@ -23,15 +23,31 @@ KEEP = "TOPT_KEEP_BUNDLE"
 """Names a folder that the demo's bundle and tables are copied to, for the tests of the runtime-only environment."""
 REGIONS = 77
 SETTINGS = """\
-preset = "quick"
+preset = "srel"
 
 [srel]
+width = 48
+ffn_width = 96
+layers = 1
 epochs = 30
+lr = 2e-3
 
 [prompt4re]
 epochs = 20
 lr = 5e-3 # so that what the prompts add is not too small to be tested
 folds = 3
+
+[tasks.crime.ensemble] # a head of either kind, so that every artifact has both
+enabled = true
+features = 16
+members = 2
+width = 8
+epochs = 20
+[tasks.crime.target]
+transform = "cbrt"
+
+[tasks.check_in]
+[tasks.service_call]
 """
 
 

@@ -43,7 +43,29 @@ lr = 1e-2
 """
 
 
-INTERRUPTED = TINY.replace("epochs = 6", "epochs = 400") + "\n[tasks.crime]\n[tasks.calls]\n"
+INTERRUPTED = TINY.replace("epochs = 6", "epochs = 400") + """
+[tasks.crime]
+[tasks.calls.ensemble]
+enabled = true
+features = 8
+epochs = 400
+"""
+TINY_ENSEMBLE = """\
+views = ["poi", "land_use"]
+
+[ensemble]
+enabled = true
+features = 16
+members = 2
+width = 8
+epochs = 10
+
+[prompt4re]
+folds = 3
+
+[target]
+transform = "cbrt"
+"""
 PROMPTS = ("prompt_crime", "prompt_calls")
 UNLABELLED = ("001", "005", "010")
 UNLABELLED_IN_CHICAGO = ("08", "32", "77")
@@ -323,15 +345,23 @@ LIKELIHOODS = {
     "log1p": '[tasks.{0}.target]\ntransform = "log1p"\ndrop_zeros = true\n[tasks.{0}.prompt4re]\nridge_alpha = 0.0',
     "members": "[tasks.{0}.prompt4re]\nmembers = 2\nhidden = 5\ncomponents = 3\nwidth = 4\nskip = true",
 }
+ENSEMBLES = {
+    "kernel_only": "network = false",
+    "network_only": "kernel = false",
+    "both": "",
+    "one_length": "lengths = [1.0]\nposition_lengths = [0.5, 1.0, 2.0]\nnot_linear = []",
+    "no_prompts": "[tasks.{0}.prompt4re]\nenabled = false",
+    "few_components": '[tasks.{0}.prompt4re]\ncomponents = 3\n[tasks.{0}.target]\ntransform = "sqrt"',
+}
 DEEPER = 'decay = "inverse"\ndecay_length_m = 900.0\nlayers = 2\nintra_blocks = 2\ninter_blocks = 2'
 """Of all tasks, so that they share one embedding."""
 
 
-def variants(named, **more):
-    """Settings with a task per variant, and a city with such labels."""
-    sections = "\n".join(f"[tasks.{name}]\n{text.format(name)}" for name, text in named.items())
+def variants(named, toml=TINY, section="", **more):
+    """Settings with a task per variant, each in that section of its own, and a city with such labels."""
+    sections = "\n".join(f"[tasks.{name}{section}]\n{text.format(name)}" for name, text in named.items())
     prompts = [*(f"prompt_{name}" for name in named), "prompt_none"]
-    return f"{TINY}\n{sections}\n", tiny_city_tables(14, tasks=tuple(named), prompts=prompts, **more)
+    return f"{toml}\n{sections}\n", tiny_city_tables(14, tasks=tuple(named), prompts=prompts, **more)
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +373,11 @@ def ablation(exported):
 def likelihoods(exported):
     toml, tables = variants(LIKELIHOODS, lists=True)
     return exported("likelihoods", toml.replace("layers = 1\ninter_blocks = 1", DEEPER), tables)
+
+
+@pytest.fixture(scope="module")
+def ensembles(exported):
+    return exported("ensembles", *variants(ENSEMBLES, TINY_ENSEMBLE, ".ensemble"))
 
 
 class TestVariants:
@@ -370,6 +405,23 @@ class TestVariants:
         found = checked(likelihoods, predict, task)
         assert len(found) == 14
         assert min(found.values()) >= 0
+
+    @pytest.mark.parametrize("task", ENSEMBLES)
+    def test_so_does_every_ensemble_without_an_embedding(self, task, ensembles, predict):
+        found = checked(ensembles, predict, task)
+        assert len(set(found.values())) > 10
+
+    def test_an_ensemble_alone_is_a_bundle_that_passes_its_own_test(self, ensembles, topt_run):
+        assert not [name for name in load_file(ensembles / "run" / "model.safetensors") if name.startswith("srel.")]
+        assert topt_run("selftest", ensembles / "model.topt").code == 0
+
+    def test_an_ensemble_without_flows(self, exported, predict, topt_run):
+        toml, tables = variants({"crime": "features = 4"}, TINY_ENSEMBLE, ".ensemble")
+        folder = exported("ensemble_alone", f"mobility = false\n{toml}", tables)
+        manifest = json.loads((folder / "model.topt" / "manifest.json").read_text())
+        assert manifest["inputs"] == ["poi", "land_use", "position", "prompt_crime"]
+        checked(folder, predict, "crime")
+        assert topt_run("selftest", folder / "model.topt").code == 0
 
     def test_without_flows_and_with_one_view(self, exported, predict, topt_run, tmp_path):
         toml, tables = variants({"crime": ""})
@@ -399,8 +451,7 @@ def trained_chicago(chicago, tmp_path_factory):
     assert hidden.count(None) == 3
     pq.write_table(replaced(table, crime=pa.array(hidden, pa.int64())), folder / "regions.parquet")
     shutil.copy(chicago / "mobility.parquet", folder)
-    few = "--set srel.epochs=20 --set prompt4re.epochs=10 --set prompt4re.folds=3"
-    for command in (f"topt-deploy train --preset quick {few}", "topt-deploy export --format onnx"):
+    for command in ("topt-deploy train --preset quick --set prompt4re.folds=3", "topt-deploy export --format onnx"):
         said = shell(command, folder)
         assert said.code == 0, said.err
     return folder

@@ -1,6 +1,6 @@
 """Prediction intervals from held-out errors (cross-conformal; Vovk 2015, Barber et al. 2021).
 
-An error is measured on the scale of √count, where the spread of counts hardly depends on their size. A region's score
+An error is measured on the scale of ∛count, where its spread depends least on the size of the count (docs/log.md). A region's score
 is the error of the fold that did not train on it. The interval of a new region is every count whose score would be no
 larger than a given share of those; it is right that often as far as the new region is like the labelled ones.
 """
@@ -17,11 +17,11 @@ Array = np.ndarray[Any, Any]
 
 
 def scores(labels: Array, held_out: Array) -> list[float]:
-    """Sorted scores |√y − √ŷ| of the regions that have a label and a held-out prediction.
+    """Sorted scores |∛y − ∛ŷ| of the regions that have a label and a held-out prediction.
 
     *Shape:* (N,), (N,)
     """
-    error = np.abs(np.sqrt(labels) - np.sqrt(np.maximum(held_out, 0)))
+    error = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0)))
     return sorted(float(e) for e in error[~np.isnan(error)])
 
 
@@ -47,5 +47,5 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
             found=f"{coverage:g}",
             fix="lower --coverage",
         )
-    root = np.sqrt(np.maximum(prediction, 0))
-    return np.square(np.maximum(root - score[rank - 1], 0)), np.square(root + score[rank - 1])
+    root = np.cbrt(np.maximum(prediction, 0))
+    return np.maximum(root - score[rank - 1], 0) ** 3, (root + score[rank - 1]) ** 3

@@ -10,6 +10,7 @@ from topt_deploy.export.graph import OPSET, REGIONS_AXIS
 from topt_deploy.export.parity import TOLERANCE, run_model
 from topt_deploy.features import features
 from topt_deploy.model.checkpoint import load_model
+from topt_deploy.model.topt import EnsembleHead, TaskHead
 from topt_deploy.runtime.session import Session
 from topt_deploy.table import read_city
 
@@ -57,6 +58,10 @@ def test_inputs_outputs_and_axis_have_names(proto, bundle):
         "poi": [REGIONS_AXIS, 12],
         "land_use": [REGIONS_AXIS, 6],
         "mobility": [REGIONS_AXIS, 38],
+        "mobility_log": [REGIONS_AXIS, 36],
+        "mobility_two_hops": [REGIONS_AXIS, 36],
+        "trips": [REGIONS_AXIS, 11],
+        "destinations": [REGIONS_AXIS, 12],
         "position": [REGIONS_AXIS, 3],
         "prompt_crime": [REGIONS_AXIS, 256],
         "prompt_check_in": [REGIONS_AXIS, 256],
@@ -85,8 +90,8 @@ def test_the_manifest_places_every_large_weight(demo_bundle, bundle, proto):
 
 
 def test_shared_embeddings_are_computed_once(proto, model):
-    """Three tasks with the same stage-1 settings share one SREL: its weights are in the graph once."""
-    assert len(model.srel) == 1
+    """Two tasks with the same stage-1 settings share one SREL: its weights are in the graph once."""
+    assert set(model.srel) == {"check_in"}
     graph_numbers = sum(int(np.prod(t.dims)) for t in proto.graph.initializer)
     model_numbers = sum(t.numel() for t in model.state_dict().values())
     assert graph_numbers < 1.2 * model_numbers
@@ -106,9 +111,22 @@ def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session,
         assert regions < 3 or np.unique(values).size > 1, "a constant would prove nothing"
 
 
-def test_predictions_depend_on_the_other_regions(model, session, bundle):
-    """Attention runs over the city: the same region among fewer others is another prediction, and slicing is wrong."""
+def test_both_kinds_of_head_are_in_the_bundle(model):
+    """Else half of what is tested of bundles here would be tested of none."""
+    kinds = {task: type(model.heads[task]) for task in model.heads}
+    assert kinds == {"crime": EnsembleHead, "check_in": TaskHead, "service_call": TaskHead}
+
+
+@pytest.mark.parametrize(("task", "depends"), [("check_in", True), ("crime", False)])
+def test_what_depends_on_the_other_regions_of_a_graph(task, depends, model, session, bundle):
+    """Attention runs over the city: the same region among fewer others is another prediction, and slicing is wrong.
+
+    An ensemble head sees a region's own row of the features alone.
+    """
     inputs = arrays(model, bundle, 20)
-    whole = session.run(inputs, ["crime"])["crime"]
-    sliced = session.run({name: values[:10] for name, values in inputs.items()}, ["crime"])["crime"]
-    assert np.abs(whole[:10] - sliced).max() > 1e-3
+    whole = session.run(inputs, [task])[task]
+    sliced = session.run({name: values[:10] for name, values in inputs.items()}, [task])[task]
+    if depends:
+        assert np.abs(whole[:10] - sliced).max() > 1e-3
+    else:
+        np.testing.assert_allclose(whole[:10], sliced, rtol=1e-5, atol=1e-4)

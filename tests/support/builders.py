@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.config import Config, Prompt4ReConfig, SrelConfig, TargetConfig, TaskConfig
+from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TargetConfig, TaskConfig
 from topt_deploy.table import City, infer_schema, read_city
 
 POI = ("bar", "café", "school", "shop")
@@ -16,6 +16,7 @@ TASKS = ("crime", "calls")
 CENTRE = (-87.65, 41.85)
 SREL = SrelConfig(width=8, heads=2, ffn_width=12, memory=4, channels=3, view_width=4, inter_blocks=2, epochs=6, lr=1e-3)
 PROMPT4RE = Prompt4ReConfig(heads=2, epochs=6, folds=3, lr=1e-3)
+ENSEMBLE = EnsembleConfig(features=8, steps=5, members=2, width=8, epochs=6)
 
 
 def tiny_city_tables(
@@ -84,11 +85,13 @@ def task_config(
     srel: Mapping[str, Any] | None = None,
     prompt4re: Mapping[str, Any] | None = None,
     target: Mapping[str, Any] | None = None,
+    ensemble: Mapping[str, Any] | None = None,
 ) -> TaskConfig:
     """A task's settings: tiny ones, and what is given."""
     return TaskConfig(
         srel=replace(SREL, **(srel or {})),
         prompt4re=replace(PROMPT4RE, **(prompt4re or {})),
+        ensemble=replace(ENSEMBLE, **(ensemble or {})),
         target=TargetConfig(**(target or {})),
     )
 

@@ -1,6 +1,6 @@
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,9 +25,9 @@ from topt_deploy.train import baseline, stage2
 from topt_deploy.train.baseline import boosted_trees
 from topt_deploy.train.city_files import write_city
 from topt_deploy.train.fit import Engine, fit
-from topt_deploy.train.run import report, start_run, train_run
+from topt_deploy.train.run import Outcome, report, start_run, train_run
 from topt_deploy.train.stage1 import embed, flow_target, similarity_targets, train_embedding
-from topt_deploy.train.stage2 import fold_of, train_head
+from topt_deploy.train.stage2 import HeadResult, fold_of, one_label, train_head, training_sets
 
 CPU = Engine(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
@@ -159,6 +159,25 @@ class TestFolds:
         assert (caught.value.expected, caught.value.found) == ("at least 3", "2")
 
 
+class TestTrainingSets:
+    LABELS = np.array([3, np.nan, 0, 5, 8, 0.5])
+    FOLD = np.array([1, -1, -1, 0, 1, 0])  # region 2 has a label and takes no part
+
+    def test_are_the_folds_complements_and_then_everything(self):
+        nan = np.nan
+        expected = [[3, nan, nan, nan, 8, nan], [nan, nan, nan, 5, nan, 0.5], [3, nan, nan, 5, 8, 0.5]]
+        np.testing.assert_array_equal(training_sets(self.LABELS, self.FOLD), expected)
+
+    def test_every_label_of_them_is_found_once(self):
+        np.testing.assert_array_equal(one_label(training_sets(self.LABELS, self.FOLD)), [3, 0, 0, 5, 8, 0.5])
+
+    def test_a_held_out_prediction_is_the_one_of_the_fold_that_did_not_see_the_region(self):
+        predicted = np.arange(18.0).reshape(3, 6)
+        outcome = Outcome.of(HeadResult(head=None, predicted=predicted), self.FOLD)
+        np.testing.assert_array_equal(outcome.held_out, [6, np.nan, np.nan, 3, 10, 5])
+        np.testing.assert_array_equal(outcome.in_sample, predicted[2])
+
+
 @pytest.fixture
 def double_precision():
     torch.set_default_dtype(torch.float64)
@@ -175,14 +194,23 @@ def problem(n=N, seed=0, prompted=True, dtype=torch.float32):
     return (*(tensors if prompted else (*tensors[:2], None)), labels)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained(Outcome):
+    """A head trained on a run's training sets, and what it says of its own city."""
+
+    head: TaskHead
+
+
 def head(inputs, labels=None, config=None, checkpoint=None, **settings):
     embedding, extra, prompts, own = inputs
     config = config or tiny_config({"crime": task_config(**settings)})
-    return train_head(
+    labels = own if labels is None else labels
+    fold = fold_of(labels, folds=3, seed=2024, drop_zeros=config.tasks["crime"].target.drop_zeros)
+    result = train_head(
         embedding,
         extra,
         prompts,
-        own if labels is None else labels,
+        training_sets(labels, fold),
         config,
         "crime",
         engine=CPU,
@@ -190,6 +218,7 @@ def head(inputs, labels=None, config=None, checkpoint=None, **settings):
         identity="x",
         checkpoint=checkpoint,
     )
+    return Trained(head=result.head, **vars(Outcome.of(result, fold)))
 
 
 def adjusted(**prompt4re):
@@ -404,7 +433,7 @@ def test_the_report_matches_scikit_learn():
     assert found.trees.r2 == pytest.approx(r2_score(labels[known], result.held_out[known] + 1))
 
 
-def test_the_trees_see_no_held_out_label_and_no_prompt():
+def test_the_trees_see_no_held_out_label_and_nothing_of_the_models_own_views():
     inputs, labels = {"poi": problem()[0].numpy()}, problem()[-1]
     fold = fold_of(np.where(np.arange(N) == 4, np.nan, labels), folds=3, seed=0, drop_zeros=False)
     clean = boosted_trees(inputs, labels, fold)
@@ -412,8 +441,9 @@ def test_the_trees_see_no_held_out_label_and_no_prompt():
     changed = boosted_trees(inputs, np.where(fold == 1, 1e6, labels), fold)
     np.testing.assert_array_equal(changed[fold == 1], clean[fold == 1])
     assert (changed[fold == 0] != clean[fold == 0]).all()
-    with_prompts = boosted_trees(inputs | {"prompt_crime": labels[:, None] * 1.0}, labels, fold)
-    np.testing.assert_array_equal(with_prompts, clean)
+    for own in ("prompt_crime", "mobility_log", "mobility_two_hops", "trips", "destinations"):
+        more = boosted_trees(inputs | {own: labels[:, None] * 1.0}, labels, fold)
+        np.testing.assert_array_equal(more, clean, err_msg=own)
     assert r2_score(labels[fold >= 0], clean[fold >= 0]) > 0
 
 
@@ -421,14 +451,16 @@ def test_the_trees_see_no_held_out_label_and_no_prompt():
 
 
 def city_folder(path, **columns):
-    regions, mobility = tiny_city_tables(N, prompts=("prompt_crime", "prompt_calls"))
+    tasks = ("crime", "calls", "fires")
+    regions, mobility = tiny_city_tables(N, tasks=tasks, prompts=[f"prompt_{task}" for task in tasks])
     write_city(path, replaced(regions, **columns), mobility)
     return {"regions": path / "regions.parquet", "mobility": path / "mobility.parquet"}
 
 
 def run_config():
     second = task_config(srel={"layers": 1}, prompt4re={"members": 2}, target={"transform": "sqrt"})
-    return tiny_config({"crime": task_config(), "calls": second}, checkpoint_every=4)
+    third = task_config(ensemble={"enabled": True}, target={"transform": "cbrt"})
+    return tiny_config({"crime": task_config(), "calls": second, "fires": third}, checkpoint_every=4)
 
 
 def run(out, files, config=None):
@@ -447,8 +479,8 @@ def few_trees(monkeypatch):
 
 @pytest.mark.usefixtures("few_trees")
 class TestRun:
-    # Four stages of six epochs each, with a checkpoint after the fourth and the last.
-    @pytest.mark.parametrize("epoch", [2, 5, 6, 9, 14, 19, 23])
+    # Five stages of six epochs each, with a checkpoint after the fourth and the last.
+    @pytest.mark.parametrize("epoch", [2, 5, 6, 9, 14, 19, 23, 26, 29])
     def test_interrupted_anywhere_and_resumed_it_gives_the_same_files(self, tmp_path, monkeypatch, epoch):
         files = city_folder(tmp_path / "city")
         run(tmp_path / "whole", files)
@@ -487,7 +519,7 @@ class TestRun:
         city = read_city(files["regions"], files["mobility"], schema, labels=config.tasks)
         predictions = predict(model, {k: torch.from_numpy(v) for k, v in features(city).items()})
         rows = pq.read_table(tmp_path / "run" / "held_out.parquet").to_pylist()
-        assert len(rows) == 2 * N
+        assert len(rows) == 3 * N
         for task, values in predictions.items():
             mine = {row["region_id"]: row for row in rows if row["task"] == task}
             recorded = [mine[region]["in_sample"] for region in city.region_id]

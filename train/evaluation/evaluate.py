@@ -115,32 +115,66 @@ def evaluate_city(
     Returns:
         The page that ``results.md`` in that folder holds; ``results.json`` holds the same for machines.
     """
+    problem, labels, hashes = read_problem(city_dir, config, engine, reporter)
+    return evaluate_problem(
+        problem,
+        labels,
+        hashes,
+        {name: METHODS[name] for name in names},
+        protocol=protocol,
+        seeds=seeds,
+        nominal=nominal,
+        out=out,
+    )
+
+
+def read_problem(
+    city_dir: Path, config: Config, engine: Engine, reporter: Reporter
+) -> tuple[Problem, Mapping[str, Array], dict[str, Any]]:
+    """A city's folder as a problem without labels, the labels apart, and the hashes of what was read."""
     regions, mobility = city_dir / REGIONS, city_dir / MOBILITY if config.mobility else None
     prompts = [column for column in ParquetFile(regions).names if column.startswith(PROMPT_PREFIX)]
     schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=prompts)
     city = read_city(regions, mobility, schema, labels=config.tasks)
     problem = Problem.of(city, schema, engine, reporter)
-    recorded = {
-        "protocol": protocol,
-        "seeds": list(seeds),
+    hashes = {
         "regions_sha256": sha256_file(regions),
         "mobility_sha256": None if mobility is None else sha256_file(mobility),
         "inputs_sha256": _sha256(problem.inputs),
-        "device": engine.device.type,
-        "precision": engine.precision,
+    }
+    return problem, city.labels, hashes
+
+
+def evaluate_problem(
+    problem: Problem,
+    labels: Mapping[str, Array],
+    hashes: Mapping[str, Any],
+    methods: Mapping[str, Entry],
+    *,
+    protocol: str,
+    seeds: Sequence[int],
+    nominal: float | None,
+    out: Path,
+) -> str:
+    """Evaluate methods on what :func:`read_problem` gave; see :func:`evaluate_city`."""
+    recorded = {
+        "protocol": protocol,
+        "seeds": list(seeds),
+        **hashes,
+        "device": problem.engine.device.type,
+        "precision": problem.engine.precision,
         "versions": {"topt-deploy": __version__, "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
     }
-    store = Store.open(out, city.region_id, recorded)
-    evaluation = Evaluation(
+    store = Store.open(out, problem.city.region_id, recorded)
+    Evaluation(
         problem=problem,
-        labels=city.labels,
+        labels=labels,
         protocol=PROTOCOLS[protocol],
         seeds=seeds,
         store=store,
         nominal=nominal,
-    )
-    evaluation.run({name: METHODS[name] for name in names})
+    ).run(methods)
     results = list(store.load(METHODS))
     page = markdown(recorded, results)
     write_text(out / "results.md", page)

@@ -75,7 +75,8 @@ def hold_out(
 
     Args:
         labels: float64 (N,), NaN where unknown. All of them are seen.
-        settings: Such as :func:`paper_settings` gives.
+        settings: Such as :func:`paper_settings` gives; what the paper's form lacks (``skip``, ``members``, the
+            ensemble) is not read.
         seeds: One per repetition, of the initialisation; the folds are the same in all.
         cache: Folder that selected embeddings are kept in, and found by variants and runs with the same stage 1.
 
@@ -84,8 +85,13 @@ def hold_out(
     """
     column = settings.prompt_column(task)
     if column is not None and column not in problem.inputs:
-        found = [name for name in problem.inputs if name in problem.schema.prompts]
-        raise BadData("no such prompts", column=column, expected="prompt vectors for this task", found=found or "none")
+        raise BadData(
+            "the city has no such prompt vectors",
+            column=column,
+            expected=f"prompt vectors in {column!r}",
+            found=", ".join(problem.schema.prompts) or "none",
+            fix="import the city with them, or leave this variant out",
+        )
     head = settings.prompt4re
     fold = fold_of(labels, folds=head.folds, seed=head.fold_seed, drop_zeros=settings.target.drop_zeros)
     predictions = []

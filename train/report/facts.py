@@ -1,27 +1,23 @@
-"""What a report is made from: everything is read from the run folder, and the shapes from the city's table."""
+"""What a report is made from: everything is read from the run folder; shapes and flows from the city's tables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from topt_deploy.columns import GEOMETRY, REGION_ID
-from topt_deploy.errors import BadData, NoInput, UsageError
+from topt_deploy.errors import BadData, UsageError
 from topt_deploy.features import POSITION
-from topt_deploy.fileio import sha256_file
-from topt_deploy.geometry import centroids, geo_library, with_geo_key
 from topt_deploy.intervals import interval
 from topt_deploy.model.checkpoint import load_model, load_tensors
-from topt_deploy.parquet import ParquetFile, read_parquet
+from topt_deploy.parquet import read_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
 
-from ..city_files import REGIONS
 from ..metrics import Metrics
 from ..run import HELD_OUT_FILE, TaskReport
 from .attention import Attention, read_attention
-from .outlines import Outlines, point_outlines, polygon_outlines
+from .contributions import Contributions, read_contributions
+from .place import Place, read_place
 
 Array = np.ndarray[Any, Any]
 
@@ -65,9 +61,9 @@ class Facts:
         position: float64 (N, 3), metres (:func:`topt_deploy.features.local_position_m`).
         tasks: By name.
         encoders: Per prompt column, the encoder that the data named.
-        outlines: What maps are drawn with.
-        outlines_note: Where the outlines come from, in a sentence.
+        place: Where the regions are and what flows between them.
         attention: Of every stage-1 model; empty where the model has none.
+        contributions: By task, of those with an ensemble head.
     """
 
     run: Run
@@ -75,9 +71,9 @@ class Facts:
     position: Array
     tasks: Mapping[str, TaskFacts]
     encoders: Mapping[str, str]
-    outlines: Outlines
-    outlines_note: str
+    place: Place
     attention: list[Attention]
+    contributions: Mapping[str, Contributions]
 
 
 def read_facts(run: Run) -> Facts:
@@ -93,16 +89,15 @@ def read_facts(run: Run) -> Facts:
     inputs, described = load_tensors(run.path / INPUTS_FILE)
     position = inputs[POSITION].double().numpy()
     region_ids, tasks = _read_tasks(run, regions=len(position))
-    outlines, note = _read_outlines(run, position)
     return Facts(
         run=run,
         region_ids=region_ids,
         position=position,
         tasks=tasks,
         encoders=described["encoders"],
-        outlines=outlines,
-        outlines_note=note,
+        place=read_place(run, position),
         attention=read_attention(model, inputs),
+        contributions=read_contributions(model, inputs),
     )
 
 
@@ -143,40 +138,3 @@ def _read_tasks(run: Run, *, regions: int) -> tuple[tuple[str, ...], dict[str, T
             report=TaskReport(**{name: Metrics(**figures) for name, figures in run.facts["reports"][task].items()}),
         )
     return region_ids, tasks
-
-
-def _read_outlines(run: Run, position: Array) -> tuple[Outlines, str]:
-    """Polygons of the very table that the run was trained on; else points, and a sentence that says why."""
-    file = run.city_dir / REGIONS
-    try:
-        same = sha256_file(file) == run.regions_sha256
-    except NoInput:
-        return point_outlines(position), "The city's table is not where the run found it: regions are drawn as points."
-    if not same:
-        return point_outlines(position), "The city's table has changed since the run: regions are drawn as points."
-    try:
-        shapes = _polygons(file)
-    except BadData as error:
-        return point_outlines(position), f"Regions are drawn as points: {error.message}."
-    return polygon_outlines(shapes), "Outlines are those of the city's table, simplified for the screen."
-
-
-def _polygons(file: Path) -> Array:
-    """The regions' polygons (N,), sorted by id.
-
-    Raises:
-        BadData: If the table has none, or they cannot be used.
-    """
-    table = ParquetFile(file)
-    if GEOMETRY not in table.names:
-        raise BadData("the city's table has no geometry", file=file)
-    shapes_table = with_geo_key(table.read([REGION_ID, GEOMETRY]), table)
-    ids = np.array(shapes_table[REGION_ID].to_pylist())
-    centroids(shapes_table, str(file), ids)  # refuses what is not valid, or not in longitude and latitude
-    shapely = geo_library("shapely")
-    shapes = shapely.from_wkb(shapes_table[GEOMETRY].to_numpy())[np.argsort(ids, kind="stable")]
-    if not np.isin(
-        shapely.get_type_id(shapes), [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON]
-    ).all():
-        raise BadData("the city's geometry is not made of polygons", file=file)
-    return shapes

@@ -19,6 +19,8 @@ TOLERANCE = 0.5
 """How coarsely outlines are simplified, in the map's units: about half a pixel of a screen."""
 RADIUS = (1.5, 9.0)
 """Smallest and largest disc."""
+FLATTEST = 1e-6
+"""Height over length of the flattest cap whose curvature float32 positions still tell: a city of some 100 m."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,12 @@ def polygon_outlines(shapes: Array) -> Outlines:
     return fit.outlines([" ".join(_ring(ring) for ring in _rings(shape)) for shape in drawn], points=False)
 
 
-def point_outlines(position: Array) -> Outlines:
+def point_outlines(points: Array) -> Outlines:
     """Discs, large enough to be read and small enough to be told apart.
 
     Args:
-        position: float64 (N, 3), :func:`topt_deploy.features.local_position_m`.
+        points: float64 (N, 2), metres east and north of anywhere.
     """
-    points = east_north_m(position)
     fit = _Fit(points, margin=MARGIN + RADIUS[1])
     drawn = fit(points)
     gaps, _ = NearestNeighbors(n_neighbors=1).fit(drawn).kneighbors()
@@ -82,26 +83,33 @@ def project_m(lonlat: Array, centre: Array) -> Array:
     return EARTH_RADIUS_M * np.radians(np.stack([east * np.cos(np.radians(centre[1])), north], axis=-1))
 
 
-def east_north_m(position: Array) -> Array:
-    """Metres east and north in the plane that lies closest to points on the sphere.
+def east_north_m(position: Array) -> tuple[Array, bool]:
+    """Metres east and north of positions whose longitude and latitude are no longer known.
 
-    The points' own centre is their origin, and where on Earth that was is not recorded, but the sphere's curvature
-    tells it: every point p is on the sphere, |p + c| = R, with c from the Earth's centre to the origin. As the p add
-    up to zero, p·c = (mean|p|² − |p|²) / 2, which is linear in c.
+    Where on Earth their centre is was not recorded, but the sphere's curvature tells it: every point p is on the
+    sphere, |p + c| = R, with c from the Earth's centre to theirs. As the p add up to zero, p·c = (mean|p|² − |p|²) / 2,
+    which is linear in c. It takes four regions that do not lie on one circle, as those along a parallel do.
 
-    *Shape:* (N, 3) → (N, 2)
+    Args:
+        position: float64 (N, 3), :func:`topt_deploy.features.local_position_m`, to float32's precision.
+
+    Returns:
+        (N, 2) in the plane that touches the sphere at the centre, and whether north is up. Where that cannot be told:
+        along the two directions in which the regions extend furthest.
     """
     distance2 = np.square(position).sum(axis=1)
-    up = np.linalg.lstsq(position, (distance2.mean() - distance2) / 2)[0]
+    up, _, rank, _ = np.linalg.lstsq(position, (distance2.mean() - distance2) / 2, rcond=FLATTEST)
+    if rank < 3:
+        return position @ np.linalg.svd(position, full_matrices=False)[2][:2].T, False
     east = _unit(np.cross([0.0, 0.0, 1.0], up))
     north = _unit(np.cross(up, east))
-    return np.stack([position @ east, position @ north], axis=1)
+    return np.stack([position @ east, position @ north], axis=1), True
 
 
 def _unit(vector: Array) -> Array:
-    """Scaled to length one; zero stays zero, as where all regions lie at one point."""
-    length = float(np.linalg.norm(vector))
-    return vector / length if length else vector
+    """Scaled to length one."""
+    unit: Array = vector / np.linalg.norm(vector)
+    return unit
 
 
 class _Fit:

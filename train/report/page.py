@@ -9,24 +9,21 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from topt_deploy.commandline import decimal
-from topt_deploy.features import MOBILITY
 from topt_deploy.fileio import check_place, write_text
 from topt_deploy.runs import Run
 from topt_deploy.use import INTENDED_USE
 
 from ..command import verdict
-from .attention import Attention, attended_most, received, spread
+from .evaluation import Evaluation, read_evaluation
 from .facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
+from .inside import MadeOf, attention_section, exchanged, made_of
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
-from .scales import BLUES, GREENS, PURPLES, diverging, number, sequential
+from .scales import BLUES, PURPLES, diverging, number, sequential
+from .words import sentence_case, title_of, view_name
 
 TEMPLATES = Path(__file__).parent / "templates"
-VIEW_TITLES = {"poi": "Points of interest", MOBILITY: "Flows between regions"}
-"""Views whose column names are not words."""
 COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"
-ATTENDED = 3
-"""How many of the regions that a region attends to are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,7 @@ class TaskSection:
         predicted, width, residual: Maps; ``width`` is None with too few labels for intervals.
         scatter: Reported against held out.
         moran, moran_meaning: Spatial pattern of the residuals, and what it means.
+        made_of: What its predictions are made of; None where the head is not an ensemble.
     """
 
     title: str
@@ -57,29 +55,16 @@ class TaskSection:
     scatter: Scatter
     moran: Moran | None
     moran_meaning: str
+    made_of: MadeOf | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionSection:
-    """What the page shows of one embedding's attention.
-
-    Attributes:
-        tasks: Titles of the tasks that build on it.
-        views: Weight per view, heaviest first.
-        spread: Over how many regions a region's attention is spread.
-        received: A map; None where regions do not attend to each other, and then ``spread`` is 0.
-        attended: Per region, the ids and multiples of an even share that it attends to most.
-    """
-
-    tasks: list[str]
-    views: list[tuple[str, float]]
-    spread: float
-    received: Choropleth | None
-    attended: list[list[tuple[str, float]]]
-
-
-def write_report(run: Run, out: Path) -> int:
+def write_report(run: Run, out: Path, evaluation: Path | None = None) -> int:
     """Write a run's report to ``out`` atomically; the same run gives the same bytes.
+
+    Args:
+        run: The run.
+        out: The page.
+        evaluation: Folder of results of the same city (``topt-deploy evaluate``), to be shown as well.
 
     Returns:
         The page's size in bytes.
@@ -87,15 +72,16 @@ def write_report(run: Run, out: Path) -> int:
     Raises:
         UsageError: If the run is not finished.
         CannotCreate: If ``out`` cannot be written.
-        NoInput, BadData: If one of the run's files is missing or damaged.
+        NoInput, BadData: If one of the run's files is missing or damaged, or the evaluation is not of its city.
     """
     check_place(out)
-    page = render(read_facts(run))
+    compared = None if evaluation is None else read_evaluation(evaluation, run)
+    page = render(read_facts(run), compared)
     write_text(out, page)
     return len(page.encode())
 
 
-def render(facts: Facts) -> str:
+def render(facts: Facts, evaluation: Evaluation | None = None) -> str:
     """The page of a run, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -104,7 +90,14 @@ def render(facts: Facts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, decimal=_decimal, count_or_dash=_count_or_dash)
+    environment.filters.update(
+        number=number,
+        decimal=_decimal,
+        count_or_dash=_count_or_dash,
+        title_of=title_of,
+        view_name=view_name,
+        sentence_case=sentence_case,
+    )
     environment.globals.update(
         coverage_text=COVERAGE_TEXT,
         neighbours=NEIGHBOURS,
@@ -115,16 +108,11 @@ def render(facts: Facts) -> str:
     return environment.get_template("page.html").render(
         facts=facts,
         run=facts.run,
-        reads=[title_of(view) for view in (*facts.run.config.views, *([MOBILITY] * facts.run.config.mobility))],
         tasks=[task_section(name, task, facts) for name, task in facts.tasks.items()],
+        exchanged=exchanged(facts),
         attention=[attention_section(found, facts) for found in facts.attention],
+        evaluation=evaluation,
     )
-
-
-def title_of(name: str) -> str:
-    """A task's or view's name as words: ``check_in`` is "Check in"."""
-    words = VIEW_TITLES.get(name, name.replace("_", " ").strip())
-    return words[:1].upper() + words[1:]
 
 
 def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
@@ -139,7 +127,7 @@ def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
     return TaskSection(
         title=title,
         facts=task,
-        verdict=sentence[:1].upper() + sentence[1:],
+        verdict=sentence_case(sentence),
         mean_reported=float(task.reported[held].mean()),
         without_report=int(unreported.sum()),
         left_out=int((~unreported & ~held).sum()),
@@ -153,36 +141,7 @@ def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
         ),
         moran=moran,
         moran_meaning=meaning(moran),
-    )
-
-
-def attention_section(attention: Attention, facts: Facts) -> AttentionSection:
-    """Figures of one embedding's attention."""
-    views = sorted(((title_of(view), weight) for view, weight in attention.views.items()), key=lambda v: -v[1])
-    titles = [title_of(task) for task in attention.tasks]
-    if attention.regions is None:
-        return AttentionSection(tasks=titles, views=views, spread=0, received=None, attended=[])
-    n, ids = len(facts.region_ids), facts.region_ids
-    most = attended_most(attention.regions, ATTENDED)
-    attended = [[(ids[j], float(attention.regions[i, j]) * n) for j in row] for i, row in enumerate(most)]
-    share = received(attention.regions)
-    tips = [
-        f"{ids[i]}\nreceives {share[i]:.2f} × an even share\nattends most to "
-        + ", ".join(f"{other} ({times:.2f} ×)" for other, times in attended[i])
-        for i in range(n)
-    ]
-    return AttentionSection(
-        tasks=titles,
-        views=views,
-        spread=spread(attention.regions),
-        received=choropleth(
-            share,
-            partial(sequential, colours=GREENS),
-            label="Attention received",
-            unit="× an even share",
-            tips=tips,
-        ),
-        attended=attended,
+        made_of=made_of(name, facts),
     )
 
 

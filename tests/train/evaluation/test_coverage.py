@@ -40,23 +40,23 @@ class Given(RegressorMixin, BaseEstimator):
 def test_scores_and_interval_are_mapies_on_the_root_scale(n, coverage):
     rng = np.random.default_rng(n)
     predicted, new = rng.gamma(2, 40, n), rng.gamma(2, 40, 15)
-    labels = np.square(np.maximum(np.sqrt(predicted) + rng.normal(scale=2, size=n), 0))
+    labels = np.maximum(np.cbrt(predicted) + rng.normal(scale=1, size=n), 0) ** 3
     mapie = SplitConformalRegressor(Given().fit(None, None), coverage, conformity_score="absolute", prefit=True)
-    mapie.conformalize(np.sqrt(predicted)[:, None], np.sqrt(labels))
-    _, ends = mapie.predict_interval(np.sqrt(new)[:, None])
+    mapie.conformalize(np.cbrt(predicted)[:, None], np.cbrt(labels))
+    _, ends = mapie.predict_interval(np.cbrt(new)[:, None])
     lower, upper = interval(new, scores(labels, predicted), coverage)
-    np.testing.assert_allclose(lower, np.square(np.maximum(ends[:, 0, 0], 0)))
-    np.testing.assert_allclose(upper, np.square(ends[:, 1, 0]))
+    np.testing.assert_allclose(lower, np.maximum(ends[:, 0, 0], 0) ** 3)
+    np.testing.assert_allclose(upper, ends[:, 1, 0] ** 3)
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Least squares on √count, which MAPIE can have too."""
+    """Least squares on ∛count, which MAPIE can have too."""
 
     def predict(self, problem, task, labels, seeds):
         known = ~np.isnan(labels)
-        fits = [LinearRegression().fit(X[k], np.sqrt(row[k])) for k, row in zip(known, labels, strict=True)]
-        return np.stack([np.square(np.maximum(fit.predict(X), 0)) for fit in fits])
+        fits = [LinearRegression().fit(X[k], np.cbrt(row[k])) for k, row in zip(known, labels, strict=True)]
+        return np.stack([np.maximum(fit.predict(X), 0) ** 3 for fit in fits])
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def test_nested_intervals_are_mapies_inside_every_outer_training_set(held_out, n
         mapie = CrossConformalRegressor(
             LinearRegression(), nominal, method="base", cv=KFold(10, shuffle=True, random_state=3)
         )
-        mapie.fit_conformalize(X[train], np.sqrt(LABELS[train]))
+        mapie.fit_conformalize(X[train], np.cbrt(LABELS[train]))
         _, ends = mapie.predict_interval(X[test])
-        np.testing.assert_allclose(lower[test], np.square(np.maximum(ends[:, 0, 0], 0)), atol=1e-9)
-        np.testing.assert_allclose(upper[test], np.square(ends[:, 1, 0]))
+        np.testing.assert_allclose(lower[test], np.maximum(ends[:, 0, 0], 0) ** 3, atol=1e-9)
+        np.testing.assert_allclose(upper[test], ends[:, 1, 0] ** 3)
 
 
 def test_an_interval_knows_nothing_of_its_own_label(held_out):

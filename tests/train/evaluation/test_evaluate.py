@@ -11,10 +11,12 @@ import torch
 from builders import quiet, replaced, tiny_city, tiny_city_tables
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
+from topt_deploy.config import load_config
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train import baseline
 from topt_deploy.train.city_files import write_city
-from topt_deploy.train.evaluation import command, plain
+from topt_deploy.table import infer_schema
+from topt_deploy.train.evaluation import command, plain, topt
 from topt_deploy.train.evaluation.evaluate import Evaluation
 from topt_deploy.train.evaluation.literature.embedding import Recipe
 from topt_deploy.train.evaluation.plain import Mean
@@ -28,7 +30,17 @@ from topt_deploy.train.fit import Engine
 N = 14
 CITY = tiny_city(N, prompts=("prompt_crime", "prompt_none"))
 CPU = Engine(device=torch.device("cpu"))
+SCHEMA = infer_schema(
+    tiny_city_tables(N, prompts=("prompt_crime", "prompt_none"))[0],
+    views=("poi", "land_use"),
+    mobility=True,
+    prompts=("prompt_crime", "prompt_none"),
+)
 FACTS = {"protocol": "honest", "seeds": [0, 1]}
+FEW_STEPS = [
+    *("srel.epochs=2", "srel.width=8", "srel.heads=2", "prompt4re.epochs=2", "prompt4re.heads=2"),
+    *("ensemble.epochs=2", "ensemble.steps=2", "ensemble.features=8", "ensemble.width=4", "ensemble.members=2"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +50,14 @@ def few_steps(monkeypatch):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *_, whole=whole, **settings: whole(**settings | {"n_estimators": 3}))
     monkeypatch.setattr(Recipe, "epochs", property(lambda recipe: 3, lambda recipe, epochs: None), raising=False)
+    monkeypatch.setattr(
+        topt, "load_config", lambda overrides, **more: load_config(overrides=[*overrides, *FEW_STEPS], **more)
+    )
 
 
 def evaluation(folder, labels=None, protocol=PROTOCOLS["honest"], facts=FACTS, **more):
     return Evaluation(
-        problem=Problem.of(CITY, None, CPU, quiet()),
+        problem=Problem.of(CITY, SCHEMA, CPU, quiet()),
         labels=labels or CITY.labels,
         protocol=protocol,
         seeds=facts["seeds"],
@@ -185,7 +200,7 @@ def test_absurd_labels_change_nothing_where_they_are_held_out(tmp_path, protocol
 
 
 def test_a_method_is_given_no_label_but_the_rows():
-    assert Problem.of(CITY, None, CPU, quiet()).city.labels == {}
+    assert Problem.of(CITY, SCHEMA, CPU, quiet()).city.labels == {}
 
 
 # Files, and going on
@@ -309,7 +324,7 @@ def test_the_command_writes_a_page_and_adds_to_it(folder, topt_deploy):
     assert "Protocol `honest`" in page
     assert "KFold(10, shuffled)" in page
     found = json.loads((out / "results.json").read_text())
-    assert found["seeds"] == [0, 1]
+    assert found["seeds"] == [command.FIRST_SEED, command.FIRST_SEED + 1]
     assert {r["method"] for r in found["results"]} == {"mean"} | {n for n in METHODS if n.startswith("ridge+sqrt")}
     assert all(r["coverage"]["nominal"] == 0.5 for r in found["results"])
     said = topt_deploy(*chosen, "--tasks", "calls", "--baselines", "mean", "--out", out)

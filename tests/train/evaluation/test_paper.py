@@ -171,7 +171,10 @@ def test_the_embedding_is_the_epoch_that_a_ridge_predicts_best_from(problem, tmp
     assert best < 6, "no test of choosing: the last epoch is the best"
     torch.testing.assert_close(embedding, offered[best])
     (file,) = tmp_path.iterdir()
-    assert load_tensors(file)[1]["epoch"] == 1 + 30 * best
+    facts = load_tensors(file)[1]
+    assert facts["epoch"] == 1 + 30 * best
+    spread = np.square(labels[regions] - labels[regions].mean()).sum()
+    assert facts["squared_error"] == pytest.approx((1 - scores[best]) * spread)
 
 
 def test_looking_at_the_embedding_leaves_its_training_as_it_is(problem):
@@ -197,8 +200,15 @@ def test_without_prompt4re_the_prediction_is_the_ridge_on_the_embedding(problem,
     held_out = hold_out(problem, "crime", LABELS, own, seeds=[2], cache=tmp_path)
     x = selected_embedding(problem, "crime", LABELS, own, seed=2, cache=tmp_path).double().numpy()
     for trains, tests in KFold(3, shuffle=True, random_state=2024).split(x):
-        expected = np.maximum(Ridge(alpha=1.0).fit(x[trains], LABELS[trains]).predict(x[tests]), 0)
+        expected = Ridge(alpha=1.0).fit(x[trains], LABELS[trains]).predict(x[tests])
         np.testing.assert_allclose(held_out.prediction[0, tests], expected, rtol=1e-6)
+
+
+def test_a_ridge_that_falls_below_zero_predicts_zero():
+    x = np.arange(12.0)
+    predicted = paper.ridge_predictions(torch.tensor(x[:, None]), np.maximum(x - 9, 0), x.astype(int) % 3, alpha=1.0)
+    assert (predicted[:3] == 0).all()
+    assert predicted[11] > 0
 
 
 # The cache

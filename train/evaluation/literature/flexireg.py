@@ -20,13 +20,13 @@ PROMPT_COLUMN = "prompt_none"
 
 
 def head_settings() -> TaskConfig:
-    """The default preset's head, for HAFusion's embedding and prompts without a task's question."""
+    """The head of preset `srel`, for HAFusion's embedding and prompts without a task's question."""
     overrides = (f"srel.width={WIDTH}", "prompt4re.prompt=none")
-    return load_config(preset="default", tasks=("any",), overrides=overrides).tasks["any"]
+    return load_config(preset="srel", tasks=("any",), overrides=overrides).tasks["any"]
 
 
 class FlexiRegStyle(HaFusion):
-    """HAFusion's embedding, and the default preset's head on it and on prompts that are the same for every task.
+    """HAFusion's embedding, and the head of preset `srel` on it and on prompts that are the same for every task.
 
     FlexiReg learns embeddings of grid cells, aggregates them to regions, and enhances them per task with what a
     region's images and texts say. No grid cells are published for this data, and no code; what is left of it here is
