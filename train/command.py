@@ -142,6 +142,8 @@ def summary(reports: "dict[str, TaskReport]") -> str:
 def verdict(r: "TaskReport") -> str:
     """One sentence on whether the model earns its keep, by MAE under the same folds."""
     best, name = min((r.trees.mae, "boosted trees"), (r.mean.mae, "predicting the mean"))
+    if best == 0:
+        return f"no model could be better: {name} is never wrong here; this model's MAE is {r.held_out.mae:.1f}"
     change = 100 * (1 - r.held_out.mae / best)
     if change > 0:
         return f"MAE {change:.0f} % below the best plain baseline ({name})"

@@ -10,7 +10,7 @@ from topt_deploy.model.target import MAX_LOG, Target
 
 COUNTS = torch.tensor([0.0, 1.0, 3.0, 8.0, 25.0, 400.0, 0.0, 12.0], dtype=torch.float64)
 WEIGHTS = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]]).float()
-TRANSFORMS = {"none": lambda y: y, "sqrt": np.sqrt, "log1p": np.log1p}
+TRANSFORMS = {"none": lambda y: y, "sqrt": np.sqrt, "cbrt": np.cbrt, "log1p": np.log1p}
 
 
 def target(transform="none", likelihood="gaussian", members=3):

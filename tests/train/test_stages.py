@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import LAND_USE, POI, SREL, replaced, task_config, tiny_city, tiny_city_tables, tiny_config
 from builders import quiet as reporter
+from interruption import Interrupted, interrupt_at
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import cosine_similarity
@@ -32,10 +33,6 @@ from topt_deploy.train.stage2 import HeadResult, fold_of, one_label, train_head,
 CPU = Engine(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
 N = 24
-
-
-class Interrupted(Exception):
-    pass
 
 
 # Stage 1
@@ -349,26 +346,6 @@ class TestStage2:
         np.testing.assert_array_equal(resumed.in_sample, whole.in_sample)
         expected = whole.head.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.head.state_dict().items())
-
-
-def interrupt_at(monkeypatch, epoch):
-    """Let training fail in this epoch, counted from the first epoch of any stage on."""
-    steps = Engine.steps
-    count = 0
-
-    def interrupted(self, loss):
-        step = steps(self, loss)
-
-        def counted():
-            nonlocal count
-            count += 1
-            if count > epoch:
-                raise Interrupted
-            return step()
-
-        return counted
-
-    monkeypatch.setattr(Engine, "steps", interrupted)
 
 
 @pytest.mark.parametrize("transform", ["none", "sqrt"])

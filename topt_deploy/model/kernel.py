@@ -1,10 +1,10 @@
 """The kernel part of a head: Gaussian process regression with a sum of kernels, as a linear map of fixed features.
 
 Every view has a linear kernel and radial ones of a few lengths; what each kernel weighs is found by maximising the
-evidence on the training regions alone. One regression has them all, the next ones leave out the shortest lengths; their
-mean varies less with the regions it was fitted on than any of them. A radial kernel is computed with random Fourier features (Rahimi & Recht,
-NeurIPS 2007; orthogonal: Yu et al., NeurIPS 2016), in training as in serving. So the trained part is a linear map: it
-holds no row of the training city, and costs the same whatever N is.
+evidence on the training regions alone. One regression has them all, the next ones leave out the shortest lengths;
+their mean varies less with the regions it was fitted on than any of them. A radial kernel is computed with random
+Fourier features (Rahimi & Recht, NeurIPS 2007; orthogonal: Yu et al., NeurIPS 2016), in training as in serving. So the
+trained part is a linear map: it holds no row of the training city, and costs the same whatever N is.
 """
 
 import math
@@ -73,7 +73,8 @@ class ViewKernels(nn.Module):
 
 
 def orthogonal_frequencies(width: int, count: int, generator: torch.Generator) -> Tensor:
-    """Frequencies of the radial kernel of length 1 (F, count), each normal, and orthogonal in groups of F."""
+    """Frequencies of the radial kernel of length 1 (F, count), each normal up to its sign, which no cosine of a
+    difference depends on, and orthogonal in groups of F."""
     groups = []
     for _ in range(-(-count // width)):
         direction, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))

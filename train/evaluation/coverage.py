@@ -9,8 +9,7 @@ from topt_deploy.features import POSITION
 from topt_deploy.intervals import interval, scores
 
 from .problem import Method, Problem
-from .protocols import HeldOut
-from .splits import Splits, honest, spatial
+from .splits import HeldOut, Splits, honest, spatial
 
 Array = np.ndarray[Any, Any]
 

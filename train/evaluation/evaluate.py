@@ -80,7 +80,8 @@ class Evaluation:
         if held_out is None:
             start = time.monotonic()
             try:
-                held_out = self.protocol.predict(method, self.problem, task, self.labels[task], self.seeds)
+                labels, kept = self.labels[task], self.store.folder
+                held_out = self.protocol.predict(method, self.problem, task, labels, self.seeds, kept)
             except ToptError as error:
                 self.store.save_reason(name, task, settings, error)
                 return f"not run: {error.message}"

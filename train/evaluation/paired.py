@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .protocols import HeldOut
+from .splits import HeldOut
 
 Array = np.ndarray[Any, Any]
 

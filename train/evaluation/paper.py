@@ -6,8 +6,7 @@ gives a held-out label to what it evaluates; nothing that trains a model to be d
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch import Tensor
 
-from topt_deploy.config import SrelConfig, TaskConfig, load_config
+from topt_deploy.config import SrelConfig, TaskConfig
 from topt_deploy.errors import BadData
 from topt_deploy.features import POSITION, feature_widths
 from topt_deploy.fileio import write_error
@@ -30,7 +29,7 @@ from ..fit import fit
 from ..stage1 import SrelTraining, embed, flow_target, similarity_targets
 from ..stage2 import fold_of
 from .problem import Problem
-from .protocols import HeldOut
+from .splits import HeldOut
 
 Array = np.ndarray[Any, Any]
 
@@ -46,24 +45,6 @@ MEANING = (
     " active in the head: these figures do not hold for regions whose labels are unknown. Repetitions differ in"
     " initialisation only."
 )
-
-VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "topt": {},
-    "topt-no-prompt4re": {"prompt4re": {"enabled": False}},
-    "topt-no-task-prompt": {"prompt4re": {"prompt": "none"}},
-    "topt-no-alignment": {"prompt4re": {"alignment": False}},
-    "topt-no-distance-bias": {"srel": {"distance_bias": False}},
-    "topt-no-centrality": {"srel": {"centrality": False}},
-}
-"""The paper's ablations: what each changes of the preset ``paper``, by section."""
-
-
-def paper_settings(variant: str, task: str) -> TaskConfig:
-    """A task's settings in the paper, changed as a variant of :data:`VARIANTS` has it."""
-    settings = load_config(preset=PRESET, tasks=[task]).tasks[task]
-    changes = {section: replace(getattr(settings, section), **own) for section, own in VARIANTS[variant].items()}
-    return replace(settings, **changes)
-
 
 def hold_out(
     problem: Problem, task: str, labels: Array, settings: TaskConfig, *, seeds: Sequence[int], cache: Path

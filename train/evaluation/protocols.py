@@ -2,40 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from topt_deploy.errors import UsageError
 from topt_deploy.features import POSITION
 
-from ..metrics import Metrics, metrics
+from . import paper
 from .problem import Method, Problem
-from .splits import FOLDS, Splits, honest, spatial
+from .splits import FOLDS, HeldOut, Splits, honest, spatial
+from .topt import Topt
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HeldOut:
-    """Held-out predictions of one method for one task.
-
-    Attributes:
-        labels: float64 (N,).
-        fold: int64 (R, N); -1 for regions that take no part.
-        prediction: float64 (R, N); NaN for regions that take no part.
-    """
-
-    labels: Array
-    fold: Array
-    prediction: Array
-
-    def truth(self) -> Array:
-        """The labels of the regions that take part, float64 (N,); NaN for the others."""
-        return np.where((self.fold >= 0).all(axis=0), self.labels, np.nan)
-
-    def metrics(self) -> list[Metrics]:
-        """Over all regions' held-out predictions, for every repetition (R)."""
-        return [metrics(self.truth(), prediction) for prediction in self.prediction]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +24,11 @@ class Protocol:
 
     Attributes:
         meaning: What was held out from what, for the head of a table.
-        predict: (method, problem, task, labels (N,), seeds (R)) → held-out predictions.
+        predict: (method, problem, task, labels (N,), seeds (R), folder for what may be kept) → held-out predictions.
     """
 
     meaning: str
-    predict: Callable[[Method, Problem, str, Array, Sequence[int]], HeldOut]
+    predict: Callable[[Method, Problem, str, Array, Sequence[int], Path], HeldOut]
 
 
 def fit_and_hold_out(method: Method, problem: Problem, task: str, splits: Splits) -> HeldOut:
@@ -57,13 +37,24 @@ def fit_and_hold_out(method: Method, problem: Problem, task: str, splits: Splits
     return HeldOut(labels=splits.labels, fold=splits.fold, prediction=splits.held_out(predictions))
 
 
-def _honest(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> HeldOut:
+def _honest(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], _: Path) -> HeldOut:
     return fit_and_hold_out(method, problem, task, honest(labels, seeds=seeds))
 
 
-def _spatial(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> HeldOut:
+def _spatial(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], _: Path) -> HeldOut:
     position = problem.inputs[POSITION].cpu().numpy()
     return fit_and_hold_out(method, problem, task, spatial(labels, position, seeds=seeds))
+
+
+def _paper(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], kept: Path) -> HeldOut:
+    if not isinstance(method, Topt) or method.preset != paper.PRESET:
+        raise UsageError(
+            "the published protocol selects epochs of the paper's own models",
+            expected="--variants 'paper*'",
+            fix="evaluate other methods under honest or spatial",
+        )
+    settings = method.config(task, seeds[0]).tasks[task]
+    return paper.hold_out(problem, task, labels, settings, seeds=seeds, cache=kept / "embeddings")
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
@@ -78,4 +69,5 @@ PROTOCOLS: Mapping[str, Protocol] = {
         " positions), drawn anew with each seed. Expect this where no label is near.",
         predict=_spatial,
     ),
+    "paper": Protocol(meaning=paper.MEANING, predict=_paper),
 }

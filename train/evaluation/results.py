@@ -14,8 +14,8 @@ from topt_deploy.fileio import reading, write_error, write_json
 from topt_deploy.parquet import read_parquet, write_parquet
 
 from .coverage import Coverage, Stratum
-from .protocols import HeldOut
 from .registry import Entry, Group
+from .splits import HeldOut
 
 Array = np.ndarray[Any, Any]
 

@@ -9,6 +9,7 @@ from sklearn.cluster import KMeans
 
 from topt_deploy.errors import BadData
 
+from ..metrics import Metrics, metrics
 from ..stage2 import fold_of
 
 Array = np.ndarray[Any, Any]
@@ -61,6 +62,29 @@ class Splits:
             mine = self.fold[r] == k
             own[r, mine] = prediction[mine]
         return own
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeldOut:
+    """Held-out predictions of one method for one task.
+
+    Attributes:
+        labels: float64 (N,).
+        fold: int64 (R, N); -1 for regions that take no part.
+        prediction: float64 (R, N); NaN for regions that take no part.
+    """
+
+    labels: Array
+    fold: Array
+    prediction: Array
+
+    def truth(self) -> Array:
+        """The labels of the regions that take part, float64 (N,); NaN for the others."""
+        return np.where((self.fold >= 0).all(axis=0), self.labels, np.nan)
+
+    def metrics(self) -> list[Metrics]:
+        """Over all regions' held-out predictions, for every repetition (R)."""
+        return [metrics(self.truth(), prediction) for prediction in self.prediction]
 
 
 def honest(labels: Array, *, seeds: Sequence[int], folds: int = FOLDS) -> Splits:

@@ -10,9 +10,10 @@ from topt_deploy.commandline import decimal
 
 from .coverage import SIZES
 from .paired import SIGNIFICANT, Paired, compare
-from .protocols import PROTOCOLS, HeldOut
+from .protocols import PROTOCOLS
 from .registry import MAIN, Group
 from .results import Result
+from .splits import HeldOut
 
 FIGURES = {"mae": 1, "rmse": 1, "r2": 3}
 """Figures of a cell, with their decimals; all but R² are better when smaller."""

@@ -124,11 +124,11 @@ def test_strata_are_shares_of_the_regions_they_name(held_out):
     assert whole / 39 == pytest.approx(found.all.coverage)
 
 
-def test_intervals_hold_about_as_often_as_they_say():
+def test_intervals_hold_about_as_often_as_they_say(tmp_path):
     rng, inside, regions = np.random.default_rng(5), 0.0, 0
     for seed in range(12):
         labels = np.square(np.maximum(5 + X @ rng.uniform(0.5, 2, X.shape[1]) + rng.normal(size=N), 0))
-        held_out = PROTOCOLS["honest"].predict(Linear(), PROBLEM, "crime", labels, [seed])
+        held_out = PROTOCOLS["honest"].predict(Linear(), PROBLEM, "crime", labels, [seed], tmp_path)
         found = measure(Linear(), PROBLEM, "crime", held_out, seed=seed, nominal=0.8).all
         inside, regions = inside + found.coverage * found.regions, regions + found.regions
     assert inside / regions == pytest.approx(0.81, abs=0.06)

@@ -13,9 +13,9 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 
 from topt_deploy.config import load_config
 from topt_deploy.errors import BadConfig, BadData
+from topt_deploy.table import infer_schema
 from topt_deploy.train import baseline
 from topt_deploy.train.city_files import write_city
-from topt_deploy.table import infer_schema
 from topt_deploy.train.evaluation import command, plain, topt
 from topt_deploy.train.evaluation.evaluate import Evaluation
 from topt_deploy.train.evaluation.literature.embedding import Recipe
@@ -84,7 +84,7 @@ HELD_OUT = np.array([1, 5, 6, 12])
 FOLD = np.array([[0 if n in HELD_OUT else 1 + n % 2 for n in range(N)]])
 FIXED = Protocol(
     meaning="These folds, whatever the labels are.",
-    predict=lambda method, problem, task, labels, seeds: fit_and_hold_out(
+    predict=lambda method, problem, task, labels, seeds, _: fit_and_hold_out(
         method, problem, task, Splits(labels=labels, fold=FOLD, seeds=tuple(seeds[:1]))
     ),
 )
@@ -356,3 +356,9 @@ def test_another_city_cannot_go_into_the_folder(folder, topt_deploy):
     said = topt_deploy(*command)
     assert said.code == 78
     assert "regions_sha256" in said.err
+
+
+def test_coverage_is_refused_under_the_published_protocol(folder, topt_deploy):
+    said = topt_deploy("evaluate", folder / "city", "--protocol", "paper", "--coverage", 0.9, "--out", folder / "out")
+    assert said.code == 2
+    assert "--coverage" in said.err

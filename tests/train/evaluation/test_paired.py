@@ -5,8 +5,7 @@ import pytest
 from scipy import stats
 
 from topt_deploy.train.evaluation.paired import compare, corrected_t
-from topt_deploy.train.evaluation.protocols import HeldOut
-from topt_deploy.train.evaluation.splits import honest
+from topt_deploy.train.evaluation.splits import HeldOut, honest
 
 LABELS = np.random.default_rng(0).gamma(2, 50, 31)
 LABELS[[3, 8]] = np.nan

@@ -13,13 +13,16 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 
 from topt_deploy.config import Config
-from topt_deploy.errors import BadData
+from topt_deploy.errors import BadData, UsageError
 from topt_deploy.model.checkpoint import load_tensors
 from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis
 from topt_deploy.table import infer_schema
 from topt_deploy.train.evaluation import paper
-from topt_deploy.train.evaluation.paper import VARIANTS, hold_out, paper_settings, selected_embedding
+from topt_deploy.train.evaluation.paper import hold_out, selected_embedding
+from topt_deploy.train.evaluation.plain import Mean
 from topt_deploy.train.evaluation.problem import Problem
+from topt_deploy.train.evaluation.protocols import PROTOCOLS
+from topt_deploy.train.evaluation.topt import VARIANTS, Topt
 from topt_deploy.train.fit import Engine
 from topt_deploy.train.stage1 import embed, train_embedding
 from topt_deploy.train.stage2 import fold_of
@@ -287,12 +290,23 @@ def test_prompts_that_the_city_lacks_are_named(problem, tmp_path):
         hold_out(problem, "calls", CITY.labels["calls"], settings(), seeds=[0], cache=tmp_path)
 
 
-def test_variants_change_what_they_are_named_for():
-    full = paper_settings("topt", "check_in")
-    assert (full.srel.epochs, full.srel.lr, full.srel.layers, full.srel.bias) == (4000, 2e-4, 5, 0.4)
-    assert (full.prompt4re.epochs, full.prompt4re.lr, full.target.drop_zeros) == (3000, 3e-4, True)
-    for name in VARIANTS:
-        changed = paper_settings(name, "check_in")
-        assert (changed != full) == (name != "topt")
-        shares = "distance" not in name and "centrality" not in name
-        assert (changed.srel == full.srel) == shares
+def test_only_the_papers_own_models_run_under_it(problem, tmp_path):
+    for method in (Topt("default"), Mean()):
+        with pytest.raises(UsageError, match="the paper's own models"):
+            PROTOCOLS["paper"].predict(method, problem, "crime", LABELS, [0], tmp_path)
+
+
+def test_its_settings_are_the_published_ones():
+    settings = VARIANTS["paper"].config("check_in", 0).tasks["check_in"]
+    assert (settings.srel.epochs, settings.srel.lr, settings.srel.layers, settings.srel.bias) == (4000, 2e-4, 5, 0.4)
+    assert (settings.prompt4re.epochs, settings.prompt4re.lr, settings.target.drop_zeros) == (3000, 3e-4, True)
+
+
+def test_the_protocol_is_the_selection_on_a_variants_own_settings(problem, tmp_path):
+    method = Topt("paper", "srel.epochs=31", "srel.width=8", "srel.heads=2", "prompt4re.epochs=21", "prompt4re.folds=4")
+    found = PROTOCOLS["paper"].predict(method, problem, "crime", LABELS, [5, 6], tmp_path)
+    own = method.config("crime", 5).tasks["crime"]
+    expected = hold_out(problem, "crime", LABELS, own, seeds=[5, 6], cache=tmp_path / "other")
+    np.testing.assert_array_equal(found.prediction, expected.prediction)
+    assert found.fold.shape == (2, N)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 2

@@ -5,9 +5,8 @@ import pytest
 
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
 from topt_deploy.train.evaluation.paired import compare
-from topt_deploy.train.evaluation.protocols import HeldOut
 from topt_deploy.train.evaluation.results import Result
-from topt_deploy.train.evaluation.splits import honest
+from topt_deploy.train.evaluation.splits import HeldOut, honest
 from topt_deploy.train.evaluation.tables import Spread, as_json, markdown, spreads, verdicts
 
 LABELS = np.random.default_rng(0).gamma(2, 50, 40)

@@ -2,8 +2,10 @@
 
 import itertools
 
+import esda
 import numpy as np
 import pytest
+from libpysal import weights
 
 from topt_deploy.train.report.moran import NEIGHBOURS, Moran, meaning, morans_i, nearest
 
@@ -43,8 +45,6 @@ def test_p_is_the_share_of_rearrangements() -> None:
 @pytest.mark.parametrize(("n", "k", "seed"), [(9, 2, 0), (40, 5, 1), (77, 5, 2), (150, 7, 3)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_equals_esda(n: int, k: int, seed: int, sign: int) -> None:
-    esda = pytest.importorskip("esda", reason="the oracle")
-    weights = pytest.importorskip("libpysal.weights", reason="the oracle")
     rng = np.random.default_rng(seed)
     positions = rng.normal(size=(n, 2))
     values = sign * positions[:, 0] + rng.normal(size=n)

@@ -21,7 +21,33 @@ def test_positions_become_metres_east_and_north(centre: tuple[float, float], deg
     position = local_position_m(lonlat).astype(np.float32).astype(np.float64)
     expected = project_m(lonlat, centre=lonlat.mean(axis=0))
     tolerance = 0.01 * np.abs(expected).max()
-    np.testing.assert_allclose(east_north_m(position), expected - expected.mean(axis=0), atol=tolerance)
+    points, north_up = east_north_m(position)
+    assert north_up
+    np.testing.assert_allclose(points, expected - expected.mean(axis=0), atol=tolerance)
+
+
+def spread(lonlat: np.ndarray) -> np.ndarray:
+    """What does not change when a map is turned or mirrored: extents along the principal directions."""
+    metres = project_m(lonlat, centre=lonlat.mean(axis=0))
+    return np.linalg.svd(metres - metres.mean(axis=0))[1]
+
+
+@pytest.mark.parametrize("n", [2, 3, 30])
+def test_too_few_regions_or_a_row_of_them_do_not_tell_where_north_is(n: int) -> None:
+    """Three points lie in a plane whichever way they are turned, and so do any along a parallel."""
+    rng = np.random.default_rng(n)
+    lonlat = np.array([10.0, 48.0]) + rng.uniform(-0.1, 0.1, (n, 2)) * ([1, 0] if n > 3 else [1, 1])
+    points, north_up = east_north_m(local_position_m(lonlat).astype(np.float32).astype(np.float64))
+    assert not north_up
+    np.testing.assert_allclose(np.linalg.svd(points)[1], spread(lonlat), rtol=2e-3, atol=20)
+
+
+def test_four_regions_are_enough() -> None:
+    lonlat = np.array([[10.0, 48.0], [10.2, 48.0], [10.1, 48.2], [10.08, 48.05]])
+    points, north_up = east_north_m(local_position_m(lonlat).astype(np.float32).astype(np.float64))
+    expected = project_m(lonlat, centre=lonlat.mean(axis=0))
+    assert north_up
+    np.testing.assert_allclose(points, expected - expected.mean(axis=0), atol=0.01 * np.abs(expected).max())
 
 
 def test_projection_has_a_degree_of_latitude_and_crosses_the_antimeridian() -> None:
@@ -32,7 +58,7 @@ def test_projection_has_a_degree_of_latitude_and_crosses_the_antimeridian() -> N
 
 @pytest.mark.parametrize("lonlat", [[[0, 0], [0.01, 0], [0.03, 0]], [[5, 50]] * 3], ids=["in a row", "in one place"])
 def test_places_without_an_extent_still_have_finite_outlines(lonlat: list[list[float]]) -> None:
-    drawn = point_outlines(local_position_m(np.array(lonlat, float)))
+    drawn = point_outlines(east_north_m(local_position_m(np.array(lonlat, float)))[0])
     assert len(drawn.paths) == 3
     assert "nan" not in "".join(drawn.paths)
 
@@ -44,7 +70,8 @@ def start(path: str) -> tuple[float, float]:
 
 def test_points_lie_within_the_drawing_north_up_and_do_not_cover_each_other() -> None:
     lon, lat = np.meshgrid(np.linspace(0, 0.1, 6), np.linspace(50, 50.1, 5))
-    drawn = point_outlines(local_position_m(np.stack([lon.ravel(), lat.ravel()], axis=1)))
+    lonlat = np.stack([lon.ravel(), lat.ravel()], axis=1)
+    drawn = point_outlines(project_m(lonlat, centre=lonlat[0]))
     x, y = np.array([start(path) for path in drawn.paths]).T.reshape(2, 5, 6)
     assert (np.diff(x, axis=1) > 0).all()
     assert (np.diff(y, axis=0) < 0).all()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +17,18 @@ import shapely
 import torch
 from builders import quiet, replaced, task_config, tiny_city_tables, tiny_config
 from commands import Said, shell, without_privileges
+from markupsafe import escape as markup
 
 from topt_deploy.config import Config
 from topt_deploy.geometry import geo_metadata
 from topt_deploy.intervals import interval
 from topt_deploy.parquet import read_parquet, write_parquet
 from topt_deploy.runs import open_run
+from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.fit import Engine
-from topt_deploy.train.report.facts import read_facts
+from topt_deploy.train.report.facts import Facts, read_facts
 from topt_deploy.train.report.page import render, write_report
+from topt_deploy.train.report.words import view_name
 from topt_deploy.train.run import HELD_OUT_FILE, start_run, train_run
 from topt_deploy.use import INTENDED_USE
 
@@ -194,23 +197,161 @@ class TestContent:
         assert page.count('class="hatch"') == 3, "prediction, width and residual of the one task"
 
     def test_both_embeddings_are_shown_and_the_one_without_layers_says_so(self, page: str) -> None:
-        assert "Embedding for Crime" in page
-        assert "Embedding for Calls" in page
+        assert "Attention of the embedding for Crime" in page
+        assert "Attention of the embedding for Calls" in page
         assert page.count("has no Graphormer layer") == 1
         assert page.count("What each region attends to") == 1
 
     def test_intended_use_is_the_model_cards(self, page: str) -> None:
         assert all(paragraph in page for paragraph in INTENDED_USE)
 
-    def test_a_model_without_srel_leaves_attention_out_and_says_why(self, finished: Path) -> None:
-        page = render(replace(read_facts(open_run(finished)), attention=[]))
-        assert "no part with attention" in page
+    def test_what_is_read_of_other_regions(self, page: str, finished: Path) -> None:
+        """The hostile region's partner with the largest share, from the table itself."""
+        flows = read_parquet(finished.parent.parent / "mobility.parquet").to_pylist()
+        share: dict[str, float] = {}
+        for mine, other in (("origin_id", "dest_id"), ("dest_id", "origin_id")):
+            own = [row for row in flows if row[mine] == ATTACK]
+            for row in own:
+                share[row[other]] = share.get(row[other], 0) + row["flow"] / sum(r["flow"] for r in own) / 2
+        most = max((region for region in share if region != ATTACK), key=lambda region: share[region])
+        table = page.split("Exchanges most with")[1].split("</table>")[0]
+        (row,) = [row for row in table.split("<tr>") if row.startswith(f'<th scope="row">{markup(ATTACK)}</th>')]
+        assert f'<td>{most} <span class="soft">{100 * share[most]:.1f}&nbsp;%</span>' in row
+
+    def test_without_the_flows_the_page_says_so(self, finished: Path, tmp_path: Path) -> None:
+        page = render(read_facts(replace(open_run(finished), city_dir=tmp_path)))
+        assert "Exchanges most with" not in page
+        assert html.unescape(page).count("mobility.parquet is not where the run found it") == 1
 
     def test_a_synthetic_city_says_so(self, page: str, finished: Path) -> None:
         assert "synthetic" not in page
         facts = read_facts(open_run(finished))
         made_up = replace(facts, run=replace(facts.run, facts={**facts.run.facts, "synthetic": True}))
         assert "This city is synthetic." in render(made_up)
+
+
+class TestEnsemble:
+    """A run of two ensembles: what their predictions are made of, and no attention."""
+
+    @pytest.fixture(scope="class")
+    def ensemble(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        regions, mobility = tiny_city_tables(N, prompts=("prompt_crime",))
+        tasks = {
+            "crime": task_config(ensemble={"enabled": True}, target={"transform": "cbrt"}),
+            "calls": task_config(
+                prompt4re={"enabled": False}, ensemble={"enabled": True, "network": False}, target={"transform": "sqrt"}
+            ),
+        }
+        return make_run(tmp_path_factory.mktemp("ensemble"), regions, mobility, tiny_config(tasks))
+
+    @pytest.fixture(scope="class")
+    def facts(self, ensemble: Path) -> Facts:
+        return read_facts(open_run(ensemble))
+
+    @pytest.fixture(scope="class")
+    def sections(self, facts: Facts) -> dict[str, str]:
+        page = render(facts)
+        assert Elements(page).open == []
+        assert "Attention" not in page
+        assert "prompt_crime (encoder not named)" in page
+        return {task: page.split(f">{task.capitalize()}</h2>")[1].split("</section>")[0] for task in facts.tasks}
+
+    @pytest.mark.parametrize(("task", "unit"), [("crime", "∛count"), ("calls", "√count")])
+    def test_bars_are_deviations_the_longest_first(
+        self, facts: Facts, sections: dict[str, str], task: str, unit: str
+    ) -> None:
+        found = facts.contributions[task]
+        table = sections[task].split("Moves by")[1].split("</table>")[0]
+        rows = re.findall(r'row">(.*?)</th><td>(.*?)</td>.*?width: (.*?)%', table)
+        expected = {view_name(view).capitalize(): part.std() for view, part in found.views.items()}
+        if found.networks is not None:
+            expected["Neural networks"] = found.networks.std()
+        assert {name: float(value) for name, value, _ in rows} == pytest.approx(expected, abs=0.0051)
+        widths = [float(width) for _, _, width in rows]
+        assert widths == sorted(widths, reverse=True)
+        assert widths == pytest.approx(
+            sorted(100 * v / max(expected.values()) for v in expected.values())[::-1], abs=0.06
+        )
+        assert f"in {unit}" in sections[task]
+        assert ("Prompts" in expected, "neural networks" in sections[task]) == (task == "crime", task == "crime")
+
+    @pytest.mark.parametrize("task", ["crime", "calls"])
+    def test_each_regions_two_highest_and_two_lowest(self, facts: Facts, sections: dict[str, str], task: str) -> None:
+        table = sections[task].split("Lowered most by")[1].split("</table>")[0]
+        rows = re.findall(r'row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', table, re.S)
+        assert [row[0] for row in rows] == list(facts.region_ids)
+        views = facts.contributions[task].views
+        for i, (_, *cells) in enumerate(rows):
+            values = sorted((float(part[i]), view_name(view)) for view, part in views.items())
+            raised = [pair for pair in values[::-1] if pair[0] > 0][:2]
+            lowered = [pair for pair in values if pair[0] < 0][:2]
+            for cell, expected in zip(cells, (raised, lowered), strict=True):
+                shown = re.findall(r"([^<>]+?) <span class=\"soft\">(.*?)</span>", cell)
+                assert [name.strip(", \n") for name, _ in shown] == [name for _, name in expected]
+                assert [_numbers(n.replace("+", ""))[0] for _, n in shown] == [_shown(value) for value, _ in expected]
+
+    def test_it_is_said_that_parts_are_not_causes(self, sections: dict[str, str]) -> None:
+        assert all(section.count("Parts are not causes") == 2 for section in sections.values())
+
+    def test_networks_alone_are_not_told_apart(self, tmp_path: Path) -> None:
+        regions, mobility = tiny_city_tables(N, tasks=("crime",))
+        settings = task_config(prompt4re={"enabled": False}, ensemble={"enabled": True, "kernel": False})
+        page = render(read_facts(open_run(make_run(tmp_path, regions, mobility, tiny_config({"crime": settings})))))
+        assert "cannot be told apart" in page
+        assert "raises and lowers" not in page
+
+
+class TestEvaluation:
+    RESULTS: ClassVar = {
+        "protocol": "honest", "seeds": [1, 2, 3], "versions": {"topt-deploy": "0.0"}, "verdicts": [
+            {"task": "crime", "sentence": f"crime: topt has MAE 1.0, below {ATTACK}"}
+        ], "results": [
+            {
+                "method": ATTACK, "group": "literature", "task": "crime", "coverage": None,
+                "figures": {name: {"mean": 1234.5, "sd": 0.5} for name in ("mae", "rmse", "r2")},
+            },
+            {
+                "method": "topt", "group": "variant", "task": "crime",
+                "figures": {name: {"mean": 1.0, "sd": None} for name in ("mae", "rmse", "r2")},
+                "coverage": {
+                    "nominal": 0.9, "all": {"coverage": 0.925, "regions": 40, "width": 3.0},
+                    "by_size": {"small": {"coverage": 0.5, "regions": 10, "width": 3.0}},
+                    "by_block": [{"coverage": 0.25, "regions": 4, "width": 3.0}],
+                },
+            },
+        ],
+    }  # fmt: skip
+
+    def evaluated(self, folder: Path, regions_sha256: str) -> Path:
+        (folder / "results.json").write_text(json.dumps(self.RESULTS | {"regions_sha256": regions_sha256}))
+        return folder
+
+    def test_the_section_and_that_names_in_it_are_text(
+        self, finished: Path, tmp_path: Path, topt_deploy: Callable[..., Said]
+    ) -> None:
+        out = tmp_path / "page.html"
+        folder = self.evaluated(tmp_path, open_run(finished).regions_sha256)
+        said = topt_deploy("report", finished, "--out", out, "--evaluation", folder)
+        assert said.code == 0, said.err
+        page = out.read_text(encoding="utf-8")
+        assert Elements(page).open == []
+        assert ATTACK not in page
+        section = html.unescape(page.split("Compared with other methods")[1].split("</section>")[0])
+        assert PROTOCOLS["honest"].meaning in section
+        assert f"topt has MAE 1.0, below {ATTACK}." in section
+        assert f'<th scope="row">{ATTACK}</th><td>literature</td><td>1234.5 ± 0.5</td>' in section
+        assert "3 repetitions" in section
+        shares = re.findall(r"<td>(\d+)\N{NO-BREAK SPACE}% <span class=\"soft\">of (\d+)</span>", section)
+        assert shares == [("92", "40"), ("50", "10"), ("25", "4")]
+
+    def test_another_citys_is_refused(self, finished: Path, tmp_path: Path, topt_deploy: Callable[..., Said]) -> None:
+        out = tmp_path / "page.html"
+        said = topt_deploy("report", finished, "--out", out, "--evaluation", self.evaluated(tmp_path, "0" * 64))
+        assert (said.code, "another city" in said.err) == (65, True), said.err
+        assert not out.exists()
+
+    def test_without_one_there_is_no_section(self, page: str) -> None:
+        assert "Compared with other methods" not in page
 
 
 def _numbers(text: str) -> list[float]:
@@ -237,7 +378,7 @@ class TestOutlines:
         if change == "other":
             write_parquet(tmp_path / "regions.parquet", tiny_city_tables(N, seed=1)[0])
         facts = read_facts(run)
-        assert facts.outlines.points
+        assert facts.place.outlines.points
         assert part in render(facts)
 
     @pytest.mark.parametrize("crs", [None, "EPSG:26916"])
@@ -247,8 +388,8 @@ class TestOutlines:
         regions, mobility = tiny_city_tables(N, tasks=("crime",))
         run = make_run(tmp_path, with_polygons(regions, crs) if crs else regions, mobility, tiny(crime={}))
         facts = read_facts(open_run(run))
-        assert facts.outlines.points
-        assert ("reference system" if crs else "has no geometry") in facts.outlines_note
+        assert facts.place.outlines.points
+        assert ("reference system" if crs else "has no geometry") in facts.place.outlines_note
 
 
 class TestSmallAndOdd:

@@ -1,0 +1,29 @@
+"""Training that stops in the middle, to be gone on with."""
+
+import pytest
+
+from topt_deploy.train.fit import Engine
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Let training fail in this epoch, counted from the first epoch of any stage on."""
+    steps = Engine.steps
+    count = 0
+
+    def interrupted(self, loss):
+        step = steps(self, loss)
+
+        def counted():
+            nonlocal count
+            count += 1
+            if count > epoch:
+                raise Interrupted
+            return step()
+
+        return counted
+
+    monkeypatch.setattr(Engine, "steps", interrupted)
