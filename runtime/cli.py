@@ -96,10 +96,11 @@ def predict(
         if file is not None and out.resolve() == file.resolve():
             raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
     with watch.step("predict"):
-        table = predictor.predict(regions, mobility, wide=wide, **asked)
+        predictions = predictor.predictions(regions, mobility, **asked)
+        table = predictions.wide() if wide else predictions.long()
     with watch.step("write"):
         if geo is not None:  # first, for a run that fails must leave no predictions
-            _write_map(geo, predictor.predict(regions, mobility, wide=True, **asked), regions)
+            _write_map(geo, predictions.wide(), regions)
         write_parquet(out, table)
     asked["coverage"] = COVERAGE if coverage is None else coverage
     options = asked | {"tasks": list(tasks or predictor.tasks), "wide": wide, "device": device}

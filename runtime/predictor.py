@@ -115,6 +115,19 @@ class Predictor:
             BadData, NoInput: If the input is not what the bundle reads.
             UsageError: If the bundle lacks a task, or has too few scores for the coverage.
         """
+        predictions = self.predictions(regions, mobility, tasks=tasks, id_col=id_col, coverage=coverage)
+        return predictions.wide() if wide else predictions.long()
+
+    def predictions(
+        self,
+        regions: pa.Table | Path,
+        mobility: pa.Table | Path | None,
+        *,
+        tasks: Sequence[str] = (),
+        id_col: str = REGION_ID,
+        coverage: float | None = None,
+    ) -> "Predictions":
+        """What :meth:`predict` gives, to be laid out as either table."""
         manifest = self.bundle.manifest
         chosen = tuple(tasks) or self.tasks
         for task in chosen:
@@ -138,8 +151,7 @@ class Predictor:
                     ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
-        table = _wide if wide else _long
-        return table(city, results, self._extrapolated(city))
+        return Predictions(city, results, self._extrapolated(city))
 
     def _result(self, task: str, values: Array, coverage: float | None) -> "_Result":
         score = self.bundle.manifest.tasks[task]["scores"]
@@ -241,55 +253,58 @@ class _Result:
     upper: Array | None
 
 
-# Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
-
-
-def _long(city: City, results: dict[str, _Result], reasons: list[str]) -> pa.Table:
-    """One row per task and region, task by task."""
-    columns: dict[str, list[Any]] = {name: [] for name in (*_ABOUT, "task", *_VALUES, *_QUALITY)}
-    for task, result in results.items():
-        part = _about(city, reasons) | {"task": [task] * len(city)} | _values(city, result)
-        for name, column in columns.items():
-            column.extend(part[name])
-    return _table(city, columns, set(_VALUES), len(results))
-
-
-def _wide(city: City, results: dict[str, _Result], reasons: list[str]) -> pa.Table:
-    """One row per region; a task has its prediction under its own name, and the ends beside it."""
-    about = _about(city, reasons)
-    columns = {name: about[name] for name in _ABOUT}
-    for task, result in results.items():
-        columns |= {_wide_name(task, name): values for name, values in _values(city, result).items()}
-    numbers = set(columns) - set(_ABOUT)
-    return _table(city, columns | {name: about[name] for name in _QUALITY}, numbers, 1)
-
-
 _ABOUT, _VALUES, _QUALITY = ("city_id", "region_id"), ("prediction", "lower", "upper"), ("status", "reason")
 
 
-def _wide_name(task: str, value: str) -> str:
-    return task if value == "prediction" else f"{task}_{value}"
+# Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
 
 
-def _about(city: City, reasons: list[str]) -> dict[str, list[Any]]:
-    """What is said of every region, in the order of the input's rows."""
-    ordered = [reasons[i] or None for i in np.argsort(city.input_row)]
-    return {
-        "city_id": [city.city_id] * len(city),
-        "region_id": city.region_id[np.argsort(city.input_row)].tolist(),
-        "status": [EXTRAPOLATED if reason else OK for reason in ordered],
-        "reason": ordered,
-    }
+class Predictions:
+    """A city's predictions, in the order of the input's rows.
+
+    Args:
+        city: The city.
+        results: By task, in canonical order.
+        reasons: Per region in canonical order, why it is extrapolated; empty where it is not.
+    """
+
+    def __init__(self, city: City, results: dict[str, _Result], reasons: list[str]) -> None:
+        back = np.argsort(city.input_row)
+        ordered = [reasons[i] or None for i in back]
+        self._city = city
+        self._about: dict[str, list[Any]] = {
+            "city_id": [city.city_id] * len(city),
+            "region_id": city.region_id[back].tolist(),
+            "status": [EXTRAPOLATED if reason else OK for reason in ordered],
+            "reason": ordered,
+        }
+        self._values = {
+            task: {name: _in_order(getattr(result, name), back) for name in _VALUES} for task, result in results.items()
+        }
+
+    def long(self) -> pa.Table:
+        """One row per task and region, task by task."""
+        repeat = len(self._values)
+        columns = {name: self._about[name] * repeat for name in _ABOUT}
+        columns["task"] = [task for task in self._values for _ in range(len(self._city))]
+        columns |= {name: [v for values in self._values.values() for v in values[name]] for name in _VALUES}
+        columns |= {name: self._about[name] * repeat for name in _QUALITY}
+        return _table(self._city, columns, set(_VALUES), repeat)
+
+    def wide(self) -> pa.Table:
+        """One row per region; a task has its prediction under its own name, and the ends beside it."""
+        numbers = {
+            task if name == "prediction" else f"{task}_{name}": values[name]
+            for task, values in self._values.items()
+            for name in _VALUES
+        }
+        about, quality = ({name: self._about[name] for name in names} for names in (_ABOUT, _QUALITY))
+        return _table(self._city, about | numbers | quality, set(numbers), 1)
 
 
-def _values(city: City, result: _Result) -> dict[str, list[Any]]:
-    """A task's numbers, in the order of the input's rows."""
-    back = np.argsort(city.input_row)
-    values = {name: getattr(result, name) for name in _VALUES}
-    return {
-        name: [None] * len(city) if array is None else array[back].astype(np.float64).tolist()
-        for name, array in values.items()
-    }
+def _in_order(values: Array | None, back: Array) -> list[float | None]:
+    """Numbers in the order of the input's rows; None for each where there are none."""
+    return [None] * len(back) if values is None else values[back].astype(np.float64).tolist()
 
 
 def _table(city: City, columns: dict[str, list[Any]], numbers: set[str], repeat: int) -> pa.Table:

@@ -40,7 +40,8 @@ OPTIONS = [
 def test_the_commands_are_these():
     assert set(ALL) >= {
         "topt-deploy", "topt-deploy sample", "topt-deploy import", "topt-deploy import hafusion", "topt-deploy train",
-        "topt-deploy evaluate", "topt-deploy report", "topt-deploy export", "topt-run", "topt-run predict", "topt-run info", "topt-run selftest",
+        "topt-deploy evaluate", "topt-deploy report", "topt-deploy export",
+        "topt-run", "topt-run predict", "topt-run info", "topt-run selftest",
     }  # fmt: skip
 
 

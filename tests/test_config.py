@@ -48,6 +48,18 @@ class TestPresets:
             assert (task.prompt4re.epochs, task.prompt4re.ridge_alpha) == (3000, 1.0)
             assert (task.target.transform, task.target.likelihood) == ("none", "gaussian")
 
+    def test_the_ensemble_is_what_is_deployed_and_the_paper_has_none(self):
+        found = {
+            name: {(task.ensemble.enabled, task.target.transform) for task in load_config(preset=name).tasks.values()}
+            for name in presets()
+        }
+        assert found == {
+            "default": {(True, "cbrt")},
+            "quick": {(True, "cbrt")},
+            "paper": {(False, "none")},
+            "srel": {(False, "sqrt")},
+        }
+
     def test_an_unknown_one_names_those_there_are(self, tmp_path):
         message = refuse(tmp_path, preset="papier")
         assert "no such preset" in message
@@ -101,6 +113,8 @@ class TestPrecedence:
                 'prompt4re.prompt="none"',
                 "srel.lr=1e-3",
                 "srel.dropout=0",
+                "ensemble.lengths=[2, 0.5]",
+                'ensemble.not_linear=["poi"]',
             ],
         )
         crime = config.tasks["crime"]
@@ -108,6 +122,7 @@ class TestPrecedence:
         assert (crime.target.transform, crime.prompt4re.prompt) == ("sqrt", "none")
         assert (crime.srel.lr, crime.srel.dropout) == (1e-3, 0.0)
         assert isinstance(crime.srel.dropout, float)
+        assert (crime.ensemble.lengths, crime.ensemble.not_linear) == ((2, 0.5), ("poi",))
 
     @pytest.mark.parametrize("override", ["prompt4re.epochs", "=3", ""])
     def test_an_override_without_value(self, override, tmp_path):
@@ -148,6 +163,13 @@ class TestTasks:
         assert len(load_config(preset="paper").embeddings()) == 3
         same = load_config(preset="paper", overrides=["srel.lr=1e-3", "srel.layers=2", "srel.bias=0.1"])
         assert list(same.embeddings()) == ["crime"]
+
+    def test_a_task_with_an_ensemble_builds_on_no_embedding(self):
+        off = ["tasks.check_in.ensemble.enabled=false", "tasks.service_call.ensemble.enabled=false"]
+        config = load_config(preset="default", overrides=off)
+        assert list(config.embeddings()) == ["check_in"]
+        assert config.embedding_of("service_call") == "check_in"
+        assert load_config(preset="default").embeddings() == {}
 
     def test_prompt_columns(self):
         assert load_config(preset="paper").prompt_columns() == (
@@ -192,6 +214,14 @@ class TestRefusals:
             ("target.likelihood=normal", "'gaussian', 'poisson', 'negative_binomial'"),
             ("prompt4re.prompt=crime", "'task', 'none'"),
             ("prompt4re.enabled=no", "bool"),
+            ("ensemble.lengths=0.7", "a list of numbers above 0"),
+            ("ensemble.lengths=[0.7, 0]", "a list of numbers above 0"),
+            ("ensemble.position_lengths=[-1.0]", "a list of numbers above 0"),
+            ("ensemble.lengths=[true]", "a list of numbers above 0"),
+            ('ensemble.lengths=["short"]', "a list of numbers above 0"),
+            ("ensemble.not_linear=[1.0]", "a list of names"),
+            ("ensemble.schedule=linear", "'constant', 'cosine'"),
+            ("target.transform=square", "'none', 'sqrt', 'cbrt', 'log1p'"),
         ],
     )
     def test_a_value_of_the_wrong_kind(self, tmp_path, override, expected):
@@ -218,6 +248,10 @@ class TestRefusals:
             "srel.dropout=1.5",
             "prompt4re.dropout=2",
             "prompt4re.members=0",
+            "ensemble.features=0",
+            "ensemble.members=0",
+            "ensemble.width=0",
+            "ensemble.input_dropout=1",
             "checkpoint_every=0",
             "views=[]",
         ],
@@ -241,7 +275,7 @@ class TestRefusals:
         assert "topt.toml" in refuse(tmp_path, text)
 
     @pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial"])
-    @pytest.mark.parametrize("transform", ["sqrt", "log1p"])
+    @pytest.mark.parametrize("transform", ["sqrt", "cbrt", "log1p"])
     def test_a_count_likelihood_takes_no_transform(self, tmp_path, likelihood, transform):
         message = refuse(tmp_path, f'[target]\nlikelihood = "{likelihood}"\ntransform = "{transform}"\n')
         assert likelihood in message
@@ -262,6 +296,17 @@ class TestRefusals:
         message = refuse(tmp_path, overrides=overrides)
         assert "heads do not divide the width" in message
         assert found in message
+
+    @pytest.mark.parametrize("likelihood", ["poisson", "negative_binomial"])
+    def test_an_ensemble_knows_squared_error_only(self, tmp_path, likelihood):
+        chosen = ["ensemble.enabled=true", f"target.likelihood={likelihood}"]
+        message = refuse(tmp_path, overrides=chosen)
+        assert "target.likelihood = 'gaussian'" in message
+
+    def test_an_ensemble_of_nothing(self, tmp_path):
+        nothing = ["ensemble.kernel=false", "ensemble.network=false"]
+        assert "nothing takes part" in refuse(tmp_path, overrides=["ensemble.enabled=true", *nothing])
+        load(tmp_path, "", overrides=nothing)
 
     @pytest.mark.parametrize("folds", [0, 1])
     def test_fewer_than_two_folds(self, tmp_path, folds):
@@ -293,7 +338,9 @@ class TestRefusals:
         with pytest.raises(BadConfig):
             load_config(preset="paper", tasks=[name])
 
-    @pytest.mark.parametrize("views", [["mobility"], ["position"], ["poi", "poi"], ["a.b"], [""]])
+    @pytest.mark.parametrize(
+        "views", [["mobility"], ["trips"], ["destinations"], ["position"], ["poi", "poi"], ["a.b"], [""]]
+    )
     def test_views_that_cannot_be_told_apart(self, views):
         with pytest.raises(BadConfig):
             load_config(preset="paper", overrides=[f"views={views}"])

@@ -43,7 +43,8 @@ lr = 1e-2
 """
 
 
-INTERRUPTED = TINY.replace("epochs = 6", "epochs = 400") + """
+INTERRUPTED = f"""\
+{TINY.replace("epochs = 6", "epochs = 400")}
 [tasks.crime]
 [tasks.calls.ensemble]
 enabled = true

@@ -44,7 +44,9 @@ def folder_of(package: str) -> Path:
 
 def test_every_other_file_is_listed_as_package_data():
     patterns = [
-        f"{folder_of(package)}/{pattern}" for package, listed in SETUPTOOLS["package-data"].items() for pattern in listed
+        f"{folder_of(package)}/{pattern}"
+        for package, listed in SETUPTOOLS["package-data"].items()
+        for pattern in listed
     ]
     others = [str(path) for path in package_files() if path.suffix != ".py"]
     assert [path for path in others if not any(fnmatch(path, pattern) for pattern in patterns)] == []

@@ -215,7 +215,8 @@ class TestEvidence:
         for row in range(len(targets)):
             x = (phi * found.weights[row].sqrt().repeat_interleave(torch.tensor(SIZES))).numpy()
             y, m, noise = targets[row].numpy(), known[row].numpy(), float(found.noise[row])
-            process = GaussianProcessRegressor(DotProduct(sigma_0=0, sigma_0_bounds="fixed"), alpha=noise, optimizer=None).fit(x[m], y[m])
+            linear = DotProduct(sigma_0=0, sigma_0_bounds="fixed")
+            process = GaussianProcessRegressor(linear, alpha=noise, optimizer=None).fit(x[m], y[m])
             ridge = KernelRidge(alpha=noise, kernel="precomputed").fit(x[m] @ x[m].T, y[m])
             predicted = phi @ found.coefficients[row]
             np.testing.assert_allclose(predicted, process.predict(x), rtol=1e-7, atol=1e-9)
@@ -264,9 +265,7 @@ class TestEvidence:
         for row in range(len(targets)):
             alone = solve((phi, targets[row : row + 1], known[row : row + 1]))
             for name in ("coefficients", "weights", "noise"):
-                torch.testing.assert_close(
-                    getattr(alone, name)[0], getattr(together, name)[row], rtol=1e-9, atol=1e-12
-                )
+                torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[row], rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("at_once", [1, 3])
     def test_training_sets_in_turns_get_the_same(self, at_once, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from builders import LAND_USE, POI, TASKS, task_config, tiny_city, tiny_city_tables, tiny_config
 
-from topt_deploy.features import POSITION, features
+from topt_deploy.features import POSITION, all_widths, features
 from topt_deploy.model.checkpoint import load_model, save_model
 from topt_deploy.model.topt import ModelSpec, TopT, all_features, predict
 from topt_deploy.table import Schema, infer_schema, read_city
@@ -26,7 +26,7 @@ def build(config, ranks=4):
     model = TopT(ModelSpec(config=config, schema=schema_of(config), ranks=ranks))
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith(("basis.basis", "hidden_out.weight")):
+            if name.endswith(("basis.basis", "hidden_out.weight", "frequencies", "coefficients")):
                 tensor.normal_()
             if name.endswith("target.mean"):
                 tensor.fill_(3)
@@ -199,3 +199,93 @@ def test_features_feed_the_model_in_its_order():
     assert joined.shape == (6, len(POI) + len(LAND_USE) + arrays["mobility"].shape[1])
     torch.testing.assert_close(joined[:, : len(POI)], arrays["poi"])
     assert config.views == ("poi", "land_use")
+
+
+ENSEMBLES = {
+    "both": {},
+    "kernel only": {"network": False},
+    "network only": {"kernel": False},
+    "every view linear": {"not_linear": (), "lengths": (1.0,)},
+}
+
+
+def with_ensemble(settings, **more):
+    """Crime by an ensemble, calls by the paper's head."""
+    own = task_config(ensemble={"enabled": True, **settings}, target={"transform": "cbrt"}, **more)
+    return tiny_config({"crime": own, "calls": task_config()})
+
+
+def build_ensemble(config):
+    """The model with an ensemble, its statistics taken from a city."""
+    model, inputs = build(config), inputs_of(config, 30, seed=5)
+    head = model.heads["crime"]
+    with torch.no_grad():
+        views = head.views(inputs, inputs.get(config.tasks["crime"].prompt_column("crime")))
+        if head.kernel is not None:
+            head.kernel.fit_features(views, seed=0)
+            head.kernel.coefficients.mul_(0.1)
+        if head.network is not None:
+            head.network.standardize.fit(head.side_by_side(views))
+    return model
+
+
+@pytest.mark.parametrize("settings", ENSEMBLES.values(), ids=ENSEMBLES)
+class TestEnsemble:
+    def test_stands_beside_a_head_with_an_embedding(self, settings):
+        config = with_ensemble(settings)
+        model = build_ensemble(config)
+        assert set(model.srel) == {"calls"}
+        for n in (2, 9, 77):
+            predictions = predict(model, inputs_of(config, n))
+            assert list(predictions) == ["crime", "calls"]
+            for values in predictions.values():
+                assert values.shape == (n,)
+                assert torch.isfinite(values).all()
+                assert (values >= 0).all()
+                assert values.std() > 0
+
+    def test_shuffled_regions_get_the_same_predictions(self, settings):
+        config = with_ensemble(settings)
+        model, inputs, order = build_ensemble(config), inputs_of(config, 40), torch.randperm(40)
+        shuffled = predict(model, {name: x[order] for name, x in inputs.items()})
+        for task, values in predict(model, inputs).items():
+            torch.testing.assert_close(shuffled[task], values[order], rtol=1e-4, atol=1e-4)
+
+    def test_reads_all_views_its_own_prompts_and_nothing_else(self, settings):
+        config = with_ensemble(settings)
+        model, inputs = build_ensemble(config), inputs_of(config)
+        names = model.input_names()
+        assert names == [*all_widths(model.spec.schema), "prompt_crime", "prompt_calls"]
+        full = predict(model, {name: inputs[name] for name in names})["crime"]
+        for name in names:
+            changed = {key: inputs[key] for key in names}
+            changed[name] = changed[name] + torch.randn_like(changed[name]) * inputs[name].std()
+            reads = name != "prompt_calls" and (name != "prompt_crime" or settings.get("kernel", True))
+            assert torch.equal(full, predict(model, changed)["crime"]) != reads, name
+
+    def test_saved_and_loaded_it_is_the_same_model(self, settings, tmp_path):
+        config = with_ensemble(settings)
+        model, inputs = build_ensemble(config), inputs_of(config)
+        save_model(tmp_path / "model.safetensors", model)
+        again = load_model(tmp_path / "model.safetensors")
+        assert again.spec.config == config
+        expected = predict(model, inputs)
+        assert all(torch.equal(values, expected[task]) for task, values in predict(again, inputs).items())
+
+
+@pytest.mark.parametrize(("prompt4re", "columns"), [({"enabled": False}, 1), ({"prompt": "none"}, 2)])
+def test_an_ensembles_prompts_are_chosen_as_another_heads(prompt4re, columns):
+    config = with_ensemble({}, prompt4re=prompt4re)
+    model = build_ensemble(config)
+    assert len(config.prompt_columns()) == columns
+    assert (model.heads["crime"].basis is None) == (columns == 1)
+    assert torch.isfinite(predict(model, inputs_of(config))["crime"]).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"network": False}, {"kernel": False}])
+def test_the_spread_is_how_far_the_training_citys_regions_lie_from_its_centre(settings):
+    config = with_ensemble(settings)
+    position = inputs_of(config, 30, seed=5)[POSITION].double()
+    expected = position.square().sum(dim=1).mean().sqrt().item()
+    assert build_ensemble(config).heads["crime"].spread_m == pytest.approx(expected, rel=1e-4)
+    assert 1000 < expected < 10_000

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import PROMPT4RE, SREL, quiet
+from builders import ENSEMBLE, PROMPT4RE, SREL, quiet
 from torch import nn
 
 from topt_deploy.errors import BadConfig, Exit, NoDevice
@@ -91,11 +91,19 @@ def test_minimises_the_sum_of_the_terms():
     assert (module(X) - Y).square().mean().item() < before / 5
 
 
+def test_an_observer_sees_the_weights_after_every_epoch():
+    module, seen = network(dropout=0.0), []
+    train(module, settings(epochs=3), quiet(), observe=lambda epoch: seen.append((epoch, weights(module))))
+    assert [epoch for epoch, _ in seen] == [1, 2, 3]
+    assert same(seen[-1][1], weights(module))
+    assert not same(seen[0][1], seen[1][1])
+
+
 class TestLearningRate:
     def test_constant(self):
         assert {learning_rate(SREL, epoch) for epoch in range(6)} == {SREL.lr}
 
-    @pytest.mark.parametrize("base", [SREL, PROMPT4RE])
+    @pytest.mark.parametrize("base", [SREL, PROMPT4RE, ENSEMBLE])
     def test_cosine_falls_from_the_rate_to_nearly_zero(self, base):
         chosen = replace(base, schedule="cosine", epochs=100, lr=0.5)
         rates = [learning_rate(chosen, epoch) for epoch in range(100)]

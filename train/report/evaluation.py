@@ -103,7 +103,7 @@ def _shown(found: Mapping[str, Any]) -> Evaluation:
         tables={task: _rows(results, task) for task in dict.fromkeys(result["task"] for result in results)},
         verdicts={v["task"]: v["sentence"].removeprefix(f"{v['task']}: ") for v in found["verdicts"]},
         coverage=[_coverage(result) for result in measured],
-        strata=["all regions", *(f"{size} counts" for size in sizes), "worst spatial block"],
+        strata=["all regions", *sizes, "worst spatial block"],
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from topt_deploy.commandline import decimal
+from topt_deploy.config import DEFAULT_PRESET
 from topt_deploy.fileio import check_place, write_text
 from topt_deploy.runs import Run
 from topt_deploy.use import INTENDED_USE
@@ -94,6 +95,7 @@ def render(facts: Facts, evaluation: Evaluation | None = None) -> str:
         number=number,
         decimal=_decimal,
         count_or_dash=_count_or_dash,
+        part=_part,
         title_of=title_of,
         view_name=view_name,
         sentence_case=sentence_case,
@@ -104,6 +106,7 @@ def render(facts: Facts, evaluation: Evaluation | None = None) -> str:
         permutations=PERMUTATIONS,
         scatter_size=SCATTER_SIZE,
         intended_use=INTENDED_USE,
+        default_preset=DEFAULT_PRESET,
     )
     return environment.get_template("page.html").render(
         facts=facts,
@@ -151,6 +154,13 @@ def _decimal(value: float | None, digits: int = 3) -> str:
 
 def _count_or_dash(value: float, *, signed: bool = False) -> str:
     return "–" if np.isnan(value) else number(value, signed=signed)
+
+
+def _part(value: float, *, signed: bool = False) -> str:
+    """A contribution: two decimals, for small ones are to be compared with each other, and a count from ten on."""
+    if abs(value) >= 9.95:
+        return number(value, signed=signed)
+    return f"{value:+.2f}".replace("-", "−") if signed else f"{value:.2f}"
 
 
 def _tips(task: TaskFacts, region_ids: tuple[str, ...]) -> list[str]:
