@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-PAGES = ("README.md", "docs/configuration.md", "docs/operations.md", "docs/chicago.md")
+PAGES = (
+    "README.md",
+    *("docs/configuration.md", "docs/operations.md", "docs/chicago.md", "docs/evaluation.md", "docs/report.md"),
+)
 BY_CI = {"make demo", "make test"}
 """Run by .ci/run, whole; not from inside the suite."""
-SHORT = ["--set", "srel.epochs=2", "--set", "prompt4re.epochs=2"]
+SHORT = ["--set", "srel.epochs=2", "--set", "prompt4re.epochs=2", "--set", "ensemble.epochs=2"]
 """Added to every training, so that the pages run in a minute."""
 
 
@@ -42,6 +45,8 @@ def test_commands_of_the_page_run(page: str, folder: Path) -> None:
     assert shown
     if page == "docs/operations.md":  # begins where a bundle is there
         shown = ["topt-deploy train", "topt-deploy export", *shown]
+    if page == "docs/report.md":  # and this one where a run is
+        shown = ["topt-deploy train", *shown]
     if page == "docs/configuration.md":
         shown = [line for line in shown if "--resume" not in line]  # test_end_to_end.py interrupts and resumes
     without_data = not (folder / "HAFusion").exists()

@@ -11,8 +11,9 @@ from builders import tiny_config
 from topt_deploy.errors import BadData, NoInput
 from topt_deploy.runs import Run
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
-from topt_deploy.train.evaluation.protocols import PROTOCOLS, HeldOut
+from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.evaluation.results import Result
+from topt_deploy.train.evaluation.splits import HeldOut
 from topt_deploy.train.evaluation.tables import as_json
 from topt_deploy.train.report.evaluation import read_evaluation
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import shapely
 from builders import replaced, tiny_city_tables, tiny_config
 
 from topt_deploy.features import local_position_m
 from topt_deploy.fileio import sha256_file
+from topt_deploy.geometry import geo_metadata
 from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import Run
 from topt_deploy.table import Schema, read_city
@@ -44,6 +46,23 @@ def test_the_citys_own_longitude_and_latitude(tmp_path: Path) -> None:
     assert "no geometry" in place.outlines_note
     assert place.flows is not None
     assert place.no_flows == ""
+
+
+def test_polygons_are_their_own_regions_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    """Row r has r + 1 parts, and the regions are drawn sorted by id."""
+    regions, _ = tiny_city_tables(N)
+    lon, lat = regions["lon"].to_numpy(), regions["lat"].to_numpy()
+    shapes = [
+        shapely.MultiPolygon([shapely.box(x + 0.01 * k, y, x + 0.01 * k + 0.002, y + 0.002) for k in range(r + 1)])
+        for r, (x, y) in enumerate(zip(lon, lat, strict=True))
+    ]
+    table = replaced(regions, geometry=pa.array(shapely.to_wkb(shapes), pa.binary()))
+    table = table.replace_schema_metadata({b"geo": geo_metadata(["MultiPolygon"])})
+    place = read_place(*run_of(tmp_path, table))
+    assert not place.outlines.points
+    order = np.argsort(np.array(regions["region_id"].to_pylist()))
+    assert list(order) != sorted(order)
+    assert [path.count("M") for path in place.outlines.paths] == [row + 1 for row in order]
 
 
 def test_in_a_row_the_table_tells_what_positions_alone_do_not(tmp_path: Path) -> None:
