@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("crime", "check_in", "service_call")
 PAPER = [name for name in METHODS if name.startswith("paper")]
 TABLE_1 = ["paper", "paper-no-prompt4re", "paper-no-task-prompt", "paper-no-alignment"]
-SLOW = ["srel", *TABLE_1, *(name for name, entry in METHODS.items() if entry.group == "literature")]
+SLOW = [*(name for name, entry in METHODS.items() if entry.group == "literature"), "srel", *TABLE_1]
 """Methods with an embedding, which takes a minute or more per task and seed: one repetition."""
 QUICK = [name for name in METHODS if name not in {*SLOW, *PAPER}]
 

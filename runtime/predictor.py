@@ -70,11 +70,14 @@ class Predictor:
                     device=self._device,
                     threads=self._threads,
                 )
-                if self._session.outputs != self.tasks:
-                    raise BadBundle(
-                        "the graph's outputs are not the manifest's tasks", file=self.bundle.path,
-                        expected=self.tasks, found=self._session.outputs,
-                    )  # fmt: skip
+                promised = {"inputs": self.bundle.manifest.inputs, "outputs": self.tasks}
+                for side, names in promised.items():
+                    found = getattr(self._session, side)
+                    if found != names:
+                        raise BadBundle(
+                            f"the graph's {side} are not the manifest's", file=self.bundle.path,
+                            expected=names, found=found,
+                        )  # fmt: skip
             return self._session
 
     @property
@@ -141,9 +144,9 @@ class Predictor:
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         arrays = features(city)
-        inputs = {name: arrays[name] for name in manifest.inputs}
         pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
-        predicted = self.session.run(inputs, chosen)
+        session = self.session
+        predicted = session.run({name: arrays[name] for name in session.inputs}, chosen)
         for task, values in predicted.items():
             if not np.isfinite(values).all():
                 raise BadData(

@@ -80,6 +80,7 @@ class Session:
             raise BadBundle(f"ONNX Runtime cannot load the graph ({error})", file=source) from error
         if self._session.get_providers()[0] != self.provider:
             raise _no_device(device, f"a session on {self._session.get_providers()}")
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:

@@ -426,6 +426,8 @@ def _check(task: TaskConfig, where: str) -> None:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
     if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
         raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or both")
+    if not (task.ensemble.lengths and task.ensemble.position_lengths):
+        raise BadConfig("ensemble: no length", file=where, expected="at least one of lengths and of position_lengths")
     if task.ensemble.enabled and task.target.likelihood != "gaussian":
         raise BadConfig("ensemble: squared error only", file=where, expected="target.likelihood = 'gaussian'")
     if task.prompt4re.folds < 2:
@@ -463,7 +465,7 @@ def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
     elif get_origin(kind) is tuple:
         numbers = get_args(kind)[0] is float
         if isinstance(value, (list, tuple)) and all(
-            type(v) in (int, float) and v > 0 if numbers else isinstance(v, str) for v in value
+            type(v) in (int, float) and 0 < v < math.inf if numbers else isinstance(v, str) for v in value
         ):
             return tuple(value)
         expected = "a list of numbers above 0" if numbers else "a list of names"

@@ -297,3 +297,25 @@ class TestEvidence:
 
 def _split(values):
     return values[:-1], values[-1]
+
+
+def test_beyond_the_limit_a_drawn_part_says_what_kernels_weigh_and_all_regions_are_fitted(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    phi = torch.randn(60, 7, generator=generator)
+    y = torch.randn(2, 60, generator=generator)
+    known = torch.rand(2, 60, generator=generator) < 0.7
+    monkeypatch.setattr(kernel, "EVIDENCE_REGIONS", 25)
+    found = maximise_evidence(phi, [3, 4], y, known, steps=20)
+    monkeypatch.setattr(kernel, "EVIDENCE_REGIONS", 60)
+    for row in range(2):
+        alone = known[row].nonzero()[:, 0]
+        drawn = alone[torch.randperm(len(alone), generator=torch.Generator().manual_seed(0))[:25]]
+        part = torch.zeros(60, dtype=torch.bool)
+        part[drawn] = True
+        expected = maximise_evidence(phi, [3, 4], y[row, None], part[None], steps=20)
+        torch.testing.assert_close(found.weights[row], expected.weights[0])
+        w = found.weights[row].repeat_interleave(torch.tensor([3, 4]))
+        own = phi[alone].double()
+        covariance = (own * w) @ own.T + found.noise[row] * torch.eye(len(alone), dtype=torch.float64)
+        fitted = (own * w).T @ torch.linalg.inv(covariance) @ y[row, alone].double()
+        torch.testing.assert_close(found.coefficients[row], fitted)

@@ -233,6 +233,8 @@ class TestSealedWithIntent:
                 }
             ),
             lambda r: r.update(tasks={"another": next(iter(r["tasks"].values()))}),
+            lambda r: r.update(inputs=[*r["inputs"], "another"]),
+            lambda r: r["inputs"].remove("trips"),
             lambda r: r.update(files=[1, 2]),
             lambda r: r.update(files=dict.fromkeys(r["files"], "text")),
             lambda r: r.update(golden=None),
@@ -248,6 +250,8 @@ class TestSealedWithIntent:
             "an initialiser that the graph lacks",
             "initialisers beyond the weights",
             "other tasks than the graph's",
+            "an input too many",
+            "an input too few",
             "files as a list",
             "files without facts",
             "golden null",

@@ -26,6 +26,8 @@ NOISE = 0.1
 PRIOR_DEVIATION = 2.0
 """Of the logarithm of every weight, and of the noise, about where they start."""
 RATE = 0.1
+EVIDENCE_REGIONS = 400
+"""At most so many regions, drawn at random, say what the kernels weigh; every region takes part in the fit itself."""
 BATCH = 1 << 22
 """Entries of kernel matrices that are held at once: training sets beyond it come in turns."""
 
@@ -165,42 +167,51 @@ def maximise_evidence(
         known: bool (S, N): the regions that a training set holds.
         steps: Steps of Adam on the logarithms of w and σ².
     """
-    phi = features.double().split(list(sizes), dim=1)
-    kernels = torch.stack([part @ part.T for part in phi])  # (Q, N, N)
-    n = features.shape[0]
-    chunk = max(1, BATCH // (n * n))
-    fits = [
-        _maximise(kernels, phi, y, m, steps)
-        for y, m in zip(targets.double().split(chunk), known.double().split(chunk), strict=True)
-    ]
-    coefficients, weights, noise = (torch.cat(parts) for parts in zip(*fits, strict=True))
+    phi = features.double()
+    y, m = torch.where(known, targets.double(), 0.0), known.double()
+    if len(phi) <= EVIDENCE_REGIONS:
+        chunk = max(1, BATCH // len(phi) ** 2)
+        turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
+    else:  # every training set draws from its own regions: what another one knows makes no difference
+        drawn = [_draw(row) for row in known]
+        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(drawn, y, strict=True))]
+    logs = torch.cat([_maximise(*turn, sizes, steps) for turn in turns])
+    weights, noise = logs[:, :-1].exp(), logs[:, -1].exp()
+    per_feature = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), dim=1)  # (S, ΣK)
+    coefficients = torch.stack([_solve(phi, *row) for row in zip(y, known, per_feature, noise, strict=True)])
     return KernelFit(coefficients=coefficients, weights=weights, noise=noise)
 
 
-def _maximise(
-    kernels: Tensor, phi: Sequence[Tensor], targets: Tensor, known: Tensor, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.where(known > 0, targets, 0.0)
-    start = torch.cat(
-        [torch.full((len(y), len(phi)), -math.log(len(phi))), torch.full((len(y), 1), math.log(NOISE))], dim=1
-    ).to(y)
+def _draw(known: Tensor) -> Tensor:
+    """At most :data:`EVIDENCE_REGIONS` of a training set's regions, in order."""
+    own = known.nonzero()[:, 0]
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
+    return own[order[:EVIDENCE_REGIONS].sort().values]
+
+
+def _maximise(phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int) -> Tensor:
+    """Logarithms of the kernels' weights and, last, of the noise (S, Q + 1)."""
+    kernels = torch.stack([part @ part.T for part in phi.split(list(sizes), dim=1)])  # (Q, n, n)
+    q = len(kernels)
+    start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device).repeat(len(y), 1)
     logs = start.clone().requires_grad_()
     adam = torch.optim.Adam([logs], lr=RATE)
-
-    def covariance() -> Tensor:  # (S, N, N): what is not known is alone, with variance 1 and target 0
-        k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
-        return k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known))
-
     for _ in range(steps):
-        factor = torch.linalg.cholesky(covariance())
+        k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
+        # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
+        factor = torch.linalg.cholesky(k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known)))
         alpha = torch.cholesky_solve(y[..., None], factor)[..., 0]
         loss = 0.5 * (y * alpha).sum() + factor.diagonal(dim1=1, dim2=2).log().sum()
         loss = loss + 0.5 * ((logs - start) / PRIOR_DEVIATION).square().sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
-    with torch.no_grad():
-        alpha = torch.linalg.solve(covariance(), y[..., None])[..., 0] * known
-        weights = logs[:, :-1].exp()
-        coefficients = torch.cat([weights[:, q, None] * (alpha @ part) for q, part in enumerate(phi)], dim=1)
-    return coefficients, weights, logs[:, -1].exp().detach()
+    return logs.detach()
+
+
+def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+    """Coefficients (ΣK) of one training set: the posterior mean, w Φᵀ (Φ w Φᵀ + σ²I)⁻¹ y over its regions."""
+    seen = phi[known]
+    scaled = seen * weights
+    covariance = seen @ scaled.T + noise * torch.eye(len(seen), dtype=phi.dtype, device=phi.device)
+    return scaled.T @ torch.linalg.solve(covariance, y[known])

@@ -46,6 +46,7 @@ MEANING = (
     " initialisation only."
 )
 
+
 def hold_out(
     problem: Problem, task: str, labels: Array, settings: TaskConfig, *, seeds: Sequence[int], cache: Path
 ) -> HeldOut:
