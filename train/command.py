@@ -146,5 +146,5 @@ def verdict(r: "TaskReport") -> str:
         return f"no model could be better: {name} is never wrong here; this model's MAE is {r.held_out.mae:.1f}"
     change = 100 * (1 - r.held_out.mae / best)
     if change > 0:
-        return f"MAE {change:.0f} % below the best plain baseline ({name})"
+        return f"MAE {change:.0f} % below the better of the run's two plain baselines ({name})"
     return f"the plain baseline wins: {name} is better; this model's MAE is {-change:.0f} % above it"
