@@ -83,7 +83,7 @@ def test_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
     (tmp_path / "topt.toml").write_text(block, encoding="utf-8")
     config = load_config(file=tmp_path / "topt.toml")
     assert list(config.tasks) == ["noise_complaints"]
-    assert config.tasks["noise_complaints"].srel.lr == 5e-4
+    assert config.tasks["noise_complaints"].ensemble.epochs == 300
 
 
 def test_links_between_pages_lead_somewhere() -> None:
