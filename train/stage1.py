@@ -1,7 +1,7 @@
 """Stage 1: train SREL on a city's features. No label is used."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +57,14 @@ def train_embedding(
     reporter: Reporter,
     identity: str,
     checkpoint: Path | None = None,
+    observe: Callable[[int, Srel], None] | None = None,
 ) -> Srel:
     """Train the stage-1 model ``name`` of :meth:`Config.embeddings`.
 
     Args:
         inputs: :func:`topt_deploy.features.features` as tensors on the engine's device.
         identity: Hash of the run's data; the settings are added to it.
+        observe: Called with the number of epochs done and the model, after every epoch.
 
     Returns:
         The trained model in evaluation mode, on the engine's device.
@@ -81,6 +83,12 @@ def train_embedding(
     training = SrelTraining(srel, loss).to(engine.device)
     with torch.no_grad():
         adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once
+
+    def after(epoch: int) -> None:
+        if observe is not None:
+            observe(epoch, srel)
+            training.train()
+
     fit(
         training,
         lambda: loss(srel(inputs, adjacency)),
@@ -91,6 +99,7 @@ def train_embedding(
         reporter=reporter,
         checkpoint=checkpoint,
         checkpoint_every=config.checkpoint_every,
+        observe=after,
     )
     return srel.eval()
 

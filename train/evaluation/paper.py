@@ -6,7 +6,7 @@ gives a held-out label to what it evaluates; nothing that trains a model to be d
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,17 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from torch import Tensor
 
-from topt_deploy.config import SrelConfig, TaskConfig
+from topt_deploy.config import Config, TaskConfig
 from topt_deploy.errors import BadData
 from topt_deploy.features import POSITION, feature_widths
 from topt_deploy.fileio import write_error
 from topt_deploy.model.checkpoint import load_tensors, save_tensors
 from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis, ridge
-from topt_deploy.model.srel import Srel, SrelLoss
+from topt_deploy.model.srel import Srel
 from topt_deploy.model.target import Target
 
 from ..fit import fit
-from ..stage1 import SrelTraining, embed, flow_target, similarity_targets
+from ..stage1 import embed, train_embedding
 from ..stage2 import fold_of
 from .problem import Problem
 from .splits import HeldOut
@@ -119,13 +119,26 @@ def selected_embedding(
     fold = fold_of(labels, folds=EMBEDDING_FOLDS, seed=head.fold_seed, drop_zeros=settings.target.drop_zeros)
     best: dict[str, Any] = {"squared_error": np.inf}
 
-    def consider(epoch: int, embedding: Tensor) -> None:
+    def consider(epoch: int, srel: Srel) -> None:
+        if (epoch - 1) % EMBEDDING_EVERY:
+            return
+        embedding = embed(srel, problem.inputs)
         predicted = ridge_predictions(embedding, labels, fold, alpha=head.ridge_alpha)
         error = float(np.nansum(np.square(predicted - labels)))
         if error < best["squared_error"]:
             best.update(squared_error=error, epoch=epoch, embedding=embedding)
 
-    _train_embedding(problem, task, settings.srel, seed, consider)
+    train_embedding(
+        problem.city,
+        problem.inputs,
+        problem.schema,
+        Config(tasks={task: settings}, seed=seed),
+        task,
+        engine=problem.engine,
+        reporter=problem.reporter,
+        identity="",
+        observe=consider,
+    )
     embedding: Tensor = best.pop("embedding")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -145,41 +158,6 @@ def _identity(problem: Problem, labels: Array, settings: TaskConfig, seed: int) 
     for array in (*arrays, labels):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:20]
-
-
-def _train_embedding(
-    problem: Problem, task: str, settings: SrelConfig, seed: int, consider: Callable[[int, Tensor], None]
-) -> None:
-    """Train stage 1 as ``topt-deploy train`` does, and offer E, in evaluation mode, after epochs 1, 31, 61 …"""
-    stage, device = f"srel/{task}", problem.engine.device
-    problem.engine.seed(seed, stage)
-    srel = Srel(feature_widths(problem.schema), settings)
-    srel.fit_statistics({k: v.cpu() for k, v in problem.inputs.items()}, problem.inputs[POSITION].cpu())
-    flow = flow_target(problem.city)
-    loss = SrelLoss(
-        {view: target.to(device) for view, target in similarity_targets(problem.city).items()},
-        None if flow is None else flow.to(device),
-        settings,
-    )
-    training = SrelTraining(srel, loss).to(device)
-    with torch.no_grad():
-        adjacency = srel.adjacency(problem.inputs[POSITION])
-
-    def observe(epoch: int) -> None:
-        if (epoch - 1) % EMBEDDING_EVERY == 0:
-            consider(epoch, embed(srel, problem.inputs))
-            training.train()
-
-    fit(
-        training,
-        lambda: loss(srel(problem.inputs, adjacency)),
-        settings,
-        stage=stage,
-        identity="",
-        engine=problem.engine,
-        reporter=problem.reporter,
-        observe=observe,
-    )
 
 
 def selected_predictions(

@@ -182,20 +182,16 @@ def test_the_embedding_is_the_epoch_that_a_ridge_predicts_best_from(problem, tmp
 
 def test_looking_at_the_embedding_leaves_its_training_as_it_is(problem):
     """Dropout stays on: after the last epoch the embedding is the one that ``topt-deploy train`` would have."""
-    own, offered = settings(srel={"epochs": 61, "dropout": 0.3}), []
-    paper._train_embedding(problem, "crime", own.srel, 1, lambda epoch, embedding: offered.append((epoch, embedding)))
-    srel = train_embedding(
-        CITY,
-        problem.inputs,
-        SCHEMA,
-        Config(seed=1, tasks={"crime": own}),
-        "crime",
-        engine=problem.engine,
-        reporter=quiet(),
-        identity="",
-    )
-    assert [epoch for epoch, _ in offered] == [1, 31, 61]
-    torch.testing.assert_close(offered[-1][1], embed(srel, problem.inputs), rtol=0, atol=0)
+    config = Config(seed=1, tasks={"crime": settings(srel={"epochs": 61, "dropout": 0.3})})
+    offered = []
+
+    def train(**more):
+        common = {"engine": problem.engine, "reporter": quiet(), "identity": ""}
+        return train_embedding(CITY, problem.inputs, SCHEMA, config, "crime", **common, **more)
+
+    train(observe=lambda epoch, srel: offered.append((epoch, embed(srel, problem.inputs))))
+    assert [epoch for epoch, _ in offered] == list(range(1, 62))
+    torch.testing.assert_close(offered[-1][1], embed(train(), problem.inputs), rtol=0, atol=0)
 
 
 def test_without_prompt4re_the_prediction_is_the_ridge_on_the_embedding(problem, tmp_path):
@@ -222,8 +218,8 @@ def test_an_interrupted_run_goes_on_with_the_embeddings_that_are_there(problem, 
     cut = tmp_path / "cut"
     hold_out(problem, "crime", LABELS, settings(), seeds=[0], cache=cut)
     trained = []
-    train = paper._train_embedding
-    monkeypatch.setattr(paper, "_train_embedding", lambda *a: (trained.append(a[3]), train(*a)))
+    train = paper.train_embedding
+    monkeypatch.setattr(paper, "train_embedding", lambda *a, **k: (trained.append(a[3].seed), train(*a, **k)))
     resumed = hold_out(problem, "crime", LABELS, settings(), seeds=[0, 1], cache=cut)
     assert trained == [1]
     np.testing.assert_array_equal(resumed.prediction, whole.prediction)
