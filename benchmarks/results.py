@@ -89,8 +89,8 @@ Llama-3.2-11B-Vision from Prompt4RE where nothing else is said. What the methods
 [literature.md](literature.md). What the differences come from: [log.md](log.md).
 """
     published = "\n".join(
-        ["| published | crime | check_in | service_call |", "|---|---|---|---|"]
-        + [f"| {' | '.join((method, *figures))} |" for method, figures in PUBLISHED.items()]
+        ["| published | check_in | crime | service_call |", "|---|---|---|---|"]
+        + [f"| {method} | {check_in} | {crime} | {calls} |" for method, (crime, check_in, calls) in PUBLISHED.items()]
     )
     blocks = [head]
     for name, suite in SUITES.items():
