@@ -155,10 +155,10 @@ def test_a_city_without_poi_has_no_neighbours_poi():
         PLAIN["ridge+flow+neighbours"]().predict(problem(city), "crime", training_set()[None], [0])
 
 
-def test_on_chicago_the_trees_are_as_strong_as_is_known(chicago):
+def test_on_chicago_the_trees_are_as_strong_as_is_known(chicago, tmp_path):
     """Service calls, boosting on √count with flow context and neighbours' POI, untuned, 2 seeds: MAE 132.9."""
     schema = infer_schema(chicago / "regions.parquet", views=("poi", "land_use"), mobility=True)
     city = read_city(chicago / "regions.parquet", chicago / "mobility.parquet", schema, labels=("service_call",))
     labels, method = city.labels["service_call"], PLAIN["boosting+sqrt+flow+neighbours+lag"]()
-    (prediction,) = PROTOCOLS["honest"].predict(method, problem(city), "service_call", labels, [0]).prediction
+    (prediction,) = PROTOCOLS["honest"].predict(method, problem(city), "service_call", labels, [0], tmp_path).prediction
     assert mean_absolute_error(labels, prediction) < 132.9
