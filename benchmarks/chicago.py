@@ -182,6 +182,8 @@ published figures also choose their epochs on the test fold, which these don't.
 {chr(10).join(rows)}
 
 One set of folds and one seed: differences of a few per cent between columns mean nothing.
+
+![Held-out predictions on the map, and against what was reported](chicago.png)
 """
     (options.out / "benchmarks.md").write_text(page, encoding="utf-8")
     print(page)
