@@ -14,8 +14,9 @@ import torch
 from topt_deploy import __version__
 from topt_deploy.bundle import CARD, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
 from topt_deploy.errors import ToptError, UsageError
-from topt_deploy.features import features
+from topt_deploy.features import POSITION, features
 from topt_deploy.fileio import atomic_file, atomic_folder, write_error
+from topt_deploy.intervals import SCALE
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
@@ -64,11 +65,13 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")
     ranges = {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
-    cities = {f"golden-{n}": synthetic_city(model, ranges, regions=n, seed=n) for n in GOLDEN_SIZES}
-    others = {f"synthetic-{n}": synthetic_city(model, ranges, regions=n, seed=n) for n in GATE_SIZES}
+    position_m = inputs[POSITION].numpy()
+    cities = {f"golden-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GOLDEN_SIZES}
+    others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
     schema = model.spec.schema
     arrays = {
-        name: features(read_city(city.regions, city.mobility, schema)) for name, city in (cities | others).items()
+        name: features(read_city(city.regions, city.mobility, schema), model.input_names())
+        for name, city in (cities | others).items()
     }
     arrays = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}} | arrays
     parity = tuple(parity_gate(model, graph, arrays))
@@ -95,6 +98,7 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
                 "prompt": settings.prompt_column(task),
                 "report": run.facts["reports"][task],
                 "scores": run.facts["scores"][task],
+                "scale": SCALE,
             }
             for task, settings in config.tasks.items()
         },

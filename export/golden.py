@@ -24,19 +24,23 @@ class SyntheticCity:
     mobility: pa.Table | None
 
 
-def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, regions: int, seed: int) -> SyntheticCity:
-    """Draw a city that the model could have been trained on.
+def synthetic_city(
+    model: TopT, ranges: Mapping[str, tuple[float, float]], position_m: np.ndarray, *, regions: int, seed: int
+) -> SyntheticCity:
+    """Draw a city that the model could have been trained on, as dense as the one that it was.
 
     Args:
-        model: The trained model: its schema, its prompt bases, and its decay length for the size of the map.
+        model: The trained model: its schema and its prompt bases.
         ranges: Training ranges by column.
+        position_m: The training city's ``position`` (:func:`topt_deploy.features.features`).
         regions: N.
         seed: Seed of the draw.
     """
     rng = np.random.default_rng(seed)
     schema = model.spec.schema
     ids = [f"G{i:05d}" for i in range(regions)]
-    side_deg = np.sqrt(regions) * _spacing_m(model) / 111_000  # as dense as the training city
+    area_m2 = 6 * np.square(position_m).sum(axis=1).mean()  # of a square whose points lie as far from its centre
+    side_deg = np.sqrt(area_m2 * regions / len(position_m)) / 111_000
     lonlat = np.array(CENTRE_LONLAT) + rng.uniform(-0.5, 0.5, (regions, 2)) * min(side_deg, 60.0)
     columns: dict[str, pa.Array] = {
         "region_id": pa.array(ids),
@@ -59,17 +63,6 @@ def synthetic_city(model: TopT, ranges: Mapping[str, tuple[float, float]], *, re
             {"origin_id": [ids[i] for i in ends[0]], "dest_id": [ids[i] for i in ends[1]], "flow": flow}
         )
     return SyntheticCity(regions=pa.table(columns), mobility=mobility)
-
-
-def _spacing_m(model: TopT) -> float:
-    """How far apart regions are: the decay length, or, without an embedding, from the spread of the positions."""
-    for name in model.srel:
-        return float(model.srel[name].adjacency.length_m)  # type: ignore[union-attr, arg-type]
-    for task in model.heads:
-        head = model.heads[task]
-        if isinstance(head, EnsembleHead):
-            return head.spread_m / 5
-    raise AssertionError("a model has an embedding or an ensemble head")
 
 
 def _prompts(model: TopT, regions: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from topt_deploy.bundle import Bundle, open_bundle
 from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
-from topt_deploy.intervals import interval
+from topt_deploy.intervals import SCALE, carries, interval
 from topt_deploy.parquet import ParquetFile
 from topt_deploy.table import City, read_city
 
@@ -53,6 +53,12 @@ class Predictor:
             found = ", ".join(bundle.manifest.variants) or "none"
             raise BadBundle("has no variant that this version runs", file=bundle.path, expected=PRECISION, found=found)
         self.variant = bundle.manifest.variants[PRECISION]
+        for task, facts in bundle.manifest.tasks.items():
+            if facts.get("scale") != SCALE:
+                raise BadBundle(
+                    "intervals are on another scale than this version's", file=bundle.path, column=task,
+                    expected=SCALE, found=facts.get("scale"), fix="export again",
+                )  # fmt: skip
         self._device, self._threads = device, threads
         self._lock = threading.Lock()
         self._session: Session | None = None
@@ -143,10 +149,9 @@ class Predictor:
                 )
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
-        arrays = features(city)
+        arrays = features(city, manifest.inputs)
         pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
-        session = self.session
-        predicted = session.run({name: arrays[name] for name in session.inputs}, chosen)
+        predicted = self.session.run(arrays, chosen)
         for task, values in predicted.items():
             if not np.isfinite(values).all():
                 raise BadData(
@@ -157,13 +162,13 @@ class Predictor:
         return Predictions(city, results, self._extrapolated(city))
 
     def _result(self, task: str, values: Array, coverage: float | None) -> "_Result":
-        score = self.bundle.manifest.tasks[task]["scores"]
-        try:
-            return _Result(values, *interval(values, score, COVERAGE if coverage is None else coverage))
-        except UsageError:
-            if coverage is not None:
-                raise
-            return _Result(values, None, None)  # too few labels for an interval that nobody asked for
+        if coverage is None and (coverage := self.coverage(task)) is None:
+            return _Result(values, None, None)
+        return _Result(values, *interval(values, self.bundle.manifest.tasks[task]["scores"], coverage))
+
+    def coverage(self, task: str, coverage: float = COVERAGE) -> float | None:
+        """The coverage of a task's intervals; None where its labels are too few for them."""
+        return coverage if carries(self.bundle.manifest.tasks[task]["scores"], coverage) else None
 
     def selftest(self) -> list[Check]:
         """Predict the bundle's golden cities on this machine.

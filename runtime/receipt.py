@@ -64,7 +64,7 @@ def write_receipt(
             role: {"file": str(path), "sha256": sha256_file(path)} for role, path in inputs.items() if path is not None
         },
         "bundle": {"file": str(predictor.bundle.path), "sha256": predictor.bundle.sha256},
-        "options": options,
+        "options": options | {"coverage": {t: predictor.coverage(t, options["coverage"]) for t in options["tasks"]}},
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
         "provider": predictor.provider,
         "precision": PRECISION,

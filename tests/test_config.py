@@ -311,6 +311,20 @@ class TestRefusals:
         assert "nothing takes part" in refuse(tmp_path, overrides=["ensemble.enabled=true", *nothing])
         load(tmp_path, "", overrides=nothing)
 
+    def test_a_view_that_there_is_not_cannot_be_without_a_linear_kernel(self, tmp_path):
+        message = refuse(tmp_path, overrides=['views=["poi", "roads"]', 'ensemble.not_linear=["poi", "rods"]'])
+        assert "ensemble.not_linear: no such view" in message
+        assert "tasks.crime" in message
+        assert "found:    rods" in message
+        for known in ("poi", "roads", "land_use", "mobility_log", "position", "prompt"):
+            assert known in message.partition("expected: ")[2]
+
+    def test_a_view_that_a_city_lacks_may_be_named_all_the_same(self, tmp_path):
+        load(tmp_path, "", overrides=['views=["poi"]', "mobility=false"])
+        load(
+            tmp_path, "", overrides=['views=["roads"]', 'ensemble.not_linear=["land_use", "roads", "trips", "prompt"]']
+        )
+
     @pytest.mark.parametrize("folds", [0, 1])
     def test_fewer_than_two_folds(self, tmp_path, folds):
         assert "at least 2 folds" in refuse(tmp_path, overrides=[f"prompt4re.folds={folds}"])

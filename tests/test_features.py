@@ -7,6 +7,7 @@ from builders import LAND_USE, POI, fixed_lists, replaced, tiny_city, tiny_city_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from topt_deploy import features as feature_module
 from topt_deploy.features import (
     DESTINATIONS,
     EARTH_RADIUS_M,
@@ -141,6 +142,13 @@ class TestFlowFeatures:
             name: (n, width) for name, width in all_widths(SCHEMA).items()
         }
 
+    @pytest.mark.parametrize("view", FLOW_VIEWS)
+    def test_a_view_alone_has_the_same_bits(self, view):
+        dense, x, position_m = random_city(9, 0.5, 4, 3)
+        (alone,) = flow_features(sparse(dense), x, position_m, [view]).items()
+        assert alone[0] == view
+        np.testing.assert_array_equal(alone[1], flow_features(sparse(dense), x, position_m)[view])
+
 
 class TestFeatures:
     def test_views_are_log1p_counts_in_float32(self):
@@ -178,6 +186,22 @@ class TestFeatures:
         schema = Schema(views=SCHEMA.views, mobility=True, prompts={"prompt_crime": 5})
         city = read_city(regions, mobility, schema)
         np.testing.assert_array_equal(features(city)["prompt_crime"], vectors[city.input_row])
+
+    def test_makes_what_is_asked_for_in_that_order_and_no_more(self, monkeypatch):
+        city, made = tiny_city(7, prompts=("prompt_crime",)), []
+        whole = features(city)
+        views = feature_module.flow_features
+        monkeypatch.setattr(feature_module, "flow_features", lambda *a: made.append([*a[3]]) or views(*a))
+        for names in (["prompt_crime", MOBILITY, "poi"], [POSITION], list(whole)):
+            arrays = features(city, names)
+            assert list(arrays) == names
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(array, whole[name])
+        assert made == [[MOBILITY], [], [*FLOW_VIEWS]]
+
+    def test_what_a_city_lacks_cannot_be_asked_for(self):
+        with pytest.raises(KeyError, match="prompt_crime"):
+            features(tiny_city(7), ["poi", "prompt_crime"])
 
     def test_shuffled_rows_give_the_same_bits(self):
         regions, mobility = tiny_city_tables(40)

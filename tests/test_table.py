@@ -440,16 +440,17 @@ class TestBadViews:
         assert "zoning_<category>" in caught.value.expected
         assert "`views`" in caught.value.fix
 
-    @pytest.mark.parametrize("names", ['["bar"', "3", "[1, 2", '{"a": 1}'])
-    def test_category_names_that_are_no_list(self, names):
+    @pytest.mark.parametrize(
+        ("names", "parts"),
+        [
+            *((text, ["categor"]) for text in ('["bar"', "3", "[1, 2", '{"a": 1}')),
+            ('["a", "b"]', ["expected: 4 names", "found:    2 names"]),
+        ],
+    )
+    def test_category_names_that_are_no_list_or_do_not_fit_the_width(self, names, parts):
         lists, _ = tiny_city_tables(N, lists=True)
         fields = [f.with_metadata({"categories": names}) if f.name == "poi" else f for f in lists.schema]
-        refuse(lists.cast(pa.schema(fields)), parts=["column 'poi'", "categor"])
-
-    def test_category_names_that_do_not_fit_the_width(self):
-        lists, _ = tiny_city_tables(N, lists=True)
-        fields = [f.with_metadata({"categories": '["a", "b"]'}) if f.name == "poi" else f for f in lists.schema]
-        refuse(lists.cast(pa.schema(fields)), parts=["column 'poi'", "expected: 4 names", "found:    2 names"])
+        refuse(lists.cast(pa.schema(fields)), parts=["column 'poi'", *parts])
 
     def test_other_names_in_a_list(self):
         lists, _ = tiny_city_tables(N, lists=True)
@@ -463,8 +464,10 @@ class TestBadLists:
     def column(self, regions, values, kind=None):
         return replaced(regions, prompt_x=pa.array(values, kind))
 
-    def good(self):
-        return [[1.0, 2.0, 3.0, 4.0] for _ in range(N)]
+    def all_good_but(self, regions, sixth, kind=None):
+        values = [[1.0, 2.0, 3.0, 4.0]] * N
+        values[5] = sixth
+        return self.column(regions, values, kind)
 
     def test_absent(self, regions):
         refuse(
@@ -477,10 +480,8 @@ class TestBadLists:
         assert "prompt4re.enabled=false" in caught.value.fix
 
     def test_one_of_the_wrong_length(self, regions):
-        values = self.good()
-        values[5] = [1.0, 2.0, 3.0]
         refuse(
-            self.column(regions, values),
+            self.all_good_but(regions, [1.0, 2.0, 3.0]),
             schema=self.PROMPTS,
             parts=[
                 "column 'prompt_x': list of the wrong length",
@@ -501,21 +502,16 @@ class TestBadLists:
 
     @pytest.mark.parametrize("fixed", [False, True])
     def test_a_null(self, regions, fixed):
-        values = self.good()
-        values[5] = None
-        kind = pa.list_(pa.float32(), 4) if fixed else None
         refuse(
-            self.column(regions, values, kind),
+            self.all_good_but(regions, None, pa.list_(pa.float32(), 4) if fixed else None),
             schema=self.PROMPTS,
             parts=["prompt_x", f"'{regions['region_id'][5].as_py()}'", "found:    null"],
         )
 
     @pytest.mark.parametrize("value", [NAN, INF])
     def test_an_entry_that_is_not_finite(self, regions, value):
-        values = self.good()
-        values[5][2] = value
         refuse(
-            self.column(regions, values),
+            self.all_good_but(regions, [1.0, 2.0, value, 4.0]),
             schema=self.PROMPTS,
             parts=[
                 "column 'prompt_x': list entries are NaN or infinite",
@@ -525,9 +521,8 @@ class TestBadLists:
         )
 
     def test_a_null_entry(self, regions):
-        values = self.good()
-        values[5][2] = None
-        refuse(self.column(regions, values), schema=self.PROMPTS, parts=["prompt_x", "numbers without nulls"])
+        table = self.all_good_but(regions, [1.0, 2.0, None, 4.0])
+        refuse(table, schema=self.PROMPTS, parts=["prompt_x", "numbers without nulls"])
 
     def test_entries_of_text(self, regions):
         values = [["a"] * 4 for _ in range(N)]

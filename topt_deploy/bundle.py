@@ -5,16 +5,19 @@ A file that is missing, not listed, changed, a link, or named outside the folder
 opened. Bytes are hashed as they are read, and what was hashed is what is used: nothing can be swapped in between.
 """
 
+import hashlib
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import BadBundle, NoInput
+from .features import all_widths
 from .fileio import reading, sha256_bytes, write_text
 from .table import Schema
 
@@ -29,6 +32,7 @@ SUFFIX = ".topt"
 MANIFEST_LIMIT_BYTES = 16 << 20
 FILE_LIMIT_BYTES = 64 << 30
 FILE_COUNT_LIMIT = 10_000
+BLOCK_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
 
@@ -41,7 +45,7 @@ class Manifest:
         version: topt-deploy's, that wrote it.
         source: What it was made from: run, city, number of regions, hashes of the tables.
         tasks: By name: the prompt column (or null), the run's figures, and its held-out scores, which intervals
-            are made of.
+            are made of, with their scale.
         views: Categories of every count view, in order.
         mobility: Whether flows are read.
         prompts: By column: ``width``, and ``encoder`` where the training table named it.
@@ -79,17 +83,19 @@ class Manifest:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Bundle:
-    """An opened bundle whose names and sizes agree with its manifest.
+class Sealed:
+    """A sealed folder, or zip of one, whose names and sizes agree with its manifest.
 
     Attributes:
         path: The folder or zip file.
-        manifest: Its manifest.
+        inside: The folder within it that is meant, ending in a slash; "" for all of it.
+        record: The manifest's values, as they stand in the file.
         sha256: Hash of the manifest, and through it of everything.
     """
 
     path: Path
-    manifest: Manifest
+    inside: str
+    record: Mapping[str, Any]
     sha256: str
 
     def read(self, name: str) -> bytes:
@@ -98,20 +104,36 @@ class Bundle:
         Raises:
             BadBundle: If they are not.
         """
-        if name not in self.manifest.files:
+        if name not in self.record["files"]:
             raise _refuse(self.path, f"{name!r} is not among its files")
-        facts = self.manifest.files[name]
-        with _Files(self.path) as files:
+        facts = self.record["files"][name]
+        with _Files(self.path, self.inside) as files:
             data = files.read(name, int(facts["size"]))
         if len(data) != facts["size"] or sha256_bytes(data) != facts["sha256"]:
-            raise _refuse(self.path, f"{name} is not the file that the manifest describes")
+            raise _changed(self.path, name)
         return data
 
     def verify(self, *, skip: frozenset[str] = frozenset()) -> None:
-        """Hash every listed file, but those in ``skip`` that are about to be :meth:`read` anyway."""
-        for name in self.manifest.files:
-            if name not in skip:
-                self.read(name)
+        """Hash every listed file, but those in ``skip``.
+
+        Raises:
+            BadBundle: If one is not what the manifest says.
+        """
+        with _Files(self.path, self.inside) as files:
+            for name, facts in self.record["files"].items():
+                if name not in skip and files.digest(name, facts["size"]) != facts["sha256"]:
+                    raise _changed(self.path, name)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bundle(Sealed):
+    """An opened bundle.
+
+    Attributes:
+        manifest: Its manifest.
+    """
+
+    manifest: Manifest
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -121,10 +143,30 @@ def open_bundle(path: Path) -> Bundle:
         NoInput: If there is nothing at ``path``.
         BadBundle: If it is not a sound bundle.
     """
+    sealed = open_sealed(path, SCHEMA_VERSION)
+    with well_formed(sealed.path):
+        manifest = Manifest(**sealed.record)
+        _check_form(manifest)
+        manifest = replace(manifest, inputs=tuple(manifest.inputs), golden=tuple(manifest.golden))
+    return Bundle(**vars(sealed), manifest=manifest)
+
+
+def open_sealed(path: Path, schema_version: int, inside: str = "") -> Sealed:
+    """Open any sealed folder and check its seal, its list of files and their sizes.
+
+    Args:
+        path: The folder or zip file.
+        schema_version: Of its manifest.
+        inside: The folder within it that is meant, ending in a slash.
+
+    Raises:
+        NoInput: If there is nothing at ``path``.
+        BadBundle: If it is not sound.
+    """
     path = Path(path)
     if not path.exists():
         raise NoInput("no such bundle", file=path, fix="export one with topt-deploy export, or name it with --bundle")
-    with _Files(path) as files:
+    with _Files(path, inside) as files:
         sizes = files.sizes()
         if MANIFEST not in sizes or SEAL not in sizes:
             raise _refuse(path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle")
@@ -133,9 +175,20 @@ def open_bundle(path: Path) -> Bundle:
     digest = sha256_bytes(data)
     if seal != _seal(digest):
         raise _refuse(path, "the manifest is not the one that was sealed")
-    manifest = _parse(path, data)
+    with well_formed(path):
+        record = json.loads(data)
+        if record["schema_version"] != schema_version:
+            raise BadBundle(
+                "the bundle is of another schema version",
+                file=path,
+                expected=schema_version,
+                found=record["schema_version"],
+                fix="use the topt-deploy that wrote it, or export again",
+            )
+        listed = {name: facts["size"] for name, facts in record["files"].items()}
+        sound = all(type(f["size"]) is int and isinstance(f["sha256"], str) for f in record["files"].values())
+        require(sound and all(size >= 0 for size in listed.values()), "files")
     found = {name: size for name, size in sizes.items() if name not in (MANIFEST, SEAL)}
-    listed = {name: facts.get("size") for name, facts in manifest.files.items()}
     for problem, names in (
         ("not listed in the manifest", sorted(set(found) - set(listed))),
         ("missing", sorted(set(listed) - set(found))),
@@ -146,15 +199,33 @@ def open_bundle(path: Path) -> Bundle:
     ):
         if names:
             raise _refuse(path, f"files {problem}: {', '.join(names[:5])}")
-    return Bundle(path=path, manifest=manifest, sha256=digest)
+    return Sealed(path=path, inside=inside, record=record, sha256=digest)
 
 
-def seal_bundle(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of everything in ``folder``, and its seal: the last step of making a bundle."""
+@contextmanager
+def well_formed(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in taking a manifest apart into the error for the user."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _refuse(path, f"the manifest cannot be read ({error})") from error
+
+
+def require(held: bool, key: str) -> None:
+    """Refuse a manifest's value.
+
+    Raises:
+        TypeError: Naming the key.
+    """
+    if not held:
+        raise TypeError(f"{key} is not of the right form")
+
+
+def seal_bundle(folder: Path, manifest: Any) -> None:
+    """Write the manifest, a dataclass, of everything in ``folder``, and its seal: the last step of making a bundle."""
     with _Files(folder) as files:
         listing = {
-            name: {"size": size, "sha256": sha256_bytes(files.read(name, size))}
-            for name, size in sorted(files.sizes().items())
+            name: {"size": size, "sha256": files.digest(name, size)} for name, size in sorted(files.sizes().items())
         }
     text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)
@@ -165,26 +236,12 @@ def _seal(digest: str) -> bytes:
     return f"{digest}  {MANIFEST}\n".encode()  # the format of sha256sum -c
 
 
+def _changed(path: Path, name: str) -> BadBundle:
+    return _refuse(path, f"{name} is not the file that the manifest describes")
+
+
 def _refuse(path: Path, reason: str) -> BadBundle:
     return BadBundle(reason, file=path, fix="copy or export the bundle again; do not edit its files")
-
-
-def _parse(path: Path, data: bytes) -> Manifest:
-    try:
-        record = json.loads(data)
-        if record["schema_version"] != SCHEMA_VERSION:
-            raise BadBundle(
-                "the bundle is of another schema version",
-                file=path,
-                expected=SCHEMA_VERSION,
-                found=record["schema_version"],
-                fix="use the topt-deploy that wrote it, or export again",
-            )
-        manifest = Manifest(**record)
-        _check_form(manifest)
-        return replace(manifest, inputs=tuple(manifest.inputs), golden=tuple(manifest.golden))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _refuse(path, f"the manifest cannot be read ({error})") from error
 
 
 def _check_form(manifest: Manifest) -> None:
@@ -193,10 +250,6 @@ def _check_form(manifest: Manifest) -> None:
     Raises:
         TypeError: Naming the key.
     """
-
-    def require(held: bool, key: str) -> None:
-        if not held:
-            raise TypeError(f"{key} is not of the right form")
 
     def names(value: object) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
@@ -214,6 +267,7 @@ def _check_form(manifest: Manifest) -> None:
     require(all(isinstance(facts.get("scores"), list) for facts in manifest.tasks.values()), "tasks")
     require(isinstance(manifest.mobility, bool), "mobility")
     require(all(size(facts.get("width"), 1) for facts in manifest.prompts.values()), "prompts")
+    require({*manifest.inputs} <= {*all_widths(manifest.schema), *manifest.prompts}, "inputs")
     ranged = {f"{view}_{name}" for view, categories in manifest.views.items() for name in categories}
     ranged |= {"outflow", "inflow"} if manifest.mobility else set()
     require(ranged <= set(manifest.ranges), "ranges")
@@ -226,14 +280,13 @@ def _check_form(manifest: Manifest) -> None:
         for place in variant["initializers"].values():
             require(isinstance(place, list) and len(place) == 2 and size(place[0]), "variants")
             require(isinstance(place[1], list) and all(size(n) for n in place[1]), "variants")
-    require(all(size(f.get("size")) and isinstance(f.get("sha256"), str) for f in manifest.files.values()), "files")
 
 
 class _Files:
-    """The files of a folder or of a zip, by safe relative names."""
+    """The files of a folder or of a zip, or of one folder within, by safe relative names."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, inside: str = "") -> None:
+        self.path, self.inside = path, inside
         self._zip: zipfile.ZipFile | None = None
 
     def __enter__(self) -> "_Files":
@@ -254,7 +307,10 @@ class _Files:
     def sizes(self) -> dict[str, int]:
         """Sizes by name; anything but plain files under plain names is refused."""
         found: dict[str, int] = {}
-        for name, size in self._entries():
+        for entry, size in self._entries():
+            if not entry.startswith(self.inside):
+                continue
+            name = entry.removeprefix(self.inside)
             if not _NAME.match(name):
                 raise _refuse(self.path, f"a file has the name {name!r}, which no bundle has")
             if name in found:
@@ -287,13 +343,28 @@ class _Files:
 
     def read(self, name: str, limit: int) -> bytes:
         """At most ``limit`` bytes of a file, and one more where it has more."""
+        with self._open(name) as stream:
+            return stream.read(limit + 1)
+
+    def digest(self, name: str, limit: int) -> str:
+        """SHA-256 of what :meth:`read` would give, a block at a time."""
+        hashed, left = hashlib.sha256(), limit + 1
+        with self._open(name) as stream:
+            while left and (block := stream.read(min(left, BLOCK_BYTES))):
+                hashed.update(block)
+                left -= len(block)
+        return hashed.hexdigest()
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
         if self._zip is not None:
             import zipfile
             import zlib
 
             try:
-                with self._zip.open(name) as stream:
-                    return stream.read(limit + 1)
+                with self._zip.open(self.inside + name) as packed:
+                    yield packed
+                return
             except (
                 zipfile.BadZipFile,
                 zlib.error,
@@ -304,10 +375,10 @@ class _Files:
                 ValueError,
             ) as error:
                 raise _refuse(self.path, f"{name} cannot be unpacked ({error})") from error
-        path = self.path / name
+        path = self.path / (self.inside + name)
         with reading(path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             with os.fdopen(descriptor, "rb") as stream:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise _refuse(self.path, f"{name} is not a plain file")
-                return stream.read(limit + 1)
+                yield stream

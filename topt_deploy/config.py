@@ -383,6 +383,13 @@ def _check_names(config: Config) -> None:
             )  # fmt: skip
     if not config.views:
         raise BadConfig("no view is named", column="views", expected="at least one")
+    known = {*config.views, *RESERVED_VIEWS, *EnsembleConfig().not_linear}  # a city need not have the default's
+    for task, settings in config.tasks.items():
+        if unknown := sorted({*settings.ensemble.not_linear} - known):
+            raise BadConfig(
+                "ensemble.not_linear: no such view", file=f"tasks.{task}", expected=f"among {', '.join(sorted(known))}",
+                found=", ".join(unknown),
+            )  # fmt: skip
 
 
 def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:

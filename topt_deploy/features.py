@@ -4,6 +4,8 @@ Counts become log1p here, in float64; standardisation is inside the model and so
 Nothing here depends on training statistics, and everything is linear in the number of regions and flows.
 """
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,12 @@ def all_widths(schema: Schema) -> dict[str, int]:
     return feature_widths(schema) | (flows if schema.mobility else {}) | {POSITION: 3}
 
 
-def features(city: City) -> dict[str, Array]:
+def features(city: City, names: Sequence[str] | None = None) -> dict[str, Array]:
     """The model's inputs, all float32, in the city's canonical order. N regions.
+
+    Args:
+        city: The city.
+        names: What is to be made; by default all that the city has.
 
     Returns:
         One (N, C) array of log1p counts per count view; the views of :func:`flow_features` where the city has flows;
@@ -50,9 +56,11 @@ def features(city: City) -> dict[str, Array]:
     arrays = {view: np.log1p(counts) for view, counts in city.views.items()}
     position_m = local_position_m(city.lonlat)
     if city.flows is not None:
-        arrays |= flow_features(city.flows, np.concatenate(list(arrays.values()), axis=1), position_m)
+        views = FLOW_VIEWS if names is None else [name for name in FLOW_VIEWS if name in names]
+        arrays |= flow_features(city.flows, np.concatenate(list(arrays.values()), axis=1), position_m, views)
     arrays[POSITION] = position_m
-    return {name: array.astype(np.float32) for name, array in arrays.items()} | dict(city.prompts)
+    made = {name: array.astype(np.float32) for name, array in arrays.items()} | dict(city.prompts)
+    return made if names is None else {name: made[name] for name in names}
 
 
 class _Averaging:
@@ -64,10 +72,9 @@ class _Averaging:
     """
 
     def __init__(self, rows: Array, columns: Array, weight: Array, *, n: int) -> None:
+        self.rows, self.columns, self.n = rows, columns, n
         self.total = np.bincount(rows, weights=weight, minlength=n)  # (N,)
-        order = np.argsort(rows, kind="stable")
-        self.rows, self.columns, self.n = rows[order], columns[order], n
-        self.share = weight[order] / np.where(self.total == 0, 1, self.total)[self.rows]  # (E,)
+        self.share = weight / np.where(self.total == 0, 1, self.total)[rows]  # (E,)
 
     def of(self, x: Array) -> Array:
         """P x, column by column: memory stays at O(E).
@@ -77,14 +84,14 @@ class _Averaging:
         return np.stack([self.over_flows(column[self.columns]) for column in x.T], axis=1)
 
     def over_flows(self, value: Array) -> Array:
-        """The mean of a quantity of the flows themselves, in the order of the rows.
+        """The mean of a quantity of the flows themselves.
 
         *Shape:* (E,) → (N,)
         """
         return np.bincount(self.rows, weights=self.share * value, minlength=self.n)
 
 
-def flow_features(flows: Flows, x: Array, position_m: Array) -> dict[str, Array]:
+def flow_features(flows: Flows, x: Array, position_m: Array, views: Sequence[str] = FLOW_VIEWS) -> dict[str, Array]:
     """What a region's flows lead to and come from. No width depends on N, and memory grows with the number of flows.
 
     P are the row-normalised flows (N, N), L the row-normalised logarithms log1p(flow), out- and inbound each:
@@ -99,28 +106,38 @@ def flow_features(flows: Flows, x: Array, position_m: Array) -> dict[str, Array]
         flows: Flows between the N regions, E of them.
         x: float64 (N, F), the count views.
         position_m: float64 (N, 3), :func:`local_position_m`.
+        views: Which of them to make.
     """
     n = len(x)
     ends = ((flows.origin, flows.dest), (flows.dest, flows.origin))  # out, in
-    plain = [_Averaging(rows, columns, flows.flow, n=n) for rows, columns in ends]
-    logs = [_Averaging(rows, columns, np.log1p(flows.flow), n=n) for rows, columns in ends]
+
+    def averages(weight: Array) -> list[_Averaging]:
+        return [_Averaging(rows, columns, weight, n=n) for rows, columns in ends]
+
+    plain, logs = averages(flows.flow), cache(lambda: averages(np.log1p(flows.flow)))
     context = [p.of(x) for p in plain]
-    inside = flows.origin == flows.dest
-    within = np.bincount(flows.origin[inside], weights=flows.flow[inside], minlength=n)
-    trips = [np.log1p(p.total) for p in plain]
-    for p in (*plain, *logs):
-        length_m = np.linalg.norm(position_m[p.rows] - position_m[p.columns], axis=1)
-        trips.append(np.log1p(p.over_flows(length_m) / 1000))
-    trips.append(np.log1p(within))
-    trips += [within / np.where(p.total == 0, 1, p.total) for p in plain]
-    trips += [p.over_flows(-np.log(np.where(p.share == 0, 1, p.share))) for p in plain]  # Σ −p log p, a mean under P
-    return {
-        MOBILITY: np.column_stack([*context, *trips[:2]]),
-        LOG_CONTEXT: np.column_stack([p.of(x) for p in logs]),
-        TWO_HOPS: np.column_stack([p.of(c) for p, c in zip(plain, context, strict=True)]),
-        TRIPS: np.column_stack(trips),
-        DESTINATIONS: np.column_stack([p.of(position_m) for p in (*plain, *logs)]),
+    totals = [np.log1p(p.total) for p in plain]
+
+    def trips() -> list[Array]:
+        length_m = np.linalg.norm(position_m[flows.origin] - position_m[flows.dest], axis=1)
+        inside = flows.origin == flows.dest
+        within = np.bincount(flows.origin[inside], weights=flows.flow[inside], minlength=n)
+        return [
+            *totals,
+            *(np.log1p(p.over_flows(length_m) / 1000) for p in (*plain, *logs())),
+            np.log1p(within),
+            *(within / np.where(p.total == 0, 1, p.total) for p in plain),
+            *(p.over_flows(-np.log(np.where(p.share == 0, 1, p.share))) for p in plain),  # Σ −p log p, a mean under P
+        ]
+
+    columns: dict[str, Callable[[], list[Array]]] = {
+        MOBILITY: lambda: [*context, *totals],
+        LOG_CONTEXT: lambda: [p.of(x) for p in logs()],
+        TWO_HOPS: lambda: [p.of(c) for p, c in zip(plain, context, strict=True)],
+        TRIPS: trips,
+        DESTINATIONS: lambda: [p.of(position_m) for p in (*plain, *logs())],
     }
+    return {view: np.column_stack(columns[view]()) for view in views}
 
 
 def local_position_m(lonlat: Array) -> Array:

@@ -126,7 +126,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON atomically; NaN and infinity are refused, for JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # What is not UTF-8 in a file's name is a lone surrogate in Python, and \udcff in JSON.
+    write_text(path, text.encode(errors="backslashreplace").decode())
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

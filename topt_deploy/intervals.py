@@ -16,6 +16,9 @@ from .errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
+SCALE = "cbrt"
+"""What scores are differences of, ∛count; a bundle records it beside its own."""
+
 
 def scores(labels: Array, held_out: Array) -> list[float]:
     """Sorted scores |∛y − ∛ŷ| of the regions that have a label and a held-out prediction.
@@ -39,8 +42,7 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
     Raises:
         UsageError: If so few labels cannot carry so high a coverage.
     """
-    rank = math.ceil((len(score) + 1) * coverage) if 0 < coverage < 1 else 0
-    if not 1 <= rank <= len(score):
+    if not carries(score, coverage):
         highest = len(score) / (len(score) + 1)
         raise UsageError(
             "no interval can be given at this coverage",
@@ -48,5 +50,14 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
             found=f"{coverage:g}",
             fix="lower --coverage",
         )
-    root = np.cbrt(np.maximum(prediction, 0))
-    return np.maximum(root - score[rank - 1], 0) ** 3, (root + score[rank - 1]) ** 3
+    root, width = np.cbrt(np.maximum(prediction, 0)), score[_rank(score, coverage) - 1]
+    return np.maximum(root - width, 0) ** 3, (root + width) ** 3
+
+
+def carries(score: Sequence[float], coverage: float) -> bool:
+    """Whether so few labels can carry so high a coverage."""
+    return 0 < coverage < 1 and _rank(score, coverage) <= len(score)
+
+
+def _rank(score: Sequence[float], coverage: float) -> int:
+    return math.ceil((len(score) + 1) * coverage)

@@ -5,6 +5,7 @@ four clouds and TLS: 15 ms and 8 MB, a tenth of what ``topt-run`` may take. test
 the same on the versions that are tested.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ class ParquetFile:
                 pass  # the operating system's own reasons first: Arrow words them differently
         with self._errors():
             # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
-            where = str(source) if isinstance(source, Path) else pa.BufferReader(source)
+            # Names are bytes to the system: Arrow would have them in UTF-8.
+            where = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
             self._reader.open(where, pre_buffer=False, page_checksum_verification=True)
             self.schema: pa.Schema = self._reader.schema_arrow
             self.names: list[str] = list(self.schema.names)
@@ -85,9 +87,9 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
     """
     text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, pa.OSFile(os.fsencode(temporary), "wb") as stream:
         writer = ParquetWriter(
-            str(temporary),
+            stream,
             table.schema,
             compression="snappy",
             use_dictionary=text,

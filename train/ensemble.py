@@ -1,9 +1,7 @@
 """Train a task's ensemble head (topt_deploy.model.topt.EnsembleHead); all training sets as one batch."""
 
-import hashlib
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,7 @@ from topt_deploy.model.target import Target
 from topt_deploy.model.topt import EnsembleHead
 from topt_deploy.table import Schema
 
-from .fit import Engine, fit
-from .progress import Reporter
+from .fit import Workplace
 from .stage2 import HeadResult, one_label
 
 Array = np.ndarray[Any, Any]
@@ -33,11 +30,7 @@ def train_ensemble(
     labels: Array,
     config: Config,
     task: str,
-    *,
-    engine: Engine,
-    reporter: Reporter,
-    identity: str,
-    checkpoint: Path | None = None,
+    place: Workplace,
 ) -> HeadResult:
     """Train the ensemble head of ``task``.
 
@@ -50,8 +43,8 @@ def train_ensemble(
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """
     settings = config.tasks[task].ensemble
-    stage = f"ensemble/{task}"
-    engine.seed(config.seed, stage)
+    stage, device = f"ensemble/{task}", place.engine.device
+    place.engine.seed(config.seed, stage)
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), config.tasks[task].prompt4re.components)
     head = EnsembleHead(
         widths=all_widths(schema),
@@ -61,12 +54,12 @@ def train_ensemble(
     )
     if basis is not None:
         head.basis = basis
-    head.to(engine.device)
-    target = Target(members=len(labels), config=config.tasks[task].target).to(engine.device)
-    known = torch.tensor(~np.isnan(labels), device=engine.device)
+    head.to(device)
+    target = Target(members=len(labels), config=config.tasks[task].target).to(device)
+    known = torch.tensor(~np.isnan(labels), device=device)
     with torch.no_grad():
         views = head.views(inputs, prompts)
-        scaled = target.fit(torch.tensor(one_label(labels), device=engine.device), known.float())  # (S, N)
+        scaled = target.fit(torch.tensor(one_label(labels), device=device), known.float())  # (S, N)
     parts = []
     if head.kernel is not None:
         seed = zlib.crc32(f"{config.seed}/{stage}".encode())
@@ -74,20 +67,17 @@ def train_ensemble(
     if head.network is not None:
         x = head.side_by_side(views)
         head.network.standardize.fit(x)
-        network = Network(members=len(labels) * settings.members, inputs=x.shape[1], config=settings).to(engine.device)
+        network = Network(members=len(labels) * settings.members, inputs=x.shape[1], config=settings).to(device)
         network.standardize = head.network.standardize
         weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(settings.members, dim=0)
         aims = scaled.float().repeat_interleave(settings.members, dim=0)
-        fit(
+        place.fit(
             network,
             lambda: {"fit": ((network(x) - aims).square() * weights).sum()},
             settings,
             stage=stage,
-            identity=hashlib.sha256(f"{identity}{config.seed}{config.tasks[task]}".encode()).hexdigest(),
-            engine=engine,
-            reporter=reporter,
-            checkpoint=checkpoint,
-            checkpoint_every=config.checkpoint_every,
+            config=config,
+            depends_on=config.tasks[task],
         )
         with torch.no_grad():
             parts.append(network.eval()(x).double().unflatten(0, (len(labels), settings.members)).mean(dim=1))

@@ -1,5 +1,6 @@
 """The one training loop, for both stages: Adam, checkpoints, and going on after an interruption."""
 
+import hashlib
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.config import EnsembleConfig, Prompt4ReConfig, SrelConfig
+from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
 from topt_deploy.errors import BadConfig, NoDevice
 from topt_deploy.model.checkpoint import restore_training, save_training
 
@@ -143,3 +144,46 @@ def fit(
                 progress.update(epoch, sum(values.values()))
             if checkpoint is not None and (epoch % checkpoint_every == 0 or epoch == settings.epochs):
                 save_training(checkpoint, module, optimiser, {"identity": identity, "epoch": epoch, "stage": stage})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Where a run's stages train.
+
+    Attributes:
+        engine: Where and how steps are computed.
+        reporter: Who is told of progress.
+        identity: Hash of the run's data; a stage adds its settings.
+        checkpoints: The folder of the stages' checkpoints; None keeps none.
+    """
+
+    engine: Engine
+    reporter: Reporter
+    identity: str = ""
+    checkpoints: Path | None = None
+
+    def fit(
+        self,
+        module: nn.Module,
+        loss: Callable[[], Mapping[str, Tensor]],
+        settings: SrelConfig | Prompt4ReConfig | EnsembleConfig,
+        *,
+        stage: str,
+        config: Config,
+        depends_on: SrelConfig | TaskConfig,
+        observe: Callable[[int], None] | None = None,
+    ) -> None:
+        """:func:`fit` a stage of a run; ``depends_on`` are all of the settings that its result depends on."""
+        file = f"{stage.replace('/', '-')}.safetensors"
+        fit(
+            module,
+            loss,
+            settings,
+            stage=stage,
+            identity=hashlib.sha256(f"{self.identity}{config.seed}{depends_on}".encode()).hexdigest(),
+            engine=self.engine,
+            reporter=self.reporter,
+            checkpoint=None if self.checkpoints is None else self.checkpoints / file,
+            checkpoint_every=config.checkpoint_every,
+            observe=observe,
+        )

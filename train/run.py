@@ -28,7 +28,7 @@ from topt_deploy.table import City, infer_schema, read_city
 
 from .baseline import boosted_trees
 from .ensemble import train_ensemble
-from .fit import Engine
+from .fit import Engine, Workplace
 from .metrics import Metrics, metrics
 from .progress import Reporter
 from .stage1 import embed, train_embedding
@@ -132,13 +132,12 @@ def train_run(
     ).hexdigest()
     checkpoints = run.path / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    common: dict[str, Any] = {"engine": engine, "reporter": reporter, "identity": identity}
+    place = Workplace(engine=engine, reporter=reporter, identity=identity, checkpoints=checkpoints)
 
     embeddings: dict[str, Tensor] = {}
     srels = {}
     for name in config.embeddings():
-        path = checkpoints / f"srel-{name}.safetensors"
-        srels[name] = train_embedding(city, inputs, schema, config, name, checkpoint=path, **common)
+        srels[name] = train_embedding(city, inputs, schema, config, name, place)
         embeddings[name] = embed(srels[name], inputs)
     results: dict[str, HeadResult] = {}
     outcomes: dict[str, Outcome] = {}
@@ -153,12 +152,10 @@ def train_run(
         )
         labels = training_sets(city.labels[task], fold)
         if settings.ensemble.enabled:
-            path = checkpoints / f"ensemble-{task}.safetensors"
-            results[task] = train_ensemble(inputs, schema, prompts, labels, config, task, checkpoint=path, **common)
+            results[task] = train_ensemble(inputs, schema, prompts, labels, config, task, place)
         else:
-            path = checkpoints / f"prompt4re-{task}.safetensors"
             embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
-            results[task] = train_head(embedding, all_, prompts, labels, config, task, checkpoint=path, **common)
+            results[task] = train_head(embedding, all_, prompts, labels, config, task, place)
         outcomes[task] = Outcome.of(results[task], fold)
     ranks = {
         task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None

@@ -1,8 +1,6 @@
 """Stage 1: train SREL on a city's features. No label is used."""
 
-import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +11,7 @@ from topt_deploy.features import POSITION, feature_widths
 from topt_deploy.model.srel import Srel, SrelLoss
 from topt_deploy.table import City, Schema
 
-from .fit import Engine, fit
-from .progress import Reporter
+from .fit import Workplace
 
 
 def similarity_targets(city: City) -> dict[str, Tensor]:
@@ -52,35 +49,31 @@ def train_embedding(
     schema: Schema,
     config: Config,
     name: str,
+    place: Workplace,
     *,
-    engine: Engine,
-    reporter: Reporter,
-    identity: str,
-    checkpoint: Path | None = None,
     observe: Callable[[int, Srel], None] | None = None,
 ) -> Srel:
     """Train the stage-1 model ``name`` of :meth:`Config.embeddings`.
 
     Args:
         inputs: :func:`topt_deploy.features.features` as tensors on the engine's device.
-        identity: Hash of the run's data; the settings are added to it.
         observe: Called with the number of epochs done and the model, after every epoch.
 
     Returns:
         The trained model in evaluation mode, on the engine's device.
     """
     settings = config.embeddings()[name]
-    stage = f"srel/{name}"
-    engine.seed(config.seed, stage)
+    stage, device = f"srel/{name}", place.engine.device
+    place.engine.seed(config.seed, stage)
     srel = Srel(feature_widths(schema), settings)
     srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
     flow = flow_target(city)
     loss = SrelLoss(
-        {view: target.to(engine.device) for view, target in similarity_targets(city).items()},
-        None if flow is None else flow.to(engine.device),
+        {view: target.to(device) for view, target in similarity_targets(city).items()},
+        None if flow is None else flow.to(device),
         settings,
     )
-    training = SrelTraining(srel, loss).to(engine.device)
+    training = SrelTraining(srel, loss).to(device)
     with torch.no_grad():
         adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once
 
@@ -89,16 +82,13 @@ def train_embedding(
             observe(epoch, srel)
             training.train()
 
-    fit(
+    place.fit(
         training,
         lambda: loss(srel(inputs, adjacency)),
         settings,
         stage=stage,
-        identity=hashlib.sha256(f"{identity}{config.seed}{settings}".encode()).hexdigest(),
-        engine=engine,
-        reporter=reporter,
-        checkpoint=checkpoint,
-        checkpoint_every=config.checkpoint_every,
+        config=config,
+        depends_on=settings,
         observe=after,
     )
     return srel.eval()

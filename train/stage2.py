@@ -1,8 +1,6 @@
 """Stage 2: train a task's Prompt4RE head on frozen embeddings; all training sets as one batch."""
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,7 @@ from topt_deploy.errors import BadData
 from topt_deploy.model.prompt4re import PromptBasis, ridge
 from topt_deploy.model.topt import EnsembleHead, TaskHead
 
-from .fit import Engine, fit
-from .progress import Reporter
+from .fit import Workplace
 
 Array = np.ndarray[Any, Any]
 
@@ -75,11 +72,7 @@ def train_head(
     labels: Array,
     config: Config,
     task: str,
-    *,
-    engine: Engine,
-    reporter: Reporter,
-    identity: str,
-    checkpoint: Path | None = None,
+    place: Workplace,
 ) -> HeadResult:
     """Train the head of ``task``.
 
@@ -93,13 +86,13 @@ def train_head(
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """
     settings = config.tasks[task].prompt4re
-    stage = f"prompt4re/{task}"
+    stage, device = f"prompt4re/{task}", place.engine.device
     repeat = settings.members
     known = ~np.isnan(labels)
-    weights = torch.tensor(known.repeat(repeat, axis=0)).float().to(engine.device)  # (S · repeat, N) ∈ {0, 1}
-    counts = torch.tensor(one_label(labels)).to(engine.device)
+    weights = torch.tensor(known.repeat(repeat, axis=0)).float().to(device)  # (S · repeat, N) ∈ {0, 1}
+    counts = torch.tensor(one_label(labels)).to(device)
 
-    engine.seed(config.seed, stage)
+    place.engine.seed(config.seed, stage)
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components)
     sizes: dict[str, Any] = {
         "features": features.shape[1],
@@ -110,7 +103,7 @@ def train_head(
     model = TaskHead(members=len(weights), **sizes)
     if basis is not None:
         model.basis = basis
-    model.to(engine.device)
+    model.to(device)
     with torch.no_grad():  # what depends on no trained weight is computed once
         coordinates = model.coordinates(prompts)
         if model.skip is not None:
@@ -126,17 +119,7 @@ def train_head(
             terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
 
-    fit(
-        model,
-        loss,
-        settings,
-        stage=stage,
-        identity=hashlib.sha256(f"{identity}{config.seed}{config.tasks[task]}".encode()).hexdigest(),
-        engine=engine,
-        reporter=reporter,
-        checkpoint=checkpoint,
-        checkpoint_every=config.checkpoint_every,
-    )
+    place.fit(model, loss, settings, stage=stage, config=config, depends_on=config.tasks[task])
     model.eval()
     with torch.no_grad():
         predicted = model.target.counts(model.head(seen, coordinates))  # (M, N)

@@ -8,9 +8,10 @@ from topt_deploy.bundle import open_bundle
 from topt_deploy.export.golden import synthetic_city
 from topt_deploy.export.graph import OPSET, REGIONS_AXIS
 from topt_deploy.export.parity import TOLERANCE, run_model
-from topt_deploy.features import features
-from topt_deploy.model.checkpoint import load_model
+from topt_deploy.features import POSITION, features
+from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.topt import EnsembleHead, TaskHead
+from topt_deploy.runs import INPUTS_FILE
 from topt_deploy.runtime.session import Session
 from topt_deploy.table import read_city
 
@@ -38,9 +39,18 @@ def session(bundle):
     return Session(bundle.read(variant["graph"]), bundle.read(variant["weights"]), variant["initializers"], threads=1)
 
 
-def arrays(model, bundle, regions):
-    city = synthetic_city(model, bundle.manifest.ranges, regions=regions, seed=regions)
-    return features(read_city(city.regions, city.mobility, model.spec.schema))
+@pytest.fixture(scope="module")
+def position_m(demo_run):
+    return load_tensors(demo_run / INPUTS_FILE)[0][POSITION].numpy()
+
+
+@pytest.fixture
+def arrays(model, bundle, position_m):
+    def draw(regions):
+        city = synthetic_city(model, bundle.manifest.ranges, position_m, regions=regions, seed=regions)
+        return features(read_city(city.regions, city.mobility, model.spec.schema))
+
+    return draw
 
 
 def test_the_standards_checker_passes(demo_bundle, proto):
@@ -98,8 +108,8 @@ def test_shared_embeddings_are_computed_once(proto, model):
 
 
 @pytest.mark.parametrize("regions", SIZES)
-def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session, bundle):
-    inputs = arrays(model, bundle, regions)
+def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session, arrays):
+    inputs = arrays(regions)
     assert len(inputs["poi"]) == regions
     expected = run_model(model, inputs)
     found = session.run(inputs, session.outputs)
@@ -117,13 +127,22 @@ def test_both_kinds_of_head_are_in_the_bundle(model):
     assert kinds == {"crime": EnsembleHead, "check_in": TaskHead, "service_call": TaskHead}
 
 
+def test_a_synthetic_city_is_as_dense_as_the_training_city(model, bundle):
+    """Points of a square, 40 km wide with 400 regions: 100 regions get a square 20 km wide."""
+    position_m = np.pad(np.random.default_rng(0).uniform(-20e3, 20e3, (400, 2)), ((0, 0), (0, 1)))
+    city = synthetic_city(model, bundle.manifest.ranges, position_m, regions=100, seed=1)
+    lon, lat = (city.regions.column(axis).to_numpy() for axis in ("lon", "lat"))
+    for degrees in (np.ptp(lon), np.ptp(lat)):
+        assert 0.93 * 20 < degrees * 111 < 1.07 * 20
+
+
 @pytest.mark.parametrize(("task", "depends"), [("check_in", True), ("crime", False)])
-def test_what_depends_on_the_other_regions_of_a_graph(task, depends, model, session, bundle):
+def test_what_depends_on_the_other_regions_of_a_graph(task, depends, session, arrays):
     """Attention runs over the city: the same region among fewer others is another prediction, and slicing is wrong.
 
     An ensemble head sees a region's own row of the features alone.
     """
-    inputs = arrays(model, bundle, 20)
+    inputs = arrays(20)
     whole = session.run(inputs, [task])[task]
     sliced = session.run({name: values[:10] for name, values in inputs.items()}, [task])[task]
     if depends:

@@ -280,12 +280,3 @@ def test_an_ensembles_prompts_are_chosen_as_another_heads(prompt4re, columns):
     assert len(config.prompt_columns()) == columns
     assert (model.heads["crime"].basis is None) == (columns == 1)
     assert torch.isfinite(predict(model, inputs_of(config))["crime"]).all()
-
-
-@pytest.mark.parametrize("settings", [{}, {"network": False}, {"kernel": False}])
-def test_the_spread_is_how_far_the_training_citys_regions_lie_from_its_centre(settings):
-    config = with_ensemble(settings)
-    position = inputs_of(config, 30, seed=5)[POSITION].double()
-    expected = position.square().sum(dim=1).mean().sqrt().item()
-    assert build_ensemble(config).heads["crime"].spread_m == pytest.approx(expected, rel=1e-4)
-    assert 1000 < expected < 10_000

@@ -208,6 +208,11 @@ class TestSealedWithIntent:
         seal()
         refused(BAD_BUNDLE)
 
+    @pytest.mark.parametrize("change", [lambda facts: facts.update(scale="log1p"), lambda facts: facts.pop("scale")])
+    def test_intervals_on_another_scale(self, change, desk, refused):
+        sealed(desk.bundle, lambda record: change(record["tasks"]["check_in"]) and None)
+        refused(BAD_BUNDLE, "column 'check_in': intervals are on another scale", "expected: cbrt")
+
     def test_another_schema_version(self, desk, refused):
         sealed(desk.bundle, lambda record: record.update(schema_version=99))
         refused(BAD_BUNDLE, "another schema version", "expected: 1", "found:    99")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import zipfile
@@ -108,7 +109,7 @@ class TestOutput:
             rows = predicted("--coverage", coverage).to_pylist()
             assert all(0 <= row["lower"] <= row["prediction"] <= row["upper"] for row in rows)
             width[coverage] = [row["upper"] - row["lower"] for row in rows]
-            assert json.loads(desk.receipt.read_text())["options"]["coverage"] == coverage
+            assert json.loads(desk.receipt.read_text())["options"]["coverage"] == dict.fromkeys(TASKS, coverage)
         assert all(wide > narrow for wide, narrow in zip(width[0.9], width[0.5], strict=True))
         assert [row["prediction"] for row in predicted().to_pylist()] == [row["prediction"] for row in rows]
 
@@ -117,17 +118,20 @@ class TestOutput:
             refused(2, "no interval", "--coverage", arguments=("--coverage", coverage))
 
     def test_few_labels_give_predictions_without_intervals(self, desk, predicted, topt_run):
-        """Nobody asked for an interval; eight labels cannot carry the default one."""
+        """Nobody asked for an interval; eight labels cannot carry the default one, and nine can."""
         manifest = desk.bundle / "manifest.json"
         record = json.loads(manifest.read_text())
-        for facts in record["tasks"].values():
-            facts["scores"] = facts["scores"][:8]
+        for labels, facts in zip((8, 9, 8), record["tasks"].values(), strict=True):
+            facts["scores"] = facts["scores"][:labels]
         manifest.write_text(json.dumps(record))
         digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
         (desk.bundle / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
         table = predicted()
         assert table.column("prediction").null_count == 0
-        assert table.column("lower").null_count == table.column("upper").null_count == len(table)
+        assert table.column("lower").null_count == table.column("upper").null_count == len(table) * 2 / 3
+        first, second, third = record["tasks"]
+        coverage = json.loads(desk.receipt.read_text())["options"]["coverage"]
+        assert coverage == {first: None, second: 0.9, third: None}
         assert topt_run("selftest", desk.bundle).code == 0
         assert topt_run("predict", desk.regions, "--coverage", "0.9").code == 2, "asked for, it is refused"
 
@@ -309,7 +313,7 @@ class TestReceipt:
         predicted("--task", "crime", "--wide")
         receipt = json.loads(desk.receipt.read_text())
         assert receipt["options"] == {
-            "tasks": ["crime"], "wide": True, "id_col": "region_id", "coverage": 0.9, "device": "cpu",
+            "tasks": ["crime"], "wide": True, "id_col": "region_id", "coverage": {"crime": 0.9}, "device": "cpu",
         }  # fmt: skip
         assert receipt["provider"] == "CPUExecutionProvider"
         assert receipt["precision"] == "fp32"
@@ -318,6 +322,19 @@ class TestReceipt:
         assert receipt["versions"]["numpy"] == np.__version__
         assert set(receipt["seconds"]) == {"open", "predict", "write"}
         assert sum(receipt["status"].values()) == 77
+
+    def test_names_that_are_not_utf_8(self, desk, predicted, topt_run):
+        predicted()
+        folder = desk.folder / os.fsdecode(b"M\xfcnchen")
+        folder.mkdir()
+        regions = folder / "regions.parquet"
+        for file in (desk.regions, desk.mobility):
+            shutil.move(file, folder)
+        said = topt_run("predict", regions, "--bundle", desk.bundle)
+        assert said.code == 0, said.err
+        assert (folder / desk.out.name).read_bytes() == desk.out.read_bytes()
+        receipt = json.loads((folder / desk.receipt.name).read_text(encoding="utf-8"))
+        assert receipt["inputs"]["regions"]["file"] == str(regions)
 
     def test_counts_what_is_extrapolated_and_says_why(self, desk, predicted):
         before = by_region(predicted())

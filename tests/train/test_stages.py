@@ -22,10 +22,11 @@ from topt_deploy.model.prompt4re import ridge
 from topt_deploy.model.topt import TaskHead, predict
 from topt_deploy.runs import newest_run, open_run
 from topt_deploy.table import Schema, infer_schema, read_city
-from topt_deploy.train import baseline, stage2
+from topt_deploy.train import baseline
+from topt_deploy.train import fit as fit_module
 from topt_deploy.train.baseline import boosted_trees
 from topt_deploy.train.city_files import write_city
-from topt_deploy.train.fit import Engine, fit
+from topt_deploy.train.fit import Engine, Workplace, fit
 from topt_deploy.train.run import Outcome, report, start_run, train_run
 from topt_deploy.train.stage1 import embed, flow_target, similarity_targets, train_embedding
 from topt_deploy.train.stage2 import HeadResult, fold_of, one_label, train_head, training_sets
@@ -35,23 +36,17 @@ SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
 N = 24
 
 
+def place(lines=None, checkpoints=None):
+    return Workplace(engine=CPU, reporter=reporter(lines), identity="x", checkpoints=checkpoints)
+
+
 # Stage 1
 
 
-def train_srel(city, name="crime", checkpoint=None, config=None):
+def train_srel(city, name="crime", checkpoints=None, config=None):
     inputs = {k: torch.from_numpy(v) for k, v in features(city).items()}
     config = config or tiny_config()
-    srel = train_embedding(
-        city,
-        inputs,
-        SCHEMA,
-        config,
-        name,
-        engine=CPU,
-        reporter=reporter(),
-        identity="x",
-        checkpoint=checkpoint,
-    )
+    srel = train_embedding(city, inputs, SCHEMA, config, name, place(checkpoints=checkpoints))
     return srel, embed(srel, inputs)
 
 
@@ -94,7 +89,7 @@ class TestStage1:
         config = tiny_config({"crime": task_config(srel={"epochs": 100, "lr": 5e-3, "dropout": 0.0})})
         city, lines = tiny_city(N), tmp_path / "metrics.jsonl"
         inputs = {k: torch.from_numpy(v) for k, v in features(city).items()}
-        train_embedding(city, inputs, SCHEMA, config, "crime", engine=CPU, reporter=reporter(lines), identity="x")
+        train_embedding(city, inputs, SCHEMA, config, "crime", place(lines))
         losses = [json.loads(line)["loss"] for line in lines.read_text().splitlines()]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.9 * losses[0]
@@ -122,11 +117,10 @@ class TestStage1:
         assert srel.adjacency.length_m > 100
 
     def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path):
-        file = tmp_path / "c.safetensors"
-        train_srel(tiny_city(N), checkpoint=file)
+        train_srel(tiny_city(N), checkpoints=tmp_path)
         other = tiny_config({"crime": task_config(srel={"lr": 5e-3})})
         with pytest.raises(BadConfig, match="other data or another configuration"):
-            train_srel(tiny_city(N), checkpoint=file, config=other)
+            train_srel(tiny_city(N), checkpoints=tmp_path, config=other)
 
 
 # Stage 2
@@ -198,7 +192,7 @@ class Trained(Outcome):
     head: TaskHead
 
 
-def head(inputs, labels=None, config=None, checkpoint=None, **settings):
+def head(inputs, labels=None, config=None, checkpoints=None, **settings):
     embedding, extra, prompts, own = inputs
     config = config or tiny_config({"crime": task_config(**settings)})
     labels = own if labels is None else labels
@@ -210,10 +204,7 @@ def head(inputs, labels=None, config=None, checkpoint=None, **settings):
         training_sets(labels, fold),
         config,
         "crime",
-        engine=CPU,
-        reporter=reporter(),
-        identity="x",
-        checkpoint=checkpoint,
+        place(checkpoints=checkpoints),
     )
     return Trained(head=result.head, **vars(Outcome.of(result, fold)))
 
@@ -263,7 +254,7 @@ class TestStage2:
             fit(model, *arguments, **more)
             trained.append(model)
 
-        monkeypatch.setattr(stage2, "fit", spy)
+        monkeypatch.setattr(fit_module, "fit", spy)
         result = head(inputs, **settings)
         (start,), (batch,) = started, trained
         embedding, extra, prompts, labels = inputs
@@ -335,13 +326,12 @@ class TestStage2:
         inputs = problem()
         config = tiny_config({"crime": task_config(**settings)}, checkpoint_every=5)
         whole = head(inputs, config=config)
-        file = tmp_path / "c.safetensors"
         with monkeypatch.context() as patch:
             interrupt_at(patch, epoch=8)
             with pytest.raises(Interrupted):
-                head(inputs, config=config, checkpoint=file)
-        assert file.exists()
-        resumed = head(inputs, config=config, checkpoint=file)
+                head(inputs, config=config, checkpoints=tmp_path)
+        assert (tmp_path / "prompt4re-crime.safetensors").exists()
+        resumed = head(inputs, config=config, checkpoints=tmp_path)
         np.testing.assert_array_equal(resumed.held_out, whole.held_out)
         np.testing.assert_array_equal(resumed.in_sample, whole.in_sample)
         expected = whole.head.state_dict()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import Config, TaskConfig
 from ..features import POSITION, all_widths, feature_widths
 from ..table import Schema
-from .kernel import PROMPT, KernelHead, ViewKernels
+from .kernel import PROMPT, KernelHead
 from .layers import ByName, Standardize
 from .network import Network
 from .prompt4re import Prompt4Re, PromptBasis
@@ -105,17 +105,6 @@ class EnsembleHead(nn.Module):
         """Everything that the head sees, by view."""
         views = {name: inputs[name] for name in self.names}
         return views if self.basis is None else views | {PROMPT: self.basis(prompts)}
-
-    @property
-    def spread_m(self) -> float:
-        """Root mean square distance of the training city's regions from its centre."""
-        if self.network is not None:
-            return float(self.network.standardize.scale[-3:].norm())  # positions come last
-        assert self.kernel is not None
-        view = self.kernel.views[POSITION]
-        assert isinstance(view, ViewKernels)
-        assert view.standardize is not None
-        return float(view.standardize.scale.norm())
 
     def side_by_side(self, views: Mapping[str, Tensor]) -> Tensor:
         """What the networks see (N, ΣF_v)."""

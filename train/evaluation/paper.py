@@ -25,7 +25,7 @@ from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis, ridge
 from topt_deploy.model.srel import Srel
 from topt_deploy.model.target import Target
 
-from ..fit import fit
+from ..fit import Workplace, fit
 from ..stage1 import embed, train_embedding
 from ..stage2 import fold_of
 from .problem import Problem
@@ -134,9 +134,7 @@ def selected_embedding(
         problem.schema,
         Config(tasks={task: settings}, seed=seed),
         task,
-        engine=problem.engine,
-        reporter=problem.reporter,
-        identity="",
+        Workplace(engine=problem.engine, reporter=problem.reporter),
         observe=consider,
     )
     embedding: Tensor = best.pop("embedding")

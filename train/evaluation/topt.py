@@ -12,6 +12,7 @@ from topt_deploy.errors import BadData
 from topt_deploy.model.topt import all_features
 
 from ..ensemble import train_ensemble
+from ..fit import Workplace
 from ..stage1 import embed, train_embedding
 from ..stage2 import HeadResult, train_head
 from .problem import Problem
@@ -61,17 +62,17 @@ class Topt:
         if column is not None and column not in problem.inputs:
             raise BadData("the city has no such prompts", column=column, fix="encode them, or leave this variant out")
         prompts = None if column is None else problem.inputs[column]
-        common: dict[str, Any] = {"engine": problem.engine, "reporter": problem.reporter.quiet(), "identity": ""}
+        place = Workplace(engine=problem.engine, reporter=problem.reporter.quiet())
         if settings.ensemble.enabled:
-            return train_ensemble(problem.inputs, problem.schema, prompts, labels, config, task, **common)
+            return train_ensemble(problem.inputs, problem.schema, prompts, labels, config, task, place)
         embeddings = _embeddings.setdefault(problem, {})
         key = (settings.srel, seed)
         if key not in embeddings:
             name = config.embedding_of(task)
-            srel = train_embedding(problem.city, problem.inputs, problem.schema, config, name, **common)
+            srel = train_embedding(problem.city, problem.inputs, problem.schema, config, name, place)
             embeddings[key] = embed(srel, problem.inputs)
         features = all_features(problem.inputs, problem.schema)
-        return train_head(embeddings[key], features, prompts, labels, config, task, **common)
+        return train_head(embeddings[key], features, prompts, labels, config, task, place)
 
 
 VARIANTS: Mapping[str, Topt] = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from topt_deploy.errors import BadData, UsageError
 from topt_deploy.features import POSITION
-from topt_deploy.intervals import interval
+from topt_deploy.intervals import carries, interval
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.parquet import read_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
@@ -103,10 +103,7 @@ def read_facts(run: Run) -> Facts:
 
 def interval_of(prediction: Array, scores: list[float]) -> tuple[Array, Array] | None:
     """:func:`topt_deploy.intervals.interval` at the report's coverage; None where there are too few labels for it."""
-    try:
-        return interval(prediction, scores, COVERAGE)
-    except UsageError:
-        return None
+    return interval(prediction, scores, COVERAGE) if carries(scores, COVERAGE) else None
 
 
 def _read_tasks(run: Run, *, regions: int) -> tuple[tuple[str, ...], dict[str, TaskFacts]]:

@@ -23,7 +23,7 @@ from topt_deploy.train.evaluation.plain import Mean
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.evaluation.topt import VARIANTS, Topt
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.fit import Engine, Workplace
 from topt_deploy.train.stage1 import embed, train_embedding
 from topt_deploy.train.stage2 import fold_of
 
@@ -186,8 +186,8 @@ def test_looking_at_the_embedding_leaves_its_training_as_it_is(problem):
     offered = []
 
     def train(**more):
-        common = {"engine": problem.engine, "reporter": quiet(), "identity": ""}
-        return train_embedding(CITY, problem.inputs, SCHEMA, config, "crime", **common, **more)
+        place = Workplace(engine=problem.engine, reporter=quiet())
+        return train_embedding(CITY, problem.inputs, SCHEMA, config, "crime", place, **more)
 
     train(observe=lambda epoch, srel: offered.append((epoch, embed(srel, problem.inputs))))
     assert [epoch for epoch, _ in offered] == list(range(1, 62))

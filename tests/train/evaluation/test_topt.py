@@ -13,7 +13,7 @@ from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.evaluation import topt
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.topt import VARIANTS, Topt
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.fit import Engine, Workplace
 
 N = 13
 PROMPTS = ("prompt_crime", "prompt_none")
@@ -46,7 +46,7 @@ def test_rows_of_a_seed_are_the_heads_that_training_gives(problem):
         prompts = problem.inputs["prompt_crime"]
         expected = train_ensemble(
             problem.inputs, SCHEMA, prompts, labels[mine], method.config("crime", seed), "crime",
-            engine=CPU, reporter=quiet(), identity="",
+            Workplace(engine=CPU, reporter=quiet()),
         )  # fmt: skip
         np.testing.assert_array_equal(found[mine], expected.predicted)
     assert (found >= 0).all()

@@ -71,31 +71,60 @@ def minimise(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, *
     module.eval()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learner:
+    """An embedding that is yet to be trained.
+
+    Attributes:
+        module: All that is trained.
+        loss: The loss of an epoch, a scalar.
+        embed: The embedding as the module gives it, (N, D).
+    """
+
+    module: nn.Module
+    loss: Callable[[int], Tensor]
+    embed: Callable[[], Tensor]
+
+
+_embeddings: WeakKeyDictionary[Problem, dict[tuple[str, Recipe, int], Tensor]] = WeakKeyDictionary()
+"""One embedding per method's name, recipe and seed, whatever the task: all rows and tasks share it."""
+
+
 class EmbeddingMethod(ABC):
     """A method of the field: region embeddings learnt without labels, then a regression on them per training set.
 
-    One embedding per problem and seed, whatever the task: all rows and tasks share it.
+    Args:
+        recipe: How the embedding is trained; as in the paper by default.
 
     Attributes:
         name: The method's name, of its stage of training and in errors.
+        paper: The paper's recipe.
     """
 
     name: str
+    paper: Recipe
 
-    def __init__(self) -> None:
-        self._embeddings: WeakKeyDictionary[Problem, dict[int, Tensor]] = WeakKeyDictionary()
+    def __init__(self, recipe: Recipe | None = None) -> None:
+        self.recipe = recipe or self.paper
 
     @abstractmethod
-    def embed(self, problem: Problem) -> Tensor:
-        """Train an embedding with the random numbers as they are seeded: float32 (N, D), without gradient."""
+    def build(self, problem: Problem) -> Learner:
+        """The model and how it is trained, with the random numbers as they are seeded.
+
+        Raises:
+            BadData: If the city lacks what the method reads.
+        """
 
     def embedding(self, problem: Problem, seed: int) -> Tensor:
-        """The embedding of ``seed`` (N, D), trained on the first call."""
-        trained = self._embeddings.setdefault(problem, {})
-        if seed not in trained:
+        """The embedding of ``seed``, float32 (N, D), trained on the first call."""
+        trained, key = _embeddings.setdefault(problem, {}), (self.name, self.recipe, seed)
+        if key not in trained:
             problem.engine.seed(seed, self.name)
-            trained[seed] = self.embed(problem)
-        return trained[seed]
+            learner = self.build(problem)
+            minimise(learner.module, learner.loss, self.recipe, stage=self.name, problem=problem)
+            with torch.no_grad():
+                trained[key] = learner.embed()
+        return trained[key]
 
     def regress(self, problem: Problem, embedding: Tensor, labels: Tensor, known: Tensor, seed: int) -> Tensor:
         """Counts of every region (S, N) from a regression per row: ridge on E, the papers' own protocol.

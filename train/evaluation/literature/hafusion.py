@@ -13,7 +13,7 @@ from topt_deploy.model.srel import GraphormerLayer, SrelLoss
 
 from ...stage1 import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Recipe, minimise, need_flows
+from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
 from .graphs import od_matrix
 
 WIDTH = 144
@@ -97,13 +97,10 @@ class HaFusion(EmbeddingMethod):
     """
 
     name = "hafusion"
+    paper = PAPER
 
-    def __init__(self, recipe: Recipe = PAPER) -> None:
-        super().__init__()
-        self.recipe = recipe
-
-    def embed(self, problem: Problem) -> Tensor:
-        """The embedding (N, 144).
+    def build(self, problem: Problem) -> Learner:
+        """Of an embedding (N, 144).
 
         Raises:
             BadData: If the city has no flows.
@@ -122,7 +119,4 @@ class HaFusion(EmbeddingMethod):
         def loss(_: int) -> Tensor:
             return torch.stack(list(decoders(model(counts, od)).values())).sum()
 
-        minimise(training, loss, self.recipe, stage=self.name, problem=problem)
-        with torch.no_grad():
-            embedding: Tensor = model(counts, od)
-        return embedding
+        return Learner(module=training, loss=loss, embed=lambda: model(counts, od))

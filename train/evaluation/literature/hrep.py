@@ -11,7 +11,7 @@ from topt_deploy.model.prompt4re import ridge
 
 from ...stage1 import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Recipe, minimise, need_flows
+from .embedding import EmbeddingMethod, Learner, Recipe, minimise, need_flows
 from .graphs import Array, contiguity, mobility_similarities, nearest
 from .losses import flow_cross_entropy
 
@@ -139,14 +139,14 @@ class Hrep(EmbeddingMethod):
     """
 
     name = "hrep"
+    paper = PAPER
 
-    def __init__(self, recipe: Recipe = PAPER, prompt: Recipe = PAPER_PROMPT) -> None:
-        super().__init__()
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe | None = None, prompt: Recipe = PAPER_PROMPT) -> None:
+        super().__init__(recipe)
         self.prompt = prompt
 
-    def embed(self, problem: Problem) -> Tensor:
-        """The region embedding (N, 144).
+    def build(self, problem: Problem) -> Learner:
+        """Of the region embedding (N, 144).
 
         Raises:
             BadData: If the city has no flows, no view ``poi``, or positions that tell no neighbours.
@@ -185,10 +185,7 @@ class Hrep(EmbeddingMethod):
             near, far = (torch.multinomial(pairs, 1)[:, 0].to(device) for pairs in choices)
             return hrep_loss(model(features, graphs, relations)[1], flow, poi, near, far)
 
-        minimise(model, loss, self.recipe, stage=self.name, problem=problem)
-        with torch.no_grad():
-            region: Tensor = model(features, graphs, relations)[0]
-        return region
+        return Learner(module=model, loss=loss, embed=lambda: model(features, graphs, relations)[0])
 
     def regress(self, problem: Problem, embedding: Tensor, labels: Tensor, known: Tensor, seed: int) -> Tensor:
         """Counts (S, N) from a prefix head per row, started from ridge with the authors' α and trained on counts."""

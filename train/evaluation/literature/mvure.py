@@ -13,7 +13,7 @@ from topt_deploy.model.layers import Dropout
 
 from ...stage1 import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Recipe, minimise, need_flows
+from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
 from .graphs import Array, mobility_similarities, nearest
 from .losses import flow_cross_entropy
 
@@ -127,13 +127,10 @@ class Mvure(EmbeddingMethod):
     """
 
     name = "mvure"
+    paper = PAPER
 
-    def __init__(self, recipe: Recipe = PAPER) -> None:
-        super().__init__()
-        self.recipe = recipe
-
-    def embed(self, problem: Problem) -> Tensor:
-        """The fused embedding (N, 144).
+    def build(self, problem: Problem) -> Learner:
+        """Of the fused embedding (N, 144).
 
         Raises:
             BadData: If the city has no flows.
@@ -153,10 +150,7 @@ class Mvure(EmbeddingMethod):
         def loss(_: int) -> Tensor:
             return mvure_loss(model(features, masks), flow, attributes)
 
-        minimise(model, loss, self.recipe, stage=self.name, problem=problem)
-        with torch.no_grad():
-            fused: Tensor = model(features, masks).fused
-        return fused
+        return Learner(module=model, loss=loss, embed=lambda: model(features, masks).fused)
 
 
 def _glorot(*shape: int) -> Tensor:

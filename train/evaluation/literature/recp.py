@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Recipe, minimise, need_flows
+from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
 from .graphs import Array, distributions, od_matrix
 
 HIDDEN = (128, 128, 48)
@@ -149,13 +149,10 @@ class Recp(EmbeddingMethod):
     """ReCP; the attributes are the counts of all count views side by side (the paper's city has POIs alone)."""
 
     name = "recp"
+    paper = PAPER
 
-    def __init__(self, recipe: Recipe = PAPER) -> None:
-        super().__init__()
-        self.recipe = recipe
-
-    def embed(self, problem: Problem) -> Tensor:
-        """Both views' embeddings (N, 96).
+    def build(self, problem: Problem) -> Learner:
+        """Of both views' embeddings (N, 96).
 
         Raises:
             BadData: If the city has no flows.
@@ -177,7 +174,4 @@ class Recp(EmbeddingMethod):
             positives = [[tensor(x) for x in of_view] for of_view in augmented]
             return model.loss(views, positives, predict=epoch >= PREDICTION_FROM)
 
-        minimise(model, loss, self.recipe, stage=self.name, problem=problem)
-        with torch.no_grad():
-            embedding: Tensor = model(views)
-        return embedding
+        return Learner(module=model, loss=loss, embed=lambda: model(views))

@@ -10,13 +10,13 @@ import pytest
 import torch
 from builders import TASKS, quiet, tiny_city, tiny_city_tables
 from sklearn.linear_model import RidgeCV
-from torch import Tensor, nn
+from torch import nn
 
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ALPHAS
 from topt_deploy.table import City, Schema, infer_schema, read_city
 from topt_deploy.train.evaluation.literature import LITERATURE
-from topt_deploy.train.evaluation.literature.embedding import EmbeddingMethod, Recipe, minimise
+from topt_deploy.train.evaluation.literature.embedding import EmbeddingMethod, Learner, Recipe, minimise
 from topt_deploy.train.evaluation.literature.flexireg import FlexiRegStyle
 from topt_deploy.train.evaluation.literature.hafusion import HaFusion
 from topt_deploy.train.evaluation.literature.hrep import Hrep
@@ -73,7 +73,8 @@ def test_predicts_counts_of_every_region(method: Callable[[], Method], city: Cit
     assert predicted.dtype == np.float64
     assert (predicted >= 0).all()
     assert np.isfinite(predicted).all()
-    np.testing.assert_array_equal(method().predict(problem, "crime", rows, [0, 0, 0]), predicted)
+    again = method().predict(problem_of(city), "crime", rows, [0, 0, 0])
+    np.testing.assert_array_equal(again, predicted)
 
 
 @EACH
@@ -118,14 +119,14 @@ class Counted(EmbeddingMethod):
     """Random embeddings, counted."""
 
     name = "counted"
+    paper = Recipe(epochs=0, lr=1.0)
+    calls = 0
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def embed(self, problem: Problem) -> Tensor:
+    def build(self, problem: Problem) -> Learner:
         self.calls += 1
-        return torch.randn(len(problem.city), 5) * 40
+        return Learner(
+            module=Point(), loss=lambda _: torch.zeros(()), embed=lambda: torch.randn(len(problem.city), 5) * 40
+        )
 
 
 def test_one_embedding_per_problem_and_seed_whatever_the_task(city: City, problem: Problem) -> None:
@@ -138,6 +139,12 @@ def test_one_embedding_per_problem_and_seed_whatever_the_task(city: City, proble
     assert method.calls == 2
     method.predict(problem_of(city), "crime", rows, [7, 7, 7, 7])
     assert method.calls == 3
+
+
+def test_flexireg_style_stands_on_hafusions_own_embedding(problem: Problem) -> None:
+    assert FlexiRegStyle(SHORT).embedding(problem, 4) is HaFusion(SHORT).embedding(problem, 4)
+    longer = replace(SHORT, epochs=4)
+    assert not torch.equal(HaFusion(longer).embedding(problem, 4), HaFusion(SHORT).embedding(problem, 4))
 
 
 def test_the_regression_is_ridge_with_leave_one_out_on_the_scaled_embedding(city: City, problem: Problem) -> None:
