@@ -11,6 +11,8 @@ from topt_deploy import __version__
 from topt_deploy.commandline import LOG_FORMATS, Log, decimal, run
 from topt_deploy.errors import NoInput, UsageError
 
+from .encode import encode
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -167,6 +169,9 @@ def selftest(bundle: Path, device: str, log_format: str) -> None:
     Log(log_format).result(
         "\n".join([*lines, f"self-test passed on {predictor.provider}"]), event="selftest", checks=facts
     )
+
+
+cli.add_command(log_format(encode))
 
 
 def _default_bundle(regions: Path) -> Path:

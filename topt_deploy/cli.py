@@ -10,6 +10,7 @@ from .commandline import run
 _COMMANDS = {
     "sample": ("topt_deploy.train.commands_data:sample", "Make up a synthetic city to try everything on."),
     "import": ("topt_deploy.train.commands_data:import_group", "Turn published research data into a city."),
+    "encode": ("topt_deploy.train.encode:encode", "Turn texts and images into prompt vectors with a frozen model."),
     "train": ("topt_deploy.train.command:train", "Train both stages on a city."),
     "evaluate": ("topt_deploy.train.evaluation.command:evaluate", "Compare methods on labels that were held out."),
     "report": (

@@ -1,0 +1,192 @@
+"""Export a prompt encoder: networks shard by shard, parity gate, golden regions, and last of all the manifest."""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pyarrow as pa
+import torch
+import transformers
+
+from topt_deploy import __version__
+from topt_deploy.bundle import seal_bundle
+from topt_deploy.encoder.bundle import EMBEDDING, GOLDEN, SCHEMA_VERSION, TOKENIZER, EncoderManifest
+from topt_deploy.encoder.graphs import VISION, GraphBackend
+from topt_deploy.encoder.prompt import Array
+from topt_deploy.encoder.spec import TEXT
+from topt_deploy.encoder.templates import Templates
+from topt_deploy.errors import UsageError
+from topt_deploy.model.encoder.load import Checkpoint, torch_backend
+from topt_deploy.parquet import write_parquet
+
+from .assemble import Assembled, assemble
+from .checkpoint import Recipe, Tensors, recipe
+from .gate import (
+    TOLERANCE,
+    Candidate,
+    EncoderParity,
+    FileRunner,
+    GoldenRegion,
+    OpenVinoRunner,
+    TorchRunner,
+    gate,
+    golden_regions,
+    reference,
+)
+from .lower import ONNXRUNTIME, PRECISIONS, STANDARD
+from .outliers import Outliers
+
+WHOLE_MODEL_NUMBERS = 500_000_000
+"""A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
+ROWS = 4096
+LAYERWISE_CHUNK = 4096
+"""Tokens read at once where every pass reads the whole checkpoint."""
+
+
+def export_encoder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    precision: str,
+    templates: Templates,
+    say: Callable[[str], None],
+) -> EncoderManifest:
+    """Write an encoder bundle into an empty folder.
+
+    No more than a layer's weights is in memory at a time, besides the token embeddings; the gate maps what was written.
+
+    Args:
+        checkpoint: The model.
+        folder: The folder; what stands there after an error is to be thrown away.
+        precision: One of :data:`.lower.PRECISIONS`, of the decoder's linear maps; a vision network is not taken below
+            int8, and maps that lose too much in int8 (:mod:`.outliers`) are kept in fp16.
+        templates: What questions travel with it.
+        say: Told what is being done.
+
+    Raises:
+        UsageError: If the model or the precision cannot be exported.
+        BadBundle: If the parity gate fails.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
+    made = recipe(checkpoint)
+    spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
+    regions = golden_regions(templates, images=spec.family != TEXT)
+    questions = list(templates.questions.values())
+    past = {
+        name: (int(dims[1]), int(dims[3]))
+        for name, dims in ((n, s.dims) for n, s in made.networks[-1].inputs.items())
+        if name.startswith("past_")
+    }
+    with Tensors(checkpoint, made.canonical) as tensors:
+        embedding = _embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16")
+        whole = tensors.count() <= WHOLE_MODEL_NUMBERS
+        kept, layerwise = {}, None
+        if precision == "int8" or not whole:
+            say("running the model in PyTorch, layer by layer")
+            outliers = Outliers() if precision == "int8" else None
+            runners = {n.name: TorchRunner(n, tensors.load, outliers) for n in made.networks}
+            backend = GraphBackend(runners, embedding=embedding, past=past, spec=spec, chunk=LAYERWISE_CHUNK)
+            layerwise = reference(host, backend, regions, questions)
+            kept = outliers.kept() if outliers else {}
+        networks = {}
+        for network in made.networks:
+            say(f"exporting the {network.name} network at {precision}")
+            own = "int8" if network.name == VISION and precision == "int4" else precision
+            networks[network.name] = assemble(network, tensors.load, kept, own, folder)
+    if whole:
+        say("running the model in PyTorch, as transformers has it")
+        expected = reference(host, torch_backend(checkpoint, device="cpu", precision="fp32"), regions, questions)
+    else:
+        assert layerwise is not None
+        expected = layerwise
+    say("parity gate: PyTorch against the exported graphs")
+    parity: list[EncoderParity] = []
+    for candidate in _candidates(networks, whole):
+        parity += gate(
+            candidate, expected=expected, regions=regions, questions=questions, host=host, spec=spec,
+            embedding=embedding, past=past, precision=precision,
+        )  # fmt: skip
+        worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
+        say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
+    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
+    _write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
+    manifest = EncoderManifest(
+        schema_version=SCHEMA_VERSION,
+        version=__version__,
+        source={
+            "reference": "transformers" if whole else "PyTorch, layer by layer",
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "onnxruntime": ort.__version__,
+            },
+        },
+        spec=asdict(spec),
+        templates=templates.as_dict(),
+        precision=precision,
+        kept=kept,
+        embedding={"dtype": embedding.dtype.name, "shape": list(embedding.shape)},
+        past=past,
+        networks={
+            name: {
+                "graphs": {form: path.name for form, path in done.graphs.items()},
+                "weights": done.weights.name,
+            }
+            for name, done in networks.items()
+        },
+        tolerance=TOLERANCE[precision],
+        parity=tuple(asdict(measured) for measured in parity),
+        golden=tuple(region.name for region in regions),
+    )
+    seal_bundle(folder, manifest)
+    return manifest
+
+
+def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
+    """Write the token embeddings; they are then mapped, for a text touches few of their rows."""
+    rows, width = tensors.shape(made.embedding)
+    with path.open("xb") as file:
+        for start in range(0, rows, ROWS):
+            part = tensors.rows(made.embedding, start, min(start + ROWS, rows)).float().numpy()
+            file.write(np.ascontiguousarray(part.astype(dtype)).data)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(rows, width))
+
+
+def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidate]:
+    """What the gate checks. ONNX Runtime would unpack a large model's standard form to float32: that is left out."""
+
+    def files(form: str) -> dict[str, Path]:
+        return {name: done.graphs[form] for name, done in networks.items()}
+
+    lazily = [Candidate(form=ONNXRUNTIME, engine="onnxruntime", files=files(ONNXRUNTIME), load=FileRunner)]
+    if whole:
+        lazily.append(Candidate(form=STANDARD, engine="onnxruntime", files=files(STANDARD), load=FileRunner))
+    if find_spec("openvino") is not None:
+        lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
+    return lazily
+
+
+def _write_golden(folder: Path, regions: tuple[GoldenRegion, ...], expected: Mapping[str, Array]) -> None:
+    """Golden regions as a city would have them, with PyTorch's vectors."""
+    from PIL import Image
+
+    folder.mkdir()
+    names = []
+    for region in regions:
+        names.append([f"{region.name}-{i}.png" for i in range(len(region.images))])
+        for name, pixels in zip(names[-1], region.images, strict=True):
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "png")
+            (folder / name).write_bytes(data.getvalue())
+    columns = {
+        "region_id": [region.name for region in regions],
+        "text": [region.text for region in regions],
+        "images": pa.array(names, pa.list_(pa.string())),
+    }
+    columns |= {f"prompt_{task}": pa.array(list(v), pa.list_(pa.float32(), v.shape[1])) for task, v in expected.items()}
+    write_parquet(folder / "regions.parquet", pa.table(columns))

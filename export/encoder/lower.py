@@ -1,0 +1,206 @@
+"""What a linear map and attention become in ONNX, by precision and by form of the graph.
+
+A graph comes in two forms on one file of weights. ``onnxruntime`` uses ONNX Runtime's own operators and computes in
+8 bits where the weights are; ``standard`` has the standard's operators alone, with weights behind DequantizeLinear,
+which OpenVINO and TensorRT turn into kernels of their own.
+
+- ``fp32``: MatMul.
+- ``fp16``: the weight in half precision, cast to float32 before it is used: half the file.
+- ``int8``: weights per output channel. In ONNX Runtime also activations, per token (largest magnitude to 127): one
+  scale for a whole activation, as DynamicQuantizeLinear has it, is ruined by the few huge values that real decoders
+  have in single tokens.
+- ``int4``: blocks of 32 inputs with one scale each; MatMulNBits in ONNX Runtime. A layer whose inputs do not come
+  in whole blocks gets int8.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .builder import INT4, MICROSOFT, Array, Builder
+
+ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+BLOCK = 32
+FAR = np.float32(-1e30)
+"""What is added to a score where a query may not look; finite, so that looking nowhere is no NaN."""
+FLOAT = 1
+"""ONNX's number of the type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear map to be lowered.
+
+    Attributes:
+        name: In the checkpoint, without ``.weight``.
+        load: Gives its weight, float32 (out, in).
+        bias: Gives float32 (out,), or None.
+        rank: Of what it is applied to.
+    """
+
+    name: str
+    load: Callable[[], Array]
+    bias: Callable[[], Array] | None
+    rank: int
+
+    @cached_property
+    def weight(self) -> Array:
+        """float32 (out, in), read when it is first needed."""
+        return self.load()
+
+    @cached_property
+    def scale(self) -> Array:
+        """Of int8 codes, float32 (out,)."""
+        largest: Array = np.abs(self.weight).max(axis=1)
+        return np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(127)
+
+    def codes(self) -> Array:
+        """int8 (in, out)."""
+        return np.rint(self.weight / self.scale[:, None]).astype(np.int8).T
+
+    @cached_property
+    def blocks(self) -> tuple[Array, Array]:
+        """int4 codes as uint8 (out, blocks, 32), 8 standing for zero, and scales (out, blocks).
+
+        The largest magnitude of a block is code 0, exactly: its sign decides the scale's.
+        """
+        blocks = self.weight.reshape(len(self.weight), -1, BLOCK)
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
+        scale = np.where(extreme == 0, 1, extreme / -8)
+        codes = np.clip(np.rint(blocks / scale) + 8, 0, 15).astype(np.uint8)
+        return codes, scale[..., 0].astype(np.float32)
+
+
+def linear(graph: Builder, x: str, layer: Linear, precision: str, form: str) -> str:
+    """Add nodes for x W' + b; the name of the result."""
+    if precision == "int4" and layer.weight.shape[1] % BLOCK:
+        precision = "int8"
+    y = _LINEAR[precision, form](graph, x, layer)
+    return y if layer.bias is None else graph.node("Add", [y, graph.weight(f"{layer.name}.bias", layer.bias)])
+
+
+def _float32(graph: Builder, x: str, layer: Linear) -> str:
+    return graph.node("MatMul", [x, graph.weight(f"{layer.name}.weight", lambda: layer.weight.T)])
+
+
+def _float16(graph: Builder, x: str, layer: Linear) -> str:
+    half = graph.weight(f"{layer.name}.half", lambda: layer.weight.T.astype(np.float16))
+    return graph.node("MatMul", [x, graph.node("Cast", [half], to=FLOAT)])
+
+
+def _int8(graph: Builder, layer: Linear) -> tuple[str, str]:
+    codes = graph.weight(f"{layer.name}.codes", layer.codes)
+    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.scale)
+
+
+def _int8_standard(graph: Builder, x: str, layer: Linear) -> str:
+    return graph.node("MatMul", [x, graph.node("DequantizeLinear", _int8(graph, layer), axis=1)])
+
+
+def _int8_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
+    unit, zero = graph.constant(np.float32(1 / 127)), graph.constant(np.uint8(128))
+    if x not in graph.quantised:
+        size = graph.node("ReduceMax", [graph.node("Abs", [x]), graph.constant([layer.rank - 1])], keepdims=1)
+        size = graph.node("Max", [size, graph.constant(np.finfo(np.float32).tiny)])
+        graph.quantised[x] = graph.node("QuantizeLinear", [graph.node("Div", [x, size]), unit, zero]), size
+    token_codes, size = graph.quantised[x]
+    codes, scale = _int8(graph, layer)
+    y = graph.node("MatMulIntegerToFloat", [token_codes, codes, unit, scale, zero], domain=MICROSOFT)
+    return graph.node("Mul", [y, size])
+
+
+def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
+    def packed() -> Array:
+        codes, _ = layer.blocks
+        pairs: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        return pairs
+
+    out, width = layer.weight.shape
+    weight = graph.weight(f"{layer.name}.blocks", packed)
+    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.blocks[1])
+    form = {"K": width, "N": out, "bits": 4, "block_size": BLOCK}
+    return graph.node("MatMulNBits", [x, weight, scale], domain=MICROSOFT, **form)
+
+
+def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
+    def codes() -> Array:
+        unsigned, _ = layer.blocks
+        signed: Array = unsigned.reshape(len(unsigned), -1).T.astype(np.int8) - 8
+        return signed.astype(INT4)
+
+    weight = graph.weight(f"{layer.name}.int4", codes)
+    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.blocks[1].T)
+    return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
+
+
+_LINEAR: dict[tuple[str, str], Callable[[Builder, str, Linear], str]] = {
+    ("fp32", ONNXRUNTIME): _float32,
+    ("fp32", STANDARD): _float32,
+    ("fp16", ONNXRUNTIME): _float16,
+    ("fp16", STANDARD): _float16,
+    ("int8", ONNXRUNTIME): _int8_onnxruntime,
+    ("int8", STANDARD): _int8_standard,
+    ("int4", ONNXRUNTIME): _int4_onnxruntime,
+    ("int4", STANDARD): _int4_standard,
+}
+
+
+def attention(
+    graph: Builder, inputs: Sequence[str], form: str, *, scale: float, queries: int, keys: int, width: int
+) -> str:
+    """Add nodes for :func:`.ops.attention`, whose attributes these are; the name of the result."""
+    add = _attention_onnxruntime if form == ONNXRUNTIME else _attention_standard
+    mask = _far(graph, inputs[3]) if len(inputs) > 3 else None
+    return add(graph, inputs[:3], mask, scale, queries, keys, width)
+
+
+def _far(graph: Builder, allowed: str) -> str:
+    """What keeps a query from where it may not look; layers that share a mask share this."""
+    if allowed not in graph.far:
+        graph.far[allowed] = graph.node("Where", [allowed, graph.constant(np.float32(0)), graph.constant(FAR)])
+    return graph.far[allowed]
+
+
+def _attention_onnxruntime(
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int, width: int
+) -> str:
+    """Queries that share a key head in an axis of their own, so that no key is copied for them."""
+    q, k, v = inputs
+    rows = graph.node("Reshape", [q, graph.constant([0, keys, queries // keys, -1, width])])
+    two = graph.constant([2])
+    k, v5 = (graph.node("Unsqueeze", [x, two]) for x in (k, v))
+    scores = graph.node("FusedMatMul", [rows, k], domain=MICROSOFT, transB=1, alpha=float(scale))  # (B, K, G, S, L)
+    if mask is not None:  # (B, 1, S, L)
+        scores = graph.node("Add", [scores, graph.node("Unsqueeze", [mask, two])])
+    mixed = graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), v5])
+    size = graph.node("Concat", [graph.constant([0, queries]), _size(graph, q, 2), _size(graph, v, 3)], axis=0)
+    return graph.node("Reshape", [mixed, size])
+
+
+def _attention_standard(
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int, width: int
+) -> str:
+    """In the four dimensions and the order that compilers know as attention."""
+    q, k, v = inputs
+    if queries != keys:
+        k, v = (_every_query_its_own(graph, x, queries, keys) for x in (k, v))
+    scores = graph.node("MatMul", [q, graph.node("Transpose", [k], perm=[0, 1, 3, 2])])
+    scores = graph.node("Mul", [scores, graph.constant(np.float32(scale))])
+    if mask is not None:
+        scores = graph.node("Add", [scores, mask])
+    return graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), v])
+
+
+def _every_query_its_own(graph: Builder, x: str, queries: int, keys: int) -> str:
+    """Key heads (B, K, L, D) as often as query heads read them, (B, G·K, L, D)."""
+    times = graph.constant([1, 1, queries // keys, 1, 1])
+    wide = graph.node("Expand", [graph.node("Unsqueeze", [x, graph.constant([2])]), times])
+    size = graph.node("Concat", [graph.constant([0, queries, -1]), _size(graph, x, 3)], axis=0)
+    return graph.node("Reshape", [wide, size])
+
+
+def _size(graph: Builder, x: str, axis: int) -> str:
+    return graph.node("Shape", [x], start=axis, end=axis + 1)

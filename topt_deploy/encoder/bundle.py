@@ -1,0 +1,113 @@
+"""An exported prompt encoder: a sealed folder of its own, or the folder ``encoder/`` of a city's bundle."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Sealed, open_sealed, require, well_formed
+from .graphs import DECODER
+from .spec import EncoderSpec
+from .templates import Templates
+
+SCHEMA_VERSION = 1
+INSIDE = "encoder/"
+TOKENIZER = "tokenizer.json"
+EMBEDDING = "embedding.weights"
+GOLDEN = "golden"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderManifest:
+    """What an exported encoder says of itself.
+
+    Attributes:
+        schema_version: Version of this record; another one is refused.
+        version: topt-deploy's, that wrote it.
+        source: What it was made with: versions, and what the parity gate compared with.
+        spec: The :class:`EncoderSpec`.
+        templates: The templates, in their file's form.
+        precision: Of the linear layers' weights.
+        kept: Linear layers that are kept in another precision, and which.
+        embedding: numpy type and shape of the token embeddings.
+        past: Key heads and width of every past tensor that the decoder reads, by name.
+        networks: By name: ``graphs`` (file of each form), and ``weights``, the file that they share.
+        tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest, relative to a vector's
+            root mean square.
+        parity: What the gate measured, per golden region.
+        golden: Names of the golden regions under ``golden/``.
+        files: Every other file: size in bytes and SHA-256.
+    """
+
+    schema_version: int
+    version: str
+    source: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    templates: Mapping[str, Any]
+    precision: str
+    kept: Mapping[str, str]
+    embedding: Mapping[str, Any]
+    past: Mapping[str, tuple[int, int]]
+    networks: Mapping[str, Mapping[str, Any]]
+    tolerance: Mapping[str, float]
+    parity: tuple[Mapping[str, Any], ...]
+    golden: tuple[str, ...]
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EncoderBundle(Sealed):
+    """An opened encoder bundle.
+
+    Attributes:
+        manifest: Its manifest.
+        spec: What encoder it is.
+        templates: The templates that travel with it.
+    """
+
+    manifest: EncoderManifest
+    spec: EncoderSpec
+    templates: Templates
+
+
+def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
+    """Open an encoder bundle and check its manifest, its list of files and their sizes.
+
+    Args:
+        path: The folder or zip.
+        inside: :data:`INSIDE` for that of a city's bundle.
+
+    Raises:
+        NoInput: If there is nothing at ``path``.
+        BadBundle: If it is not a sound encoder bundle.
+    """
+    sealed = open_sealed(path, SCHEMA_VERSION, inside)
+    with well_formed(sealed.path):
+        manifest = EncoderManifest(**sealed.record)
+        _check_form(manifest)
+        manifest = replace(manifest, parity=tuple(manifest.parity), golden=tuple(manifest.golden))
+        spec = EncoderSpec(**manifest.spec)
+    templates = Templates.from_dict(manifest.templates, path)
+    return EncoderBundle(**vars(sealed), manifest=manifest, spec=spec, templates=templates)
+
+
+def _check_form(manifest: EncoderManifest) -> None:
+    """Refuse a manifest whose values are not of the kinds that its readers rely on.
+
+    Raises:
+        TypeError: Naming the key.
+    """
+    for key in ("spec", "templates", "kept", "embedding", "past", "networks", "tolerance"):
+        require(isinstance(getattr(manifest, key), dict), key)
+    require(isinstance(manifest.golden, list) and all(isinstance(name, str) for name in manifest.golden), "golden")
+    require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
+    shape = manifest.embedding.get("shape")
+    require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
+    require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
+    for sizes in manifest.past.values():
+        require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes), "past")
+    require(DECODER in manifest.networks, "networks")
+    for network in manifest.networks.values():
+        require(isinstance(network.get("graphs"), dict), "networks")
+        require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
+    require({TOKENIZER, EMBEDDING} <= set(manifest.files), "files")

@@ -1,0 +1,94 @@
+"""An encoder's graphs as a backend, whatever runs them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from .prompt import Array
+from .spec import EncoderSpec
+
+VISION, CROSS, DECODER = "vision", "cross", "decoder"
+"""Networks of an encoder; only a decoder has every one."""
+
+
+class Runner(Protocol):
+    """A loaded graph."""
+
+    inputs: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """Compute the named outputs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class State:
+    """What a decoder has read.
+
+    Attributes:
+        past: Keys and values, (B, K, P, D) each, by the names of the decoder's inputs.
+        cross: Keys and values of images that cross-attention reads, the same for every sequence.
+    """
+
+    past: Mapping[str, Array]
+    cross: Mapping[str, Array]
+
+
+class GraphBackend:
+    """Runs an encoder's graphs (:class:`topt_deploy.encoder.backend.Backend`).
+
+    Args:
+        networks: What runs each network, by its name.
+        embedding: Token embeddings (vocabulary, H).
+        past: Key heads and width of every past tensor that the decoder reads, by name.
+        spec: The encoder's.
+        chunk: Prefix tokens to read at once.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Runner],
+        *,
+        embedding: Array,
+        past: Mapping[str, Sequence[int]],
+        spec: EncoderSpec,
+        chunk: int,
+    ) -> None:
+        self._networks, self._embedding, self._past, self._spec = networks, embedding, past, spec
+        self.chunk = chunk
+
+    def embed(self, ids: Array) -> Array:
+        """Token embeddings, float32 (n, H), of int64 (n,)."""
+        return self._embedding[ids].astype(np.float32)
+
+    def vision(self, image: Mapping[str, Array]) -> Array:
+        """One image's features, float32 (m, H)."""
+        return self._networks[VISION].run(image, ["features"])["features"]
+
+    def start(self, features: Sequence[Array], batch: int) -> State:
+        """The state before the first token."""
+        past = {name: np.zeros((batch, heads, 0, width), np.float32) for name, (heads, width) in self._past.items()}
+        cross: dict[str, Array] = {}
+        if CROSS in self._networks:
+            # Without images: states of zeros give keys and values of zeros, which add nothing.
+            states = (
+                np.concatenate(features) if features else np.zeros((self._spec.settings["patches"], self._spec.width))
+            )
+            names = [name for name in self._networks[DECODER].inputs if name.startswith("cross_")]
+            cross = self._networks[CROSS].run({"states": states.astype(np.float32)}, names)
+        return State(past=past, cross=cross)
+
+    def decode(
+        self, state: State, embeds: Array, positions: Array, visible: Array | None, begins: Array | None = None
+    ) -> tuple[Array, State]:
+        """Read S more tokens (:class:`topt_deploy.encoder.backend.Backend`)."""
+        if begins is None:
+            begins = np.zeros(embeds.shape[:2], np.int64)
+        inputs = {**state.past, **state.cross, "hidden": embeds, "positions": positions, "begins": begins}
+        if visible is not None:
+            inputs["visible"] = visible
+        presents = {name: name.replace("past_", "present_", 1) for name in state.past}
+        contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        found = self._networks[DECODER].run(contiguous, ["last_hidden", *presents.values()])
+        return found["last_hidden"], replace(state, past={name: found[now] for name, now in presents.items()})

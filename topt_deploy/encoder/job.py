@@ -1,0 +1,129 @@
+"""One call of an encode command: where things are, what is refused beforehand, and what is said at the end."""
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CannotCreate, NoInput, UsageError
+from ..fileio import check_place
+from ..parquet import read_parquet, write_parquet
+from .cache import Cache
+from .command import CACHE, OUT, REGIONS, TASKS
+from .encode import Encoded, Encoder, Progress, encode
+from .table import merge_prompts, read_regions
+from .templates import Templates
+
+SAY_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A city to encode; the fields are what the user asked for.
+
+    Attributes:
+        city: regions.parquet or its folder.
+    """
+
+    city: Path
+    tasks: Sequence[str]
+    out: Path | None
+    update_regions: bool
+    images_root: Path | None
+    on_bad_image: str
+    resume: bool
+    no_cache: bool
+
+    def __post_init__(self) -> None:
+        if not self.regions.exists():
+            raise NoInput("no city here", file=self.regions, expected="a regions.parquet, or a folder with one")
+        if self.place.resolve() == self.regions.resolve():
+            raise UsageError("the output would overwrite its input", file=self.place, fix="--update-regions adds to it")
+        check_place(self.place)
+        if self.resume and self.no_cache:
+            raise UsageError("--resume goes on with the cache, which --no-cache leaves alone")
+        if self.resume and not self.cache.exists():
+            raise UsageError("nothing to go on with", file=self.cache, fix="start without --resume")
+
+    @property
+    def regions(self) -> Path:
+        """The file of the regions."""
+        return self.city / REGIONS if self.city.is_dir() else self.city
+
+    @property
+    def place(self) -> Path:
+        """Of the output."""
+        return self.out or self.regions.with_name(OUT)
+
+    @property
+    def cache(self) -> Path:
+        """The file of the cache."""
+        return self.regions.parent / CACHE
+
+    def run(self, encoder: Encoder, templates: Templates, *, batch: int, progress: Progress) -> Encoded:
+        """Encode, and write the table.
+
+        Raises:
+            ToptError: As :func:`.encode.encode`, and where a file cannot be read or written.
+        """
+        regions = read_regions(self.regions, templates.wording)
+        with self._cache() as cache:
+            done = encode(
+                regions,
+                encoder,
+                templates,
+                tuple(dict.fromkeys(self.tasks or TASKS)),
+                root=self.images_root or self.regions.parent,
+                cache=cache,
+                batch=batch,
+                on_bad_image=self.on_bad_image,
+                progress=progress,
+            )
+        write_parquet(self.place, done.table)
+        if self.update_regions:
+            write_parquet(self.regions, merge_prompts(read_parquet(self.regions), done.table))
+        return done
+
+    def _cache(self) -> Any:
+        if self.no_cache:
+            return nullcontext()
+        try:
+            self.cache.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CannotCreate(
+                f"no cache can be kept here ({error.strerror})",
+                file=self.cache,
+                fix="let this user write there, or go without: --no-cache",
+            ) from error
+        return Cache(self.cache)
+
+    def summary(self, done: Encoded) -> str:
+        """What to say at the end."""
+        lines = [
+            f"prompts {self.place}: {done.encoded} regions encoded, {done.cached} as they were, {done.skipped} skipped"
+        ]
+        lines += [f"updated {self.regions}"] if self.update_regions else []
+        return "\n".join(lines)
+
+    def facts(self, done: Encoded) -> dict[str, Any]:
+        """The same for machines."""
+        counts = {"encoded": done.encoded, "cached": done.cached, "skipped": done.skipped}
+        return {"event": "encoded", "file": str(self.place), **counts}
+
+
+class Lines:
+    """Progress as a line now and then, on standard error."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how far things are, and how much time is left at this pace."""
+        now = time.monotonic()
+        if now - self._said > SAY_EVERY_S:
+            self._said = now
+            left = (now - self._began) / done * (total - done)
+            print(f"{done} of {total} regions, {left:.0f} s left", file=sys.stderr, flush=True)
