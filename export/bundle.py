@@ -1,18 +1,22 @@
 """Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
 
 import errno
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
 
 from topt_deploy import __version__
-from topt_deploy.bundle import CARD, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.bundle import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.columns import PROMPT_PREFIX
+from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.features import POSITION, features
 from topt_deploy.fileio import atomic_file, atomic_folder, write_error
@@ -44,23 +48,40 @@ class Exported:
     bytes: int
 
 
-def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bool = False) -> Exported:
+def export_bundle(
+    run: Run,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    as_zip: bool = False,
+    encoder: EncoderBundle | None = None,
+    inside: bool = False,
+) -> Exported:
     """Export ``run`` to ``out``; nothing stands under that name until all of it is right.
 
     Args:
         run: A finished run.
         out: The bundle's folder, or file with ``as_zip``. An older bundle there is replaced.
         say: Told what is being done.
+        encoder: The prompt encoder that goes with it.
+        inside: Whether a copy of that goes into the bundle; its own is referred to otherwise.
 
     Raises:
         BadBundle: If the parity gate fails.
-        UsageError: If the run is not finished, or ``out`` is something other than a bundle.
+        UsageError: If the run is not finished, ``out`` is something other than a bundle, or the encoder is not the one
+            that the run's prompts are from.
     """
     if not run.finished:
         raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
-    _check_place(out, as_zip)
+    check_place(out, as_zip)
     model = load_model(run.path / MODEL_FILE)
     inputs, facts = load_tensors(run.path / INPUTS_FILE)
+    prompts = {
+        column: {"width": width, "encoder": facts["encoders"].get(column), "template": facts["templates"].get(column)}
+        for column, width in model.spec.schema.prompts.items()
+    }
+    if encoder is not None:
+        _check_encoder(run, encoder, prompts)
     say("exporting the graph")
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")
@@ -104,7 +125,7 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
         },
         views={view: tuple(names) for view, names in schema.views.items()},
         mobility=schema.mobility,
-        prompts={c: {"width": w, "encoder": facts["encoders"].get(c)} for c, w in schema.prompts.items()},
+        prompts=prompts,
         ranges=ranges,
         inputs=tuple(model.input_names()),
         opset=OPSET,
@@ -119,6 +140,13 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
             }
         },
         golden=tuple(cities),
+        encoder=None
+        if encoder is None
+        else {
+            "identity": encoder.spec.identity,
+            "sha256": encoder.sha256,
+            "bundle": None if inside else encoder.path.name,
+        },
     )
     with atomic_folder(out) if not as_zip else _zipped(out) as folder:
         (folder / "models").mkdir()
@@ -128,6 +156,8 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
         for name, city in cities.items():
             expected = {task: pa.array(values) for task, values in run_model(model, arrays[name]).items()}
             _write_golden(folder / "golden", name, city, pa.table(expected))
+        if encoder is not None and inside:
+            shutil.copytree(encoder.path, folder / ENCODER)
         card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
         (folder / CARD).write_text(card, encoding="utf-8")
         seal_bundle(folder, manifest)
@@ -135,7 +165,30 @@ def export_bundle(run: Run, out: Path, *, say: Callable[[str], None], as_zip: bo
     return Exported(path=out, parity=parity, bytes=size)
 
 
-def _check_place(out: Path, as_zip: bool) -> None:
+def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an encoder that would give the model other prompts than it was trained with."""
+    if not prompts:
+        raise UsageError("this run reads no prompts", file=run.path, fix="export it without --prompt-encoder")
+    for column, facts in prompts.items():
+        task = column.removeprefix(PROMPT_PREFIX)
+        for what, expected, found in (
+            ("encoder", facts["encoder"], encoder.spec.identity),
+            ("template", facts["template"], encoder.templates.sha256(task)),
+        ):
+            if expected is not None and expected != found:
+                raise UsageError(
+                    f"the run was trained with prompts of another {what}", file=run.path, column=column,
+                    expected=expected, found=found,
+                    fix="export that one, or encode with this one (topt-deploy encode) and train again",
+                )  # fmt: skip
+        if facts["width"] != encoder.spec.width:
+            raise UsageError(
+                "the run's prompts are of another width", file=run.path, column=column,
+                expected=facts["width"], found=encoder.spec.width,
+            )  # fmt: skip
+
+
+def check_place(out: Path, as_zip: bool) -> None:
     """Refuse before the work what could not be written after it, and to replace what is no bundle."""
     if not out.parent.is_dir():
         raise write_error(out, FileNotFoundError(errno.ENOENT, "no such folder"))

@@ -1,13 +1,20 @@
 """``topt-deploy export``."""
 
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from topt_deploy.bundle import SUFFIX
 from topt_deploy.runs import RUNS_DIR, newest_run, open_run
 
+if TYPE_CHECKING:
+    from topt_deploy.encoder.bundle import EncoderBundle
+
 DEFAULT_OUT = f"model{SUFFIX}"
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @click.command("export")
@@ -17,17 +24,79 @@ DEFAULT_OUT = f"model{SUFFIX}"
 )
 @click.option("--out", type=click.Path(path_type=Path), help=f"Bundle [default: {DEFAULT_OUT} beside runs/].")
 @click.option("--zip", "as_zip", is_flag=True, help="Write the bundle as one zip file.")
-def export(run: Path | None, form: str, out: Path | None, as_zip: bool) -> None:
+@click.option("--prompt-encoder", metavar="MODEL", help="Also export this model, a folder or id, to encode prompts.")
+@click.option(
+    "--encoder-precision",
+    type=click.Choice(PRECISIONS),
+    default="int8",
+    show_default=True,
+    help="Of the encoder's weights.",
+)
+@click.option(
+    "--encoder-bundle",
+    type=click.Path(path_type=Path),
+    help="The encoder's own bundle, which several cities' may refer to: made where absent. Default: inside.",
+)
+@click.option("--encoder-only", is_flag=True, help="Make the --encoder-bundle, and export no run.")
+@click.option("--templates", type=click.Path(path_type=Path), help="TOML file that prompts were encoded with.")
+@click.option("--max-pixels", type=click.IntRange(min=1), help="As of topt-deploy encode.")
+def export(
+    run: Path | None,
+    form: str,
+    out: Path | None,
+    as_zip: bool,
+    prompt_encoder: str | None,
+    encoder_precision: str,
+    encoder_bundle: Path | None,
+    encoder_only: bool,
+    templates: Path | None,
+    max_pixels: int | None,
+) -> None:
     """Export RUN as a bundle that topt-run predicts with. RUN is the newest finished one under ./runs."""
+    from topt_deploy.errors import UsageError
+
+    if as_zip and prompt_encoder and encoder_bundle is None:
+        raise UsageError("an encoder's weights are mapped from a folder", fix="add --encoder-bundle, or leave --zip")
+    made_with = {"precision": encoder_precision, "templates": templates, "max_pixels": max_pixels}
+    if encoder_only:
+        if encoder_bundle is None:
+            raise UsageError("--encoder-only makes a bundle of the encoder's own", fix="name it with --encoder-bundle")
+        made = _encoder(prompt_encoder, encoder_bundle, **made_with)
+        click.echo(f"encoder {made.path}: {made.spec.identity}, {made.manifest.precision}")
+        return
     opened = open_run(run) if run else newest_run(Path(), finished=True)
     if out is None:
         folder = opened.path.parent
         out = (folder.parent if folder.name == RUNS_DIR else folder) / DEFAULT_OUT
 
-    from .bundle import export_bundle
+    from .bundle import check_place, export_bundle
 
-    done = export_bundle(opened, out, say=lambda text: click.echo(text, err=True), as_zip=as_zip)
+    check_place(out, as_zip)
+    with ExitStack() as stack:
+        encoder, inside = None, encoder_bundle is None
+        if encoder_bundle is not None:
+            encoder = _encoder(prompt_encoder, encoder_bundle, **made_with)
+        elif prompt_encoder is not None:
+            beside = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")))
+            encoder = _encoder(prompt_encoder, beside / f"encoder{SUFFIX}", **made_with)
+        done = export_bundle(opened, out, say=_say, as_zip=as_zip, encoder=encoder, inside=inside)
     click.echo(f"bundle {done.path}: {done.bytes / 1e6:.1f} MB, parity passed on {len(done.parity)} cities")
     regions = out.with_name("regions.parquet")
     found = regions.exists() and out.name == DEFAULT_OUT
     click.echo(f"next: topt-run predict {regions}" if found else f"next: topt-run predict REGIONS --bundle {out}")
+
+
+def _encoder(model: str | None, place: Path, **made_with: Any) -> "EncoderBundle":
+    """The encoder's bundle at ``place``, made of ``model`` where one is named."""
+    from topt_deploy.encoder.bundle import open_encoder_bundle
+
+    if model is None:
+        return open_encoder_bundle(place)
+
+    from .encoder.bundle import make_encoder
+
+    return make_encoder(model, place, **made_with, say=_say)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)

@@ -11,7 +11,7 @@ from topt_deploy import __version__
 from topt_deploy.commandline import LOG_FORMATS, Log, decimal, run
 from topt_deploy.errors import NoInput, UsageError
 
-from .encode import encode
+from .encode import encode, engine_option
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +54,9 @@ def cli() -> None:
 @click.option("--geo", type=_PATH, help="Also write a map for GIS: FILE.gpkg or FILE.geojson (extra `geo`).")
 @click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
+@click.option("--encoder-bundle", type=_PATH, help="The prompt encoder, for regions without prompts [default: found].")
+@engine_option
+@click.option("--no-cache", is_flag=True, help="Keep no prompts beside REGIONS, and take none from there.")
 @device_option
 @log_format
 def predict(
@@ -67,6 +70,9 @@ def predict(
     geo: Path | None,
     id_col: str,
     threads: int,
+    encoder_bundle: Path | None,
+    engine: str,
+    no_cache: bool,
     device: str,
     log_format: str,
 ) -> None:
@@ -87,7 +93,7 @@ def predict(
         _check_map(geo)
     watch = Stopwatch()
     with watch.step("open"):
-        predictor = open_predictor(bundle, device=device, threads=threads)
+        predictor = open_predictor(bundle, device=device, threads=threads, encoder=encoder_bundle, engine=engine)
     if not predictor.bundle.manifest.mobility:
         mobility = None  # not read, so it is no part of the receipt either
     elif mobility is None:
@@ -98,7 +104,7 @@ def predict(
         if file is not None and out.resolve() == file.resolve():
             raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
     with watch.step("predict"):
-        predictions = predictor.predictions(regions, mobility, **asked)
+        predictions = predictor.predictions(regions, mobility, **asked, cache=not no_cache)
         table = predictions.wide() if wide else predictions.long()
     with watch.step("write"):
         if geo is not None:  # first, for a run that fails must leave no predictions
@@ -157,18 +163,18 @@ def info(bundle: Path, log_format: str) -> None:
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @device_option
+@engine_option
 @log_format
-def selftest(bundle: Path, device: str, log_format: str) -> None:
-    """Predict BUNDLE's golden cities on this machine and compare with the exporter's values."""
-    from .predictor import load
+def selftest(bundle: Path, device: str, engine: str, log_format: str) -> None:
+    """Predict BUNDLE's golden cities on this machine and compare with the exporter's values; so too its encoder."""
+    from .selftest import selftests
 
-    predictor = load(bundle, device=device)
-    checks = predictor.selftest()
-    lines = [f"{c.city}: {c.regions} regions, largest relative difference {c.worst:.1e}" for c in checks]
-    facts = [{"city": c.city, "regions": c.regions, "worst": c.worst} for c in checks]
-    Log(log_format).result(
-        "\n".join([*lines, f"self-test passed on {predictor.provider}"]), event="selftest", checks=facts
-    )
+    lines: list[str] = []
+    facts: list[dict[str, Any]] = []
+    for done in selftests(bundle, device=device, engine=engine):
+        lines += [*done.lines, f"self-test passed on {done.engine}"]
+        facts += done.facts
+    Log(log_format).result("\n".join(lines), event="selftest", checks=facts)
 
 
 cli.add_command(log_format(encode))

@@ -8,6 +8,14 @@ import click
 from topt_deploy.commandline import Log
 from topt_deploy.encoder.command import shared_options
 
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the prompt encoder; an absent one is an error.",
+)
+
 
 @click.command("encode")
 @click.argument("regions", type=click.Path(path_type=Path, readable=False))
@@ -15,13 +23,7 @@ from topt_deploy.encoder.command import shared_options
     "--bundle", type=click.Path(path_type=Path, readable=False), required=True, help="A bundle with a prompt encoder."
 )
 @shared_options
-@click.option(
-    "--engine",
-    type=click.Choice(["onnxruntime", "openvino"]),
-    default="onnxruntime",
-    show_default=True,
-    help="An absent one is an error.",
-)
+@engine_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Regions at once.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
 def encode(
@@ -35,23 +37,15 @@ def encode(
     **shared: Any,
 ) -> None:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
-    from topt_deploy.encoder.encode import PooledEncoder
     from topt_deploy.encoder.job import Job, Lines
     from topt_deploy.encoder.templates import load_templates
 
-    from .encoder import open_encoder
+    from .encoder import locate, open_encoder
 
     job = Job(city=regions, **shared)
-    opened = open_encoder(bundle, engine=engine, threads=threads)
-    encoder = PooledEncoder(
-        spec=opened.spec,
-        precision=opened.precision,
-        runtime=engine,
-        sha256=opened.sha256,
-        host=opened.host,
-        backend=opened.backend,
-    )
+    path, inside = locate(bundle)
+    opened = open_encoder(path, inside=inside, engine=engine, threads=threads)
     log = Log(log_format)
     asked = load_templates(templates) if templates else opened.templates
-    done = job.run(encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())
+    done = job.run(opened.encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())
     log.result(job.summary(done), **job.facts(done))

@@ -4,12 +4,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.bundle import Bundle, open_bundle
+from topt_deploy.bundle import ENCODER, Bundle, open_bundle
 from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
@@ -18,6 +18,9 @@ from topt_deploy.parquet import ParquetFile
 from topt_deploy.table import City, read_city
 
 from .session import PROVIDERS, Session, check_device
+
+if TYPE_CHECKING:
+    from .prompts import PromptEncoder
 
 Array = np.ndarray[Any, Any]
 
@@ -44,9 +47,16 @@ class Predictor:
         bundle: An opened bundle.
         device: ``cpu`` or ``cuda``.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
+        encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
+        engine: What runs the prompt encoder.
+
+    Attributes:
+        encoded: What the prompts of the last city were made with, where they were made here.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str, threads: int) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str, threads: int, encoder: Path | None = None, engine: str = "onnxruntime"
+    ) -> None:
         check_device(device)
         self.bundle = bundle
         if PRECISION not in bundle.manifest.variants:
@@ -62,6 +72,9 @@ class Predictor:
         self._device, self._threads = device, threads
         self._lock = threading.Lock()
         self._session: Session | None = None
+        self._place, self._engine = encoder, engine
+        self._encoder: PromptEncoder | None = None
+        self.encoded: dict[str, Any] | None = None
 
     @property
     def session(self) -> Session:
@@ -135,8 +148,13 @@ class Predictor:
         tasks: Sequence[str] = (),
         id_col: str = REGION_ID,
         coverage: float | None = None,
+        cache: bool = True,
     ) -> "Predictions":
-        """What :meth:`predict` gives, to be laid out as either table."""
+        """What :meth:`predict` gives, to be laid out as either table.
+
+        Args:
+            cache: Whether prompts that are made here are kept beside the regions' file, and taken from there.
+        """
         manifest = self.bundle.manifest
         chosen = tuple(tasks) or self.tasks
         for task in chosen:
@@ -147,6 +165,7 @@ class Predictor:
                     expected=f"one of {', '.join(self.tasks)}",
                     fix="choose one of these, or train the task",
                 )
+        regions = self._with_prompts(regions, id_col, cache)
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         arrays = features(city, manifest.inputs)
@@ -200,14 +219,30 @@ class Predictor:
         name = f"golden/{city}.{part}.parquet"
         return ParquetFile(self.bundle.read(name), name).read()
 
+    def _with_prompts(self, regions: pa.Table | Path, id_col: str, cache: bool) -> pa.Table | Path:
+        """The regions, with prompts made of their texts and images where they lack them and there is an encoder."""
+        self.encoded = None
+        names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
+        missing = [column for column in self.bundle.manifest.prompts if column not in names]
+        if not missing or self.bundle.manifest.encoder is None:
+            return regions  # the reader says what is absent
+        with self._lock:
+            if self._encoder is None:
+                from .prompts import PromptEncoder
+
+                self._encoder = PromptEncoder(self.bundle, self._place, engine=self._engine, threads=self._threads)
+            regions, self.encoded = self._encoder.add(regions, missing, id_col=id_col, cache=cache)
+            return regions
+
     def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
         for column, facts in self.bundle.manifest.prompts.items():
-            expected, found = facts.get("encoder"), city.encoders.get(column)
-            if expected and found and expected != found:
-                raise BadData(
-                    "prompts come from another encoder than the model's", file=_name(regions), column=column,
-                    expected=expected, found=found, fix="encode them with the model's encoder",
-                )  # fmt: skip
+            for what, found in (("encoder", city.encoders.get(column)), ("template", city.templates.get(column))):
+                expected = facts.get(what)
+                if expected and found and expected != found:
+                    raise BadData(
+                        f"prompts come from another {what} than the model's", file=_name(regions), column=column,
+                        expected=expected, found=found, fix=f"encode them with the model's {what}",
+                    )  # fmt: skip
 
     def _extrapolated(self, city: City) -> list[str]:
         """Per region, in canonical order, which quantities lie outside the training range; empty if none."""
@@ -223,27 +258,40 @@ class Predictor:
         ]
 
 
-def open_predictor(bundle: Path, *, device: str = "cpu", threads: int = 0) -> Predictor:
-    """Open a bundle and check every byte of it; its model is prepared when it is first used."""
+def open_predictor(
+    bundle: Path, *, device: str = "cpu", threads: int = 0, encoder: Path | None = None, engine: str = "onnxruntime"
+) -> Predictor:
+    """Open a bundle and check every byte of it; its model is prepared, and its encoder checked, when first used."""
     opened = open_bundle(bundle)
-    predictor = Predictor(opened, device=device, threads=threads)
-    later = frozenset({str(predictor.variant[part]) for part in ("graph", "weights")})  # checked as they are read
-    opened.verify(skip=later)
+    predictor = Predictor(opened, device=device, threads=threads, encoder=encoder, engine=engine)
+    later = {str(predictor.variant[part]) for part in ("graph", "weights")}  # checked as they are read
+    later |= {name for name in opened.manifest.files if name.startswith(ENCODER)}
+    opened.verify(skip=frozenset(later))
     return predictor
 
 
-def load(bundle: str | Path, *, device: str = "cpu", threads: int = 0) -> Predictor:
+def load(
+    bundle: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    encoder: str | Path | None = None,
+    engine: str = "onnxruntime",
+) -> Predictor:
     """Open a bundle, check every byte of it, and prepare its model.
 
     Args:
         bundle: The bundle folder or zip.
         device: ``cpu`` or ``cuda``; an absent one is an error.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
+        encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
+        engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.
 
     Raises:
         NoInput, BadBundle, NoDevice: Naming what is wrong.
     """
-    predictor = open_predictor(Path(bundle), device=device, threads=threads)
+    place = None if encoder is None else Path(encoder)
+    predictor = open_predictor(Path(bundle), device=device, threads=threads, encoder=place, engine=engine)
     _ = predictor.session
     return predictor
 

@@ -66,6 +66,7 @@ def write_receipt(
         "bundle": {"file": str(predictor.bundle.path), "sha256": predictor.bundle.sha256},
         "options": options | {"coverage": {t: predictor.coverage(t, options["coverage"]) for t in options["tasks"]}},
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
+        "encoder": predictor.encoded,
         "provider": predictor.provider,
         "precision": PRECISION,
         "versions": {

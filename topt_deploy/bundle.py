@@ -29,6 +29,8 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
 CARD = "MODEL_CARD.md"
 SUFFIX = ".topt"
+ENCODER = "encoder/"
+"""The folder of a prompt encoder inside a city's bundle: a sealed folder of its own."""
 MANIFEST_LIMIT_BYTES = 16 << 20
 FILE_LIMIT_BYTES = 64 << 30
 FILE_COUNT_LIMIT = 10_000
@@ -48,13 +50,15 @@ class Manifest:
             are made of, with their scale.
         views: Categories of every count view, in order.
         mobility: Whether flows are read.
-        prompts: By column: ``width``, and ``encoder`` where the training table named it.
+        prompts: By column: ``width``, and ``encoder`` and ``template`` (its hash) where the training table named them.
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
         variants: By precision: graph, weights and where each initialiser lies in them, providers, tolerance and
             what the parity gate measured.
         golden: Base names of the golden cities under ``golden/``.
+        encoder: The prompt encoder that goes with it, if any: ``identity``, ``sha256`` of its manifest, and ``bundle``,
+            the name of its own bundle, or null where it is inside.
         files: Every other file: size in bytes and SHA-256.
     """
 
@@ -70,6 +74,7 @@ class Manifest:
     opset: int
     variants: Mapping[str, Mapping[str, Any]]
     golden: tuple[str, ...]
+    encoder: Mapping[str, Any] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -266,6 +271,12 @@ def _check_form(manifest: Manifest) -> None:
     require(all(names(v) for v in manifest.views.values()), "views")
     require(all(isinstance(facts.get("scores"), list) for facts in manifest.tasks.values()), "tasks")
     require(isinstance(manifest.mobility, bool), "mobility")
+    if manifest.encoder is not None:
+        require(isinstance(manifest.encoder, dict), "encoder")
+        require(all(isinstance(manifest.encoder.get(key), str) for key in ("identity", "sha256")), "encoder")
+        require(
+            manifest.encoder.get("bundle") is None or _NAME.match(manifest.encoder["bundle"]) is not None, "encoder"
+        )
     require(all(size(facts.get("width"), 1) for facts in manifest.prompts.values()), "prompts")
     require({*manifest.inputs} <= {*all_widths(manifest.schema), *manifest.prompts}, "inputs")
     ranged = {f"{view}_{name}" for view, categories in manifest.views.items() for name in categories}

@@ -77,7 +77,8 @@ class City:
         views: float64 (N, C) counts per count view.
         flows: None where the schema reads none.
         prompts: float32 (N, H) per prompt column.
-        encoders: Per prompt column, the encoder that its field metadata names, if any.
+        encoders, templates: Per prompt column, the encoder and the hash of the template that its field metadata
+            names, if any.
         labels: float64 (N,) per task; NaN marks a region to predict.
         geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
         synthetic: Whether the table says of itself that it is made up.
@@ -91,6 +92,7 @@ class City:
     flows: Flows | None
     prompts: Mapping[str, Array]
     encoders: Mapping[str, str]
+    templates: Mapping[str, str]
     labels: Mapping[str, Array]
     geometry: tuple[pa.ChunkedArray, bytes | None] | None
     synthetic: bool
@@ -183,7 +185,8 @@ def read_city(
         views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
         prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
-        encoders={column: name for column in schema.prompts if (name := _encoder(source, column))},
+        encoders={column: name for column in schema.prompts if (name := _made_with(source, column, b"encoder"))},
+        templates={column: name for column in schema.prompts if (name := _made_with(source, column, b"template"))},
         labels={task: _label(source, ids, task)[order] for task in labels},
         geometry=_geometry(source),
         synthetic=source.metadata.get(b"synthetic") == b"true",
@@ -280,9 +283,9 @@ def _lonlat(source: Source, ids: Array) -> Array:
     return lonlat
 
 
-def _encoder(source: Source, column: str) -> str | None:
+def _made_with(source: Source, column: str, what: bytes) -> str | None:
     metadata = source.field(column).metadata or {}
-    return metadata.get(b"encoder", b"").decode() or None
+    return metadata.get(what, b"").decode() or None
 
 
 def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:

@@ -165,7 +165,7 @@ def train_run(
         model.srel[name].load_state_dict(srel.cpu().state_dict())
     for task, result in results.items():
         model.heads[task].load_state_dict(result.head.state_dict())
-    save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders)})
+    save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders), "templates": dict(city.templates)})
     save_model(run.path / MODEL_FILE, model)
     _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
     reporter.say("plain baseline: boosted trees under the same folds")

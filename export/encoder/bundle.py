@@ -1,27 +1,35 @@
 """Export a prompt encoder: networks shard by shard, parity gate, golden regions, and last of all the manifest."""
 
-import io
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import pyarrow as pa
 import torch
 import transformers
 
 from topt_deploy import __version__
 from topt_deploy.bundle import seal_bundle
-from topt_deploy.encoder.bundle import EMBEDDING, GOLDEN, SCHEMA_VERSION, TOKENIZER, EncoderManifest
+from topt_deploy.encoder.bundle import (
+    EMBEDDING,
+    GOLDEN,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    EncoderBundle,
+    EncoderManifest,
+    open_encoder_bundle,
+)
+from topt_deploy.encoder.encode import limit_pixels
+from topt_deploy.encoder.golden import write_golden
 from topt_deploy.encoder.graphs import VISION, GraphBackend
 from topt_deploy.encoder.prompt import Array
 from topt_deploy.encoder.spec import TEXT
-from topt_deploy.encoder.templates import Templates
+from topt_deploy.encoder.templates import Templates, load_templates
 from topt_deploy.errors import UsageError
-from topt_deploy.model.encoder.load import Checkpoint, torch_backend
-from topt_deploy.parquet import write_parquet
+from topt_deploy.fileio import atomic_folder
+from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, torch_backend
 
 from .assemble import Assembled, assemble
 from .checkpoint import Recipe, Tensors, recipe
@@ -30,7 +38,6 @@ from .gate import (
     Candidate,
     EncoderParity,
     FileRunner,
-    GoldenRegion,
     OpenVinoRunner,
     TorchRunner,
     gate,
@@ -45,6 +52,51 @@ WHOLE_MODEL_NUMBERS = 500_000_000
 ROWS = 4096
 LAYERWISE_CHUNK = 4096
 """Tokens read at once where every pass reads the whole checkpoint."""
+
+
+def make_encoder(
+    model: str,
+    out: Path,
+    *,
+    precision: str,
+    templates: Path | None,
+    max_pixels: int | None,
+    say: Callable[[str], None],
+) -> EncoderBundle:
+    """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
+
+    Args:
+        model: Folder or id.
+        out: The bundle's folder.
+        precision: Of :func:`export_encoder`.
+        templates: A templates file; the shipped templates by default.
+        max_pixels: What images are resized to, where prompts were encoded so.
+        say: Told what is being done.
+
+    Raises:
+        UsageError: If something else is there, or the model cannot be exported.
+        ToptError: Of whatever else goes wrong; nothing is left at ``out`` then.
+    """
+    checkpoint, asked = open_checkpoint(model), load_templates(templates)
+    if max_pixels is not None:
+        checkpoint = replace(checkpoint, spec=limit_pixels(checkpoint.spec, max_pixels))
+    wanted = {"identity": checkpoint.spec.identity, "precision": precision, "templates": asked.whole_sha256}
+    if out.exists():
+        there = open_encoder_bundle(out)
+        found = {
+            "identity": there.spec.identity,
+            "precision": there.manifest.precision,
+            "templates": there.templates.whole_sha256,
+        }
+        if found != wanted:
+            raise UsageError(
+                "another encoder is there", file=out, expected=wanted, found=found, fix="name another --encoder-bundle"
+            )
+        say(f"{out} is there already")
+        return there
+    with atomic_folder(out) as folder:
+        export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say)
+    return open_encoder_bundle(out)
 
 
 def export_encoder(
@@ -114,7 +166,7 @@ def export_encoder(
         worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
         say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
     (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
-    _write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
+    write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
     manifest = EncoderManifest(
         schema_version=SCHEMA_VERSION,
         version=__version__,
@@ -169,24 +221,3 @@ def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidat
     if find_spec("openvino") is not None:
         lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
     return lazily
-
-
-def _write_golden(folder: Path, regions: tuple[GoldenRegion, ...], expected: Mapping[str, Array]) -> None:
-    """Golden regions as a city would have them, with PyTorch's vectors."""
-    from PIL import Image
-
-    folder.mkdir()
-    names = []
-    for region in regions:
-        names.append([f"{region.name}-{i}.png" for i in range(len(region.images))])
-        for name, pixels in zip(names[-1], region.images, strict=True):
-            data = io.BytesIO()
-            Image.fromarray(pixels).save(data, "png")
-            (folder / name).write_bytes(data.getvalue())
-    columns = {
-        "region_id": [region.name for region in regions],
-        "text": [region.text for region in regions],
-        "images": pa.array(names, pa.list_(pa.string())),
-    }
-    columns |= {f"prompt_{task}": pa.array(list(v), pa.list_(pa.float32(), v.shape[1])) for task, v in expected.items()}
-    write_parquet(folder / "regions.parquet", pa.table(columns))

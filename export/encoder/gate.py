@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from topt_deploy.encoder.backend import Backend, pooled
+from topt_deploy.encoder.golden import GoldenRegion, compare
 from topt_deploy.encoder.graphs import GraphBackend, Runner
 from topt_deploy.encoder.prompt import Array, Family
 from topt_deploy.encoder.spec import EncoderSpec
@@ -27,21 +28,6 @@ TOLERANCE: Mapping[str, Mapping[str, float]] = {
 """Smallest cosine and largest difference, relative to the root mean square of PyTorch's vector, that pass."""
 CHUNK = 64
 """Prefix tokens read at once in the gate: few, so that every golden region needs several passes."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GoldenRegion:
-    """A made-up region.
-
-    Attributes:
-        name: Of the region.
-        text: Its geo-text.
-        images: uint8 (h, w, 3) each, of unlike sizes.
-    """
-
-    name: str
-    text: str
-    images: tuple[Array, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +69,6 @@ def reference(host: Family, backend: Backend, regions: Sequence[GoldenRegion], q
     """Pooled vectors (regions, T, H) of a backend."""
     prompts = [host.prompt(region.text, region.images, questions) for region in regions]
     return np.concatenate([pooled(backend, [prompt]) for prompt in prompts])
-
-
-def compare(expected: Array, found: Array) -> tuple[float, float]:
-    """Smallest cosine and largest relative difference of vectors (T, H); zero and infinity where one is no number."""
-    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
-        return 0.0, float("inf")
-    a, b = expected.astype(np.float64), found.astype(np.float64)
-    cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    scale = np.sqrt((a**2).mean(axis=1, keepdims=True))
-    return float(cosine.min()), float((np.abs(a - b) / scale).max())
 
 
 class TorchRunner:

@@ -311,6 +311,7 @@ def test_broken_weights_are_an_error(text):
         ({"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model"}}, "its own code is not run"),
         ({"model_type": None}, "no model that can be encoded with"),
         ({"num_attention_heads": 5}, "does not take it"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(text, values, reason):

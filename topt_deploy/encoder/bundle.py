@@ -11,7 +11,6 @@ from .spec import EncoderSpec
 from .templates import Templates
 
 SCHEMA_VERSION = 1
-INSIDE = "encoder/"
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding.weights"
 GOLDEN = "golden"
@@ -75,7 +74,7 @@ def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
 
     Args:
         path: The folder or zip.
-        inside: :data:`INSIDE` for that of a city's bundle.
+        inside: :data:`topt_deploy.bundle.ENCODER` for that of a city's bundle.
 
     Raises:
         NoInput: If there is nothing at ``path``.

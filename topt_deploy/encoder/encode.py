@@ -167,8 +167,13 @@ def encode(
     waiting: list[_Waiting] = []
     encoded = cached = done = 0
 
+    def finish(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, len(regions))
+
     def compute() -> None:
-        nonlocal done, encoded
+        nonlocal encoded
         if not waiting:
             return
         columns = list(waiting[0].keys)
@@ -192,35 +197,33 @@ def encode(
         if cache is not None:
             cache.put(fresh)
         encoded += len(waiting)
-        done += len(waiting)
+        finish(len(waiting))
         waiting.clear()
-        progress(done, len(regions))
 
-    for row, text in enumerate(regions.texts):
-        region = str(regions.region_id[row])
+    for row, (region, text) in enumerate(zip(regions.region_id.tolist(), regions.texts, strict=True)):
         try:
             pictures = [_picture(root, name) for name in regions.images[row]]
             hashes = [picture.sha256 for picture in pictures]
             keys = [content_key(encoder=itself, text=text, question=q, images=hashes) for q in questions]
             known = cache.get(keys) if cache is not None else {}
             lacking = {column: key for column, key in enumerate(keys) if key not in known}
-            for column in set(range(len(keys))) - set(lacking):
-                vectors[row, column] = known[keys[column]]
-            if not lacking:
-                cached += 1
-                done += 1
-                progress(done, len(regions))
-                continue
-            prompt = _prompt(encoder, text, pictures, [questions[column] for column in lacking])
+            asked = [questions[column] for column in lacking]
+            prompt = _prompt(encoder, region, text, pictures, asked) if lacking else None
         except _BadImage as bad:
             if on_bad_image != SKIP:
-                raise _of(region, bad.error, "; or leave such regions out with --on-bad-image skip") from bad.error
+                more = "; or leave such regions out with --on-bad-image skip"
+                fix = (bad.error.fix or "mend or remove it") + more
+                raise _of(bad.error, region, file=bad.error.file or root / bad.name, fix=fix) from bad.error
             reasons[row] = f"{bad.name}: {bad.error.message}"
-            done += 1
-            progress(done, len(regions))
+            finish(1)
             continue
-        except BadData as error:
-            raise _of(region, error) from error
+        for column, key in enumerate(keys):
+            if key in known:
+                vectors[row, column] = known[key]
+        if prompt is None:
+            cached += 1
+            finish(1)
+            continue
         if waiting and waiting[0].keys.keys() != lacking.keys():
             compute()
         waiting.append(_Waiting(row=row, prompt=prompt, keys=lacking))
@@ -268,28 +271,27 @@ def _picture(root: Path, name: str) -> Picture:
         raise _BadImage(name, error) from error
 
 
-def _prompt(encoder: Encoder, text: str, pictures: Sequence[Picture], questions: Sequence[str]) -> Any:
-    """A region's input; where it has none, because of the text or because of which image."""
+def _prompt(encoder: Encoder, region: str, text: str, pictures: Sequence[Picture], questions: Sequence[str]) -> Any:
+    """A region's input; where it has none, an error that says which image's or text's fault it is."""
     try:
         return encoder.prompt(text, [picture.pixels for picture in pictures], questions)
-    except BadData:
-        encoder.prompt(text, (), questions)
+    except BadData as error:
         for picture in pictures:
             try:
-                encoder.prompt(text, [picture.pixels], questions)
-            except BadData as error:
-                raise _BadImage(picture.name, _of(None, error, file=picture.name)) from error
-        raise
+                encoder.prompt("", [picture.pixels], [""])
+            except BadData as its:
+                raise _BadImage(picture.name, its) from its
+        raise _of(error, region) from error
 
 
-def _of(region: str | None, error: BadData, more: str = "", file: str | None = None) -> BadData:
-    """The error, with the region or the file that it is about."""
+def _of(error: BadData, region: str, *, file: object = None, fix: str | None = None) -> BadData:
+    """The error, with the region that it is about."""
     return BadData(
         error.message,
         file=file or error.file,
         column=error.column,
-        ids=None if region is None else [region],
+        ids=[region],
         expected=error.expected,
         found=error.found,
-        fix=f"{error.fix or 'mend or remove it'}{more}" if error.fix or more else None,
+        fix=fix or error.fix,
     )

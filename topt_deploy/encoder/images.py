@@ -57,7 +57,7 @@ def open_image(root: Path, name: str, *, max_pixels: int = MAX_PIXELS, max_bytes
     """
     path = _inside(root, name)
     data = _bytes(path, max_bytes)
-    return Picture(pixels=_decoded(data, path, max_pixels), sha256=sha256_bytes(data), name=name)
+    return Picture(pixels=decode_image(data, path, max_pixels), sha256=sha256_bytes(data), name=name)
 
 
 def _inside(root: Path, name: str) -> Path:
@@ -98,7 +98,12 @@ def _bytes(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def _decoded(data: bytes, path: Path, max_pixels: int) -> Array:
+def decode_image(data: bytes, path: object, max_pixels: int = MAX_PIXELS) -> Array:
+    """The pixels of an image file, uint8 (h, w, 3).
+
+    Raises:
+        BadData: If these bytes are no image, or one that must not be decoded; naming ``path``.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:

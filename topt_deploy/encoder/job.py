@@ -70,7 +70,7 @@ class Job:
             ToptError: As :func:`.encode.encode`, and where a file cannot be read or written.
         """
         regions = read_regions(self.regions, templates.wording)
-        with self._cache() as cache:
+        with nullcontext() if self.no_cache else open_cache(self.regions.parent) as cache:
             done = encode(
                 regions,
                 encoder,
@@ -87,19 +87,6 @@ class Job:
             write_parquet(self.regions, merge_prompts(read_parquet(self.regions), done.table))
         return done
 
-    def _cache(self) -> Any:
-        if self.no_cache:
-            return nullcontext()
-        try:
-            self.cache.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise CannotCreate(
-                f"no cache can be kept here ({error.strerror})",
-                file=self.cache,
-                fix="let this user write there, or go without: --no-cache",
-            ) from error
-        return Cache(self.cache)
-
     def summary(self, done: Encoded) -> str:
         """What to say at the end."""
         lines = [
@@ -112,6 +99,24 @@ class Job:
         """The same for machines."""
         counts = {"encoded": done.encoded, "cached": done.cached, "skipped": done.skipped}
         return {"event": "encoded", "file": str(self.place), **counts}
+
+
+def open_cache(folder: Path) -> Cache:
+    """The cache beside a city's regions.
+
+    Raises:
+        CannotCreate: If this user may not write there.
+    """
+    path = folder / CACHE
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(
+            f"no cache can be kept here ({error.strerror})",
+            file=path,
+            fix="let this user write there, or go without: --no-cache",
+        ) from error
+    return Cache(path)
 
 
 class Lines:

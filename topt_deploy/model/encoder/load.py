@@ -82,6 +82,14 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
     config = _json(path / "config.json")
     if config is None:
         raise NoInput("no model here", file=path / "config.json", fix="name the folder that holds config.json")
+    if "quantization_config" in config:
+        raise BadConfig(
+            "the weights are quantised",
+            file=path / "config.json",
+            expected="the model's own weights: exporting quantises them",
+            found=f"quant_method {config['quantization_config'].get('quant_method')!r}",
+            fix="take the model that this one was made from",
+        )
     family, width = _family(config, path)
     tokenizer = path / "tokenizer.json"
     if not tokenizer.exists():

@@ -1,0 +1,76 @@
+"""Whether this machine computes what the exporter's did: golden cities and golden regions of a bundle, once more."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topt_deploy.bundle import open_bundle
+from topt_deploy.encoder.backend import pooled
+from topt_deploy.encoder.bundle import open_encoder_bundle
+from topt_deploy.encoder.golden import compare, read_golden
+from topt_deploy.errors import BadBundle
+
+from .encoder import is_encoder, locate, open_encoder
+from .predictor import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A self-test that passed: what ran it, and what was measured, for people and for machines."""
+
+    engine: str
+    lines: tuple[str, ...]
+    facts: tuple[dict[str, Any], ...]
+
+
+def selftests(path: Path, *, device: str, engine: str) -> Iterator[Done]:
+    """Test a city's bundle, its prompt encoder where there is one, or an encoder's bundle.
+
+    Args:
+        path: The bundle.
+        device: What runs the city's model.
+        engine: What runs the encoder.
+
+    Raises:
+        BadBundle: If this machine's values are further from the exporter's than the bundle's tolerance.
+    """
+    if not is_encoder(path):
+        predictor = load(path, device=device)
+        checks = predictor.selftest()
+        yield Done(
+            engine=predictor.provider,
+            lines=tuple(f"{c.city}: {c.regions} regions, largest relative difference {c.worst:.1e}" for c in checks),
+            facts=tuple({"city": c.city, "regions": c.regions, "worst": c.worst} for c in checks),
+        )
+        encoder = open_bundle(path).manifest.encoder
+        if encoder is None or (encoder["bundle"] is not None and not (path.parent / encoder["bundle"]).exists()):
+            return
+    yield _encoder(*locate(path), engine)
+
+
+def _encoder(path: Path, inside: str, engine: str) -> Done:
+    bundle = open_encoder_bundle(path, inside)
+    bundle.verify()
+    opened = open_encoder(path, inside=inside, engine=engine, threads=1)
+    regions, expected = read_golden(bundle)
+    questions = [bundle.templates.question(task) for task in expected]
+    limits = bundle.manifest.tolerance
+    lines, facts = [], []
+    for i, region in enumerate(regions):
+        prompt = opened.encoder.prompt(region.text, region.images, questions)
+        found = pooled(opened.encoder.backend, [prompt])[0]
+        cosine, difference = compare(np.stack([vectors[i] for vectors in expected.values()]), found)
+        if not (cosine >= limits["cosine"] and difference <= limits["difference"]):
+            raise BadBundle(
+                f"self-test failed on {region.name}: this machine does not reproduce the exporter's vectors",
+                file=path,
+                expected=f"cosine ≥ {limits['cosine']}, relative difference ≤ {limits['difference']}",
+                found=f"cosine {cosine:.6f}, relative difference {difference:.3g}",
+                fix="export with another --encoder-precision, or report it with the processor's name",
+            )
+        lines.append(f"{region.name}: {len(region.images)} images, cosine {cosine:.6f}, difference {difference:.1e}")
+        facts.append({"region": region.name, "cosine": cosine, "difference": difference})
+    return Done(engine=f"{engine} ({bundle.manifest.precision})", lines=tuple(lines), facts=tuple(facts))
