@@ -16,12 +16,12 @@ install: $(VENV)/stamp
 # The stamps keep every later `make` off the network until what is installed changes.
 $(VENV)/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,geo,train,export,dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,geo,train,export,openvino,dev]'
 	touch $@
 
 $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RUNTIME_VENV)
-	$(RUNTIME_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu]' pytest pytest-timeout
+	$(RUNTIME_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,encoder]' pytest pytest-timeout
 	touch $@
 
 demo: install

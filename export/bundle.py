@@ -17,6 +17,7 @@ from topt_deploy import __version__
 from topt_deploy.bundle import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
 from topt_deploy.columns import PROMPT_PREFIX
 from topt_deploy.encoder.bundle import EncoderBundle
+from topt_deploy.encoder.precision import comparable
 from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.features import POSITION, features
 from topt_deploy.fileio import atomic_file, atomic_folder, write_error
@@ -76,12 +77,16 @@ def export_bundle(
     check_place(out, as_zip)
     model = load_model(run.path / MODEL_FILE)
     inputs, facts = load_tensors(run.path / INPUTS_FILE)
-    prompts = {
-        column: {"width": width, "encoder": facts["encoders"].get(column), "template": facts["templates"].get(column)}
+    named = ("encoder", "template", "precision")
+    prompts: dict[str, dict[str, Any]] = {
+        column: {"width": width} | {what: facts[f"{what}s"].get(column) for what in named}
         for column, width in model.spec.schema.prompts.items()
     }
     if encoder is not None:
         _check_encoder(run, encoder, prompts)
+        served = encoder.manifest.precision
+        for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
+            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/encoder.md")
     say("exporting the graph")
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")
@@ -181,6 +186,12 @@ def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mappi
                     expected=expected, found=found,
                     fix="export that one, or encode with this one (topt-deploy encode) and train again",
                 )  # fmt: skip
+        if not comparable(facts["precision"], encoder.manifest.precision):
+            raise UsageError(
+                "prompts in int4 are no stand-in for others", file=run.path, column=column,
+                expected=facts["precision"], found=encoder.manifest.precision,
+                fix="encode the training city with this encoder (--encoder-only, then topt-run encode) and train again",
+            )  # fmt: skip
         if facts["width"] != encoder.spec.width:
             raise UsageError(
                 "the run's prompts are of another width", file=run.path, column=column,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from topt_deploy import __version__
-from topt_deploy.commandline import LOG_FORMATS, Log, decimal, run
+from topt_deploy.commandline import LOG_FORMATS, Lines, Log, decimal, run
 from topt_deploy.errors import NoInput, UsageError
 
 from .encode import encode, engine_option
@@ -103,8 +103,9 @@ def predict(
     for file in (regions, mobility):
         if file is not None and out.resolve() == file.resolve():
             raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
+    progress = (lambda *_: None) if Log(log_format).json else Lines()
     with watch.step("predict"):
-        predictions = predictor.predictions(regions, mobility, **asked, cache=not no_cache)
+        predictions = predictor.predictions(regions, mobility, **asked, cache=not no_cache, progress=progress)
         table = predictions.wide() if wide else predictions.long()
     with watch.step("write"):
         if geo is not None:  # first, for a run that fails must leave no predictions

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from topt_deploy.commandline import Log
+from topt_deploy.commandline import Lines, Log
 from topt_deploy.encoder.command import shared_options
 
 engine_option = click.option(
@@ -37,7 +37,7 @@ def encode(
     **shared: Any,
 ) -> None:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
-    from topt_deploy.encoder.job import Job, Lines
+    from topt_deploy.encoder.job import Job
     from topt_deploy.encoder.templates import load_templates
 
     from .encoder import locate, open_encoder

@@ -1,9 +1,13 @@
 """The prompt encoder without PyTorch: ONNX graphs, on ONNX Runtime or on OpenVINO, behind the host side of the core."""
 
+import ctypes
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,7 @@ import numpy as np
 from topt_deploy.bundle import ENCODER, open_bundle, open_sealed
 from topt_deploy.encoder.bundle import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.encoder.encode import PooledEncoder
-from topt_deploy.encoder.graphs import GraphBackend, Runner
-from topt_deploy.encoder.prompt import Array
+from topt_deploy.encoder.graphs import PAST, PRESENT, GraphBackend, Runner
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.encoder.templates import Templates
 from topt_deploy.errors import BadBundle, NoDevice, UsageError
@@ -23,7 +26,7 @@ from .session import MappedSession
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
-CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 2048}
+CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 512}
 """Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache, OpenVINO's is fused."""
 
 
@@ -49,36 +52,39 @@ class OpenedEncoder:
 
 def _backend(bundle: EncoderBundle, engine: str, threads: int) -> GraphBackend:
     facts = bundle.manifest.embedding
-    data = bundle.read(EMBEDDING)
-    try:
-        embedding = np.frombuffer(data, facts["dtype"]).reshape(facts["shape"])
-    except ValueError as error:
-        raise BadBundle(f"the token embeddings have another size ({error})", file=bundle.path) from error
+    with _mapped(bundle, [EMBEDDING]) as folder:
+        try:
+            embedding = np.memmap(folder / EMBEDDING, facts["dtype"], "r", shape=tuple(facts["shape"]))
+        except ValueError as error:
+            raise BadBundle(f"the token embeddings have another size ({error})", file=bundle.path) from error
     networks = {name: _network(bundle, name, engine, threads) for name in bundle.manifest.networks}
     past = bundle.manifest.past
     return GraphBackend(networks, embedding=embedding, past=past, spec=bundle.spec, chunk=CHUNKS[engine])
 
 
 def _network(bundle: EncoderBundle, name: str, engine: str, threads: int) -> Runner:
-    """A network, which the engine maps from files that have been checked and must not change meanwhile."""
+    facts = bundle.manifest.networks[name]
+    graph = facts["graphs"][FORMS[engine]]
+    with _mapped(bundle, [graph, facts["weights"]]) as folder:
+        if engine == ONNXRUNTIME:
+            return MappedSession(folder / graph, threads=threads)
+        return _OpenVino(folder / graph, threads=threads, exact=bundle.manifest.precision == "fp32")
+
+
+@contextmanager
+def _mapped(bundle: EncoderBundle, files: Sequence[str]) -> Iterator[Path]:
+    """The folder of files that are checked, and that something then maps instead of reading: they must not change."""
     if not bundle.path.is_dir():
         raise UsageError(
             "an encoder's weights are mapped, not unpacked", file=bundle.path, expected="a folder",
             found="a zip file", fix="unzip the bundle",
         )  # fmt: skip
-    facts = bundle.manifest.networks[name]
     folder = bundle.path / bundle.inside
-    files = [facts["graphs"][FORMS[engine]], facts["weights"]]
     before = [_stamp(folder / file) for file in files]
     bundle.verify(skip=frozenset(bundle.manifest.files) - frozenset(files))
-    path = folder / files[0]
-    exact = bundle.manifest.precision == "fp32"
-    loaded: Runner = (
-        MappedSession(path, threads=threads) if engine == ONNXRUNTIME else _OpenVino(path, threads=threads, exact=exact)
-    )
+    yield folder
     if [_stamp(folder / file) for file in files] != before:
         raise BadBundle("files changed while they were read", file=bundle.path, fix="nothing may write to a bundle")
-    return loaded
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -86,8 +92,15 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
+M_MMAP_THRESHOLD, BLOCK_BYTES = -3, 1 << 16
+"""glibc's number of the parameter, and the size from which a block is the system's own."""
+
+
 class _OpenVino:
     """A network on OpenVINO.
+
+    A decoder's keys and values, the largest thing in memory, stay OpenVINO's own tensors, in the type that it computes
+    in, and are valid until the call after the next one.
 
     Args:
         path: The graph, beside its weights.
@@ -98,21 +111,51 @@ class _OpenVino:
     def __init__(self, path: Path, *, threads: int, exact: bool) -> None:
         if find_spec("openvino") is None:
             raise NoDevice("OpenVINO is not installed", expected="openvino", fix="pip install 'topt-deploy[openvino]'")
+        # openvino imports its converter, and that Intel's telemetry where it is installed. Nothing here reports.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
 
+        _free_at_once()
+        core = openvino.Core()
         settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
         if exact:
             settings["INFERENCE_PRECISION_HINT"] = "f32"
-        model = openvino.Core().compile_model(str(path), "CPU", settings)
-        self._tensor, self._request = openvino.Tensor, model.create_infer_request()
-        self.inputs = tuple(port.any_name for port in model.inputs)
+        self._tensor, self._kind = openvino.Tensor, core.get_property("CPU", "INFERENCE_PRECISION_HINT")
+        if exact:
+            self._kind = openvino.Type.f32
+        model = core.read_model(path)
+        typed = openvino.preprocess.PrePostProcessor(model)
+        for port in model.inputs:
+            if port.any_name.startswith(PAST):
+                typed.input(port.any_name).tensor().set_element_type(self._kind)
+        for port in model.outputs:
+            if port.any_name.startswith(PRESENT):
+                typed.output(port.any_name).tensor().set_element_type(self._kind)
+        compiled = core.compile_model(typed.build(), "CPU", settings)
+        self.inputs = tuple(port.any_name for port in compiled.inputs)
+        self._requests = cycle([compiled.create_infer_request() for _ in range(2)])
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         """Compute the named outputs."""
-        for name, array in inputs.items():
-            self._request.set_tensor(name, self._tensor(array, shared_memory=True))
-        self._request.infer()
-        return {name: np.array(self._request.get_tensor(name).data) for name in outputs}
+        request = next(self._requests)
+        for name, value in inputs.items():
+            if not isinstance(value, self._tensor):
+                empty = name.startswith(PAST)  # only the past before the first token comes as an array
+                value = self._tensor(self._kind, value.shape) if empty else self._tensor(value, shared_memory=True)
+            request.set_tensor(name, value)
+        request.infer()
+        found = {name: request.get_tensor(name) for name in outputs}
+        return {name: kept if name.startswith(PRESENT) else kept.data.copy() for name, kept in found.items()}
+
+
+def _free_at_once() -> None:
+    """Have glibc give blocks back to the system as soon as they are freed.
+
+    A decoder's tensors grow with every call; glibc would keep the smaller ones, a third of the memory in the end.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
 
 
 def is_encoder(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """The Python face of the runtime: a loaded bundle that turns a city's tables into predictions, Arrow to Arrow."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from topt_deploy.bundle import ENCODER, Bundle, open_bundle
 from topt_deploy.columns import GEOMETRY, REGION_ID
+from topt_deploy.encoder.precision import comparable
 from topt_deploy.errors import BadBundle, BadData, UsageError
 from topt_deploy.features import features, range_columns
 from topt_deploy.intervals import SCALE, carries, interval
@@ -149,11 +150,13 @@ class Predictor:
         id_col: str = REGION_ID,
         coverage: float | None = None,
         cache: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Predictions":
         """What :meth:`predict` gives, to be laid out as either table.
 
         Args:
             cache: Whether prompts that are made here are kept beside the regions' file, and taken from there.
+            progress: Told, while they are made, how many regions are done, and of how many.
         """
         manifest = self.bundle.manifest
         chosen = tuple(tasks) or self.tasks
@@ -165,7 +168,7 @@ class Predictor:
                     expected=f"one of {', '.join(self.tasks)}",
                     fix="choose one of these, or train the task",
                 )
-        regions = self._with_prompts(regions, id_col, cache)
+        regions = self._with_prompts(regions, id_col, cache, progress)
         city = read_city(regions, mobility, manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         arrays = features(city, manifest.inputs)
@@ -219,7 +222,9 @@ class Predictor:
         name = f"golden/{city}.{part}.parquet"
         return ParquetFile(self.bundle.read(name), name).read()
 
-    def _with_prompts(self, regions: pa.Table | Path, id_col: str, cache: bool) -> pa.Table | Path:
+    def _with_prompts(
+        self, regions: pa.Table | Path, id_col: str, cache: bool, progress: Callable[[int, int], None]
+    ) -> pa.Table | Path:
         """The regions, with prompts made of their texts and images where they lack them and there is an encoder."""
         self.encoded = None
         names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
@@ -231,7 +236,7 @@ class Predictor:
                 from .prompts import PromptEncoder
 
                 self._encoder = PromptEncoder(self.bundle, self._place, engine=self._engine, threads=self._threads)
-            regions, self.encoded = self._encoder.add(regions, missing, id_col=id_col, cache=cache)
+            regions, self.encoded = self._encoder.add(regions, missing, id_col=id_col, cache=cache, progress=progress)
             return regions
 
     def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
@@ -243,6 +248,12 @@ class Predictor:
                         f"prompts come from another {what} than the model's", file=_name(regions), column=column,
                         expected=expected, found=found, fix=f"encode them with the model's {what}",
                     )  # fmt: skip
+            trained, given = facts.get("precision"), city.precisions.get(column)
+            if not comparable(trained, given):
+                raise BadData(
+                    "prompts in int4 are no stand-in for others", file=_name(regions), column=column,
+                    expected=trained, found=given, fix="encode them in the precision of the training city's",
+                )  # fmt: skip
 
     def _extrapolated(self, city: City) -> list[str]:
         """Per region, in canonical order, which quantities lie outside the training range; empty if none."""

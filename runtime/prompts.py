@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from topt_deploy.bundle import ENCODER, Bundle
 from topt_deploy.columns import PROMPT_PREFIX
-from topt_deploy.encoder.encode import encode
+from topt_deploy.encoder.encode import Progress, encode
 from topt_deploy.encoder.job import open_cache
 from topt_deploy.encoder.table import merge_prompts, read_regions
 from topt_deploy.errors import BadBundle, NoInput
@@ -51,7 +51,7 @@ class PromptEncoder:
         self._opened = opened
 
     def add(
-        self, regions: pa.Table | Path, columns: Sequence[str], *, id_col: str, cache: bool
+        self, regions: pa.Table | Path, columns: Sequence[str], *, id_col: str, cache: bool, progress: Progress
     ) -> tuple[pa.Table, dict[str, Any]]:
         """Regions with prompt columns, and what they were made with.
 
@@ -60,6 +60,7 @@ class PromptEncoder:
             columns: The prompt columns to add.
             id_col: The column that holds the region ids.
             cache: Whether to keep vectors beside the regions' file; a table has no place for them.
+            progress: Told how many regions are done, and of how many.
 
         Raises:
             BadData: If a text or an image cannot be encoded.
@@ -71,7 +72,7 @@ class PromptEncoder:
         with open_cache(root) if cache and path is not None else nullcontext() as kept:
             done = encode(
                 read_regions(regions, templates.wording, id_col=id_col), encoder, templates, tasks,
-                root=root, cache=kept,
+                root=root, cache=kept, progress=progress,
             )  # fmt: skip
         table = read_parquet(path) if path is not None else regions
         facts = {

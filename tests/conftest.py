@@ -1,6 +1,7 @@
 """A city, a run and a bundle that every test may read and none may write to, made once for all workers."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -160,6 +161,79 @@ def chicago(shared: Path, once: Once, published: Path) -> Path:
     return shared / "chicago"
 
 
+Encoders = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared: Path, once: Once) -> Callable[[str], Path]:
+    """A tiny model's folder, by its family (encoders_exported.py)."""
+
+    def model(family: str) -> Path:
+        def make(folder: Path) -> None:
+            from encoders_exported import MAKERS
+
+            (folder / "models").mkdir(exist_ok=True)
+            MAKERS[family](folder / "models" / family)
+
+        once(f"model-{family}", make)
+        return shared / "models" / family
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def encoders(shared: Path, once: Once, tiny_models: Callable[[str], Path]) -> Encoders:
+    """A tiny model's exported bundle, by family and precision."""
+
+    def exported(family: str, precision: str = "fp32") -> Path:
+        model = tiny_models(family)
+
+        def make(folder: Path) -> None:
+            from encoders_exported import EXPORTED, export_all
+
+            export_all(model, folder / f"encoders-{family}", EXPORTED[family])
+
+        once(f"encoders-{family}", make)
+        return shared / f"encoders-{family}" / f"{precision}.topt"
+
+    return exported
+
+
+@pytest.fixture(scope="session")
+def prompted(shared: Path, once: Once, tiny_models: Callable[[str], Path], encoders: Encoders) -> Path:
+    """A small city trained with a tiny text model's prompts: ``beside.topt`` refers to its encoder ``encoder.topt``,
+    ``model.topt`` holds it, and ``bare.parquet`` has the regions without prompts."""
+
+    def make(folder: Path) -> None:
+        from prompted_city import make_prompted_city
+
+        make_prompted_city(folder / "prompted", tiny_models("text"), encoders("text"))
+        if KEEP in os.environ:
+            shutil.copytree(folder / "prompted", Path(os.environ[KEEP]) / "prompted")
+
+    once("prompted", make)
+    return shared / "prompted"
+
+
+@pytest.fixture(scope="session")
+def pictured(shared: Path, once: Once, tiny_models: Callable[[str], Path], encoders: Encoders) -> Path:
+    """A small city with images, ``encoder.topt``, and ``prompts.parquet``, what PyTorch makes of it."""
+
+    def make(folder: Path) -> Said:
+        from encode_city import write_city
+
+        city = folder / "pictured"
+        write_city(city)
+        shutil.copytree(encoders("qwen2_5_vl"), city / "encoder.topt")
+        done = shell(f"topt-deploy encode pictured --model {tiny_models('qwen2_5_vl')} --no-cache", folder)
+        if KEEP in os.environ and done.code == 0:
+            shutil.copytree(city, Path(os.environ[KEEP]) / "pictured")
+        return done
+
+    once("pictured", make)
+    return shared / "pictured"
+
+
 @pytest.fixture
 def desk(tmp_path: Path, demo_bundle: Path) -> Desk:
     """The demo city and its bundle in a folder of the test's own."""
@@ -179,6 +253,24 @@ def _within(command: click.Command, capfd: pytest.CaptureFixture[str]) -> Callab
             run(command, [str(argument) for argument in arguments])
         assert isinstance(left.value.code, int)
         return Said(left.value.code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def reseal() -> Callable[[Path, Callable[[dict], object]], None]:
+    """Change a bundle's manifest and seal it again, as someone who means harm can do."""
+
+    def call(bundle: Path, change: Callable[[dict], object]) -> None:
+        record = json.loads((bundle / "manifest.json").read_text())
+        for name, facts in record["files"].items():
+            data = (bundle / name).read_bytes()
+            facts |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        change(record)
+        text = json.dumps(record)
+        (bundle / "manifest.json").write_text(text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (bundle / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
 
     return call
 

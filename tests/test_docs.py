@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from encoders_text import tiny_text
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 PAGES = (
     "README.md",
     *("docs/configuration.md", "docs/operations.md", "docs/chicago.md", "docs/evaluation.md", "docs/report.md"),
+    "docs/encoder.md",
 )
 BY_CI = {"make demo", "make test"}
 """Run by .ci/run, whole; not from inside the suite."""
@@ -45,6 +47,8 @@ def test_commands_of_the_page_run(page: str, folder: Path) -> None:
     assert shown
     if page == "docs/operations.md":  # begins where a bundle is there
         shown = ["topt-deploy train", "topt-deploy export", *shown]
+    if page in ("README.md", "docs/encoder.md"):  # a model of the name, with random weights
+        tiny_text(folder / "models/SmolLM2-135M-Instruct")
     if page == "docs/report.md":  # and this one where a run is
         shown = ["topt-deploy train", *shown]
     if page == "docs/configuration.md":

@@ -50,7 +50,8 @@ class Manifest:
             are made of, with their scale.
         views: Categories of every count view, in order.
         mobility: Whether flows are read.
-        prompts: By column: ``width``, and ``encoder`` and ``template`` (its hash) where the training table named them.
+        prompts: By column: ``width``, and ``encoder``, ``template`` (its hash) and ``precision`` where the training
+            table named them.
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.

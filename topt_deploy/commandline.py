@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ import click
 
 from .errors import Exit, IOFailure, ToptError, UsageError
 
+SAY_EVERY_S = 10.0
 LOG_FORMATS = ("text", "json")
 
 
@@ -93,3 +95,18 @@ def _log_format(arguments: Sequence[str]) -> str:
         if argument.startswith("--log-format="):
             return argument.partition("=")[2]
     return "text"
+
+
+class Lines:
+    """Progress as a line now and then, on standard error."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how far things are, and how much time is left at this pace."""
+        now = time.monotonic()
+        if now - self._said > SAY_EVERY_S:
+            self._said = now
+            left = (now - self._began) / done * (total - done)
+            print(f"{done} of {total} regions, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -77,8 +77,8 @@ class City:
         views: float64 (N, C) counts per count view.
         flows: None where the schema reads none.
         prompts: float32 (N, H) per prompt column.
-        encoders, templates: Per prompt column, the encoder and the hash of the template that its field metadata
-            names, if any.
+        encoders, templates, precisions: Per prompt column, the encoder, the hash of the template and the precision that
+            its field metadata names, if any.
         labels: float64 (N,) per task; NaN marks a region to predict.
         geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
         synthetic: Whether the table says of itself that it is made up.
@@ -93,6 +93,7 @@ class City:
     prompts: Mapping[str, Array]
     encoders: Mapping[str, str]
     templates: Mapping[str, str]
+    precisions: Mapping[str, str]
     labels: Mapping[str, Array]
     geometry: tuple[pa.ChunkedArray, bytes | None] | None
     synthetic: bool
@@ -185,8 +186,9 @@ def read_city(
         views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
         prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
-        encoders={column: name for column in schema.prompts if (name := _made_with(source, column, b"encoder"))},
-        templates={column: name for column in schema.prompts if (name := _made_with(source, column, b"template"))},
+        encoders=_made_with(source, schema, b"encoder"),
+        templates=_made_with(source, schema, b"template"),
+        precisions=_made_with(source, schema, b"precision"),
         labels={task: _label(source, ids, task)[order] for task in labels},
         geometry=_geometry(source),
         synthetic=source.metadata.get(b"synthetic") == b"true",
@@ -283,9 +285,10 @@ def _lonlat(source: Source, ids: Array) -> Array:
     return lonlat
 
 
-def _made_with(source: Source, column: str, what: bytes) -> str | None:
-    metadata = source.field(column).metadata or {}
-    return metadata.get(what, b"").decode() or None
+def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
+    """What the prompt columns' metadata say, where they do."""
+    named = {column: (source.field(column).metadata or {}).get(what, b"").decode() for column in schema.prompts}
+    return {column: name for column, name in named.items() if name}
 
 
 def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:

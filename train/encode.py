@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from topt_deploy.commandline import Lines
 from topt_deploy.encoder.command import shared_options
 from topt_deploy.encoder.encode import Progress, limit_pixels
-from topt_deploy.encoder.job import Job, Lines
+from topt_deploy.encoder.job import Job
 from topt_deploy.encoder.table import read_regions
 from topt_deploy.encoder.templates import load_templates
 
@@ -34,6 +35,7 @@ BATCH_ON_CUDA = 8
     type=click.IntRange(min=1),
     help=f"Regions at once, where short enough [default: 1; {BATCH_ON_CUDA} on CUDA].",
 )
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU.")
 @click.option("--allow-download", is_flag=True, help="Fetch the model from the hub; needs --revision.")
 @click.option("--revision", help="Commit of the hub's model.")
 def encode(
@@ -44,6 +46,7 @@ def encode(
     precision: str,
     max_pixels: int | None,
     batch: int | None,
+    threads: int,
     allow_download: bool,
     revision: str | None,
     **shared: Any,
@@ -59,9 +62,12 @@ def encode(
         asked.question(task)
     read_regions(job.regions, asked.wording)  # a bad table is refused before minutes of loading
 
-    from topt_deploy.model.encoder.load import check_device, open_checkpoint, torch_encoder
+    import torch
 
-    _quiet()
+    from topt_deploy.model.encoder.load import check_device, open_checkpoint, quiet, torch_encoder
+
+    quiet()
+    torch.set_num_threads(threads)
     check_device(device)
     checkpoint = open_checkpoint(model, allow_download=allow_download, revision=revision)
     if max_pixels is not None:
@@ -91,11 +97,3 @@ def _progress() -> Iterator[Progress]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _quiet() -> None:
-    """transformers' advice on packages and its bars for files are not the user's."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -165,7 +165,8 @@ def train_run(
         model.srel[name].load_state_dict(srel.cpu().state_dict())
     for task, result in results.items():
         model.heads[task].load_state_dict(result.head.state_dict())
-    save_tensors(run.path / INPUTS_FILE, inputs, {"encoders": dict(city.encoders), "templates": dict(city.templates)})
+    made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
+    save_tensors(run.path / INPUTS_FILE, inputs, made_with)
     save_model(run.path / MODEL_FILE, model)
     _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
     reporter.say("plain baseline: boosted trees under the same folds")

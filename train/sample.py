@@ -9,6 +9,9 @@ around a mean that depends on all of these:
     y ~ NB(μ, size): variance μ + μ²/size
 
 so the best R² that any model can reach is known: the one of μ itself.
+
+Prompts are a real language model's where they are shipped, which is for the default size and seed; elsewhere they are
+hashed words, and say so.
 """
 
 import json
@@ -20,10 +23,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.encoder.geotext import geo_text
+from topt_deploy.encoder.templates import Templates, Wording, load_templates
 from topt_deploy.errors import UsageError
 from topt_deploy.geometry import geo_library, geo_metadata, geometry_types
 
 from .city_files import fixed_lists, flow_table, table, write_city
+from .sample_prompts import Prompts, shipped_prompts
 
 Array = np.ndarray[Any, Any]
 
@@ -34,8 +40,8 @@ KM_PER_DEGREE = 111.32
 REGION_KM2 = 1.2
 FLOWS_PER_REGION = 30
 HIDDEN_SHARE = 0.1
-PROMPT_WIDTH = 256
-ENCODER = f"hashing-{PROMPT_WIDTH} (stand-in, no language model)"
+HASHING_WIDTH = 256
+HASHING = f"hashing-{HASHING_WIDTH} (stand-in, no language model)"
 
 # How each category answers to density, trade, industry and night life (columns), and its log count at zero.
 POI = {
@@ -89,11 +95,6 @@ STREETS = (
     "Foundry",
     "Lantern",
 )
-QUESTIONS = {
-    "crime": "How many crimes are reported in this area?",
-    "check_in": "How many visitors check in at places in this area?",
-    "service_call": "How many calls for city services come from this area?",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +148,8 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SampleReport:
-    """What was made; ``best_r2`` is the R² of the true means, by task, over the regions with labels."""
+    """What was made; ``best_r2`` is the R² of the true means, by task, over the regions with labels, and ``encoder``
+    what the prompts are by."""
 
     out: Path
     seed: int
@@ -155,6 +157,7 @@ class SampleReport:
     hidden: int
     flow_pairs: int
     best_r2: dict[str, float]
+    encoder: str
 
     def __str__(self) -> str:
         best = ", ".join(f"{task} {value:.3f}" for task, value in self.best_r2.items())
@@ -162,7 +165,7 @@ class SampleReport:
             f"{CITY}: a synthetic city of {self.regions} regions (seed {self.seed}); nothing in it is real",
             f"  labels    {self.regions - self.hidden} regions; {self.hidden} without, to predict",
             f"  flows     {self.flow_pairs:,} pairs",
-            f"  prompts   by {ENCODER}",
+            f"  prompts   by {self.encoder}",
             f"  best R²   {best} (of the true means: no model can expect more)",
             f"next: cd {self.out} && topt-deploy train",
         ]
@@ -209,7 +212,9 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
     log_poi = dict(zip(POI, _standard(np.log1p(poi)).T, strict=True))
     origin, dest, flow = _flows(land.km, fields, log_poi, rng)
     levels = {name: rng.integers(len(words), size=regions) for name, words in ATTRIBUTES.items()}
-    text = _texts(land.lonlat, poi, levels, rng)
+    templates = load_templates()
+    text = _texts(templates.wording, land.lonlat, poi, levels, rng)
+    prompts = shipped_prompts(text, {task: templates.sha256(task) for task in TASKS}) or _hashed(text, templates)
     means = _means(land.km, log_poi, (origin, dest, flow), levels)
     hidden = rng.permutation(regions) < round(HIDDEN_SHARE * regions)
 
@@ -228,18 +233,15 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
         label = rng.negative_binomial(size, size / (size + mean))
         columns[task] = pa.array(label, mask=hidden)
         best[task] = _r2(label[~hidden], mean[~hidden])
-    columns |= {
-        f"prompt_{task}": fixed_lists(_encode([f"{t} {question}" for t in text]))
-        for task, question in QUESTIONS.items()
-    }
+    columns |= {f"prompt_{task}": fixed_lists(vectors) for task, vectors in prompts.vectors.items()}
     metadata: dict[str, str | bytes] = {
         "synthetic": "true",
         "source": f"topt-deploy sample --regions {regions} --seed {seed}",
-        "encoder": ENCODER,
+        "encoder": prompts.encoder,
         "best_r2": json.dumps({task: round(value, 4) for task, value in best.items()}),
         "geo": geo_metadata(geometry_types(columns["geometry"])),
     }
-    described = {f"prompt_{task}": {"encoder": ENCODER} for task in QUESTIONS}
+    described = {f"prompt_{task}": fields for task, fields in prompts.fields.items()}
     mobility = flow_table(CITY, ids, origin, dest, {"flow": flow})
     write_city(
         Path(out),
@@ -253,6 +255,7 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
         hidden=int(hidden.sum()),
         flow_pairs=len(flow),
         best_r2=best,
+        encoder=prompts.encoder,
     )
 
 
@@ -366,36 +369,32 @@ def _means(
     return means
 
 
-def _texts(lonlat: Array, poi: Array, levels: dict[str, Array], rng: np.random.Generator) -> list[str]:
-    """Geo-texts like FlexiReg's, with what only a text can tell at the end."""
+def _texts(
+    wording: Wording, lonlat: Array, poi: Array, levels: dict[str, Array], rng: np.random.Generator
+) -> list[str]:
+    """Geo-texts as the encoder builds them, with what only a text can tell at the end."""
     n = len(lonlat)
     streets, numbers = rng.integers(len(STREETS), size=n), rng.integers(1, 200, size=n)
     forms = {name: rng.integers(len(SENTENCES[name]), size=n) for name in ATTRIBUTES}
     texts = []
     for i, (lon, lat) in enumerate(lonlat):
-        total = int(poi[i].sum())
-        listed = ", ".join(
-            f"{count} {name} ({count / max(total, 1):.2%})" for name, count in zip(POI, poi[i], strict=True) if count
-        )
+        address = f"{numbers[i]}, {STREETS[streets[i]]} Street, Demo City (synthetic)"
+        counts = dict(zip(POI, poi[i].tolist(), strict=True))
         told = " ".join(
             SENTENCES[name][forms[name][i]].format(ATTRIBUTES[name][levels[name][i]]) for name in ATTRIBUTES
         )
-        texts.append(
-            "The following is the geographical information description within the area, which is synthetic.\n"
-            f"Centroid Coordinates: ({lat:.6f}, {lon:.6f})\n"
-            f"Address: {numbers[i]}, {STREETS[streets[i]]} Street, Demo City (synthetic)\n"
-            f"Included POIs: {listed}. The total number of POIs in this region is {total}.\n"
-            f"Impressions: {told}"
-        )
+        texts.append(geo_text(wording, lon=lon, lat=lat, address=address, pois=counts) + f"\nImpressions: {told}")
     return texts
 
 
-def _encode(texts: list[str]) -> Array:
-    """Stand-in for a language model's prompt vectors: hashed counts of words, digits left out; (N, 256)."""
+def _hashed(texts: list[str], templates: Templates) -> Prompts:
+    """Stand-in for a language model's prompt vectors: hashed counts of words, digits left out."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    words = HashingVectorizer(n_features=PROMPT_WIDTH, token_pattern=r"[a-z]{3,}", norm="l2")
-    return words.transform(texts).toarray()
+    words = HashingVectorizer(n_features=HASHING_WIDTH, token_pattern=r"[a-z]{3,}", norm="l2")
+    asked = {task: [f"{text} {templates.question(task)}" for text in texts] for task in TASKS}
+    vectors = {task: words.transform(prompts).toarray() for task, prompts in asked.items()}
+    return Prompts(encoder=HASHING, vectors=vectors, fields={task: {"encoder": HASHING} for task in TASKS})
 
 
 def _wkb(cells: Array) -> pa.Array:

@@ -78,7 +78,10 @@ def _model(network: Network, builder: Builder, names: Mapping[str, str]) -> onnx
     inputs = [
         helper.make_tensor_value_info(name, _onnx_type(spec.dtype), spec.dims) for name, spec in network.inputs.items()
     ]
-    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in network.outputs]
+    outputs = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * builder.ranks[names[name]])
+        for name in network.outputs
+    ]
     blocks = any(a.name == "block_size" for node in builder.nodes for a in node.attribute if not node.domain)
     opsets = [helper.make_opsetid("", BLOCKS_OPSET if blocks else OPSET)]
     if any(node.domain == MICROSOFT for node in builder.nodes):
@@ -111,8 +114,8 @@ class _Layers:
             self._linear = {
                 name: Linear(
                     name=name,
-                    load=partial(self._matrix, f"{name}.weight"),
-                    bias=partial(self._array, f"{name}.bias") if bias else None,
+                    load=partial(_matrix, self._load, f"{name}.weight"),
+                    bias=partial(_array, self._load, f"{name}.bias") if bias else None,
                     rank=rank,
                 )
             }
@@ -125,16 +128,19 @@ class _Layers:
     def parameter(self, name: str) -> tuple[str, Callable[[], Array]]:
         """A small parameter's name in the checkpoint, and what reads it."""
         stored = self._use.weight(name)
-        return stored, partial(self._array, stored)
+        return stored, partial(_array, self._load, stored)
 
-    def _matrix(self, name: str) -> Array:
-        """A weight as (out, in): a convolution over whole patches is a linear map of the flattened patch."""
-        array = self._array(name)
-        return array.reshape(len(array), -1)
 
-    def _array(self, name: str) -> Array:
-        array: Array = self._load(name).detach().to(torch.float32).numpy()
-        return array
+# No methods: a layer that held them would stand in a cycle with what holds it, and stay until Python looks for those.
+def _matrix(load: Callable[[str], Tensor], name: str) -> Array:
+    """A weight as (out, in): a convolution over whole patches is a linear map of the flattened patch."""
+    array = _array(load, name)
+    return array.reshape(len(array), -1)
+
+
+def _array(load: Callable[[str], Tensor], name: str) -> Array:
+    array: Array = load(name).detach().to(torch.float32).numpy()
+    return array
 
 
 def _add(
@@ -158,6 +164,7 @@ def _add(
             results = [first, *(f"{first}/{i}" for i in range(1, len(node.output)))]
         names |= dict(zip(node.output, results, strict=True))
     produced = [value.name for value in graph.output]
+    builder.ranks |= {names[value.name]: len(value.type.tensor_type.shape.dim) for value in graph.output}
     return {use.outer(name): names[inner] for name, inner in zip(use.piece.outputs, produced, strict=True)}
 
 

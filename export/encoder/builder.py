@@ -83,6 +83,8 @@ class Builder:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.quantised: dict[str, tuple[str, str]] = {}
         """Codes and scale of activations that have been quantised, by name; shared by all maps that read them."""
+        self.ranks: dict[str, int] = {}
+        """Of what layers give, by name: a graph has to say it of its outputs."""
         self.far: dict[str, str] = {}
         """What is added to scores where a mask forbids to look, by the mask's name."""
         self._count = 0

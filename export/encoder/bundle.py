@@ -29,7 +29,7 @@ from topt_deploy.encoder.spec import TEXT
 from topt_deploy.encoder.templates import Templates, load_templates
 from topt_deploy.errors import UsageError
 from topt_deploy.fileio import atomic_folder
-from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, torch_backend
+from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, quiet, torch_backend
 
 from .assemble import Assembled, assemble
 from .checkpoint import Recipe, Tensors, recipe
@@ -45,7 +45,7 @@ from .gate import (
     reference,
 )
 from .lower import ONNXRUNTIME, PRECISIONS, STANDARD
-from .outliers import Outliers
+from .outliers import LIMITS, Outliers
 
 WHOLE_MODEL_NUMBERS = 500_000_000
 """A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
@@ -77,6 +77,7 @@ def make_encoder(
         UsageError: If something else is there, or the model cannot be exported.
         ToptError: Of whatever else goes wrong; nothing is left at ``out`` then.
     """
+    quiet()
     checkpoint, asked = open_checkpoint(model), load_templates(templates)
     if max_pixels is not None:
         checkpoint = replace(checkpoint, spec=limit_pixels(checkpoint.spec, max_pixels))
@@ -115,7 +116,7 @@ def export_encoder(
         checkpoint: The model.
         folder: The folder; what stands there after an error is to be thrown away.
         precision: One of :data:`.lower.PRECISIONS`, of the decoder's linear maps; a vision network is not taken below
-            int8, and maps that lose too much in int8 (:mod:`.outliers`) are kept in fp16.
+            int8, and maps that lose too much (:mod:`.outliers`) are kept in the next higher precision.
         templates: What questions travel with it.
         say: Told what is being done.
 
@@ -134,22 +135,22 @@ def export_encoder(
         for name, dims in ((n, s.dims) for n, s in made.networks[-1].inputs.items())
         if name.startswith("past_")
     }
-    with Tensors(checkpoint, made.canonical) as tensors:
-        embedding = _embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16")
-        whole = tensors.count() <= WHOLE_MODEL_NUMBERS
-        kept, layerwise = {}, None
-        if precision == "int8" or not whole:
-            say("running the model in PyTorch, layer by layer")
-            outliers = Outliers() if precision == "int8" else None
-            runners = {n.name: TorchRunner(n, tensors.load, outliers) for n in made.networks}
-            backend = GraphBackend(runners, embedding=embedding, past=past, spec=spec, chunk=LAYERWISE_CHUNK)
-            layerwise = reference(host, backend, regions, questions)
-            kept = outliers.kept() if outliers else {}
-        networks = {}
-        for network in made.networks:
-            say(f"exporting the {network.name} network at {precision}")
-            own = "int8" if network.name == VISION and precision == "int4" else precision
-            networks[network.name] = assemble(network, tensors.load, kept, own, folder)
+    tensors = Tensors(checkpoint, made.canonical)
+    embedding = _embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16")
+    whole = tensors.count() <= WHOLE_MODEL_NUMBERS
+    kept, layerwise = {}, None
+    outliers = Outliers(precision=precision) if precision in LIMITS else None
+    if outliers is not None or not whole:
+        say("running the model in PyTorch, layer by layer")
+        runners = {n.name: TorchRunner(n, tensors.load, outliers) for n in made.networks}
+        backend = GraphBackend(runners, embedding=embedding, past=past, spec=spec, chunk=LAYERWISE_CHUNK)
+        layerwise = reference(host, backend, regions, questions)
+        kept = outliers.kept() if outliers else {}
+    networks = {}
+    for network in made.networks:
+        say(f"exporting the {network.name} network at {precision}")
+        own = "int8" if network.name == VISION and precision == "int4" else precision
+        networks[network.name] = assemble(network, tensors.load, kept, own, folder)
     if whole:
         say("running the model in PyTorch, as transformers has it")
         expected = reference(host, torch_backend(checkpoint, device="cpu", precision="fp32"), regions, questions)
@@ -210,7 +211,11 @@ def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
 
 
 def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidate]:
-    """What the gate checks. ONNX Runtime would unpack a large model's standard form to float32: that is left out."""
+    """What the gate checks.
+
+    Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
+    second copy; ``topt-run selftest --engine openvino`` checks it on the target.
+    """
 
     def files(form: str) -> dict[str, Path]:
         return {name: done.graphs[form] for name, done in networks.items()}
@@ -218,6 +223,6 @@ def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidat
     lazily = [Candidate(form=ONNXRUNTIME, engine="onnxruntime", files=files(ONNXRUNTIME), load=FileRunner)]
     if whole:
         lazily.append(Candidate(form=STANDARD, engine="onnxruntime", files=files(STANDARD), load=FileRunner))
-    if find_spec("openvino") is not None:
+    if whole and find_spec("openvino") is not None:
         lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
     return lazily

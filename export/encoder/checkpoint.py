@@ -1,9 +1,10 @@
 """A checkpoint's tensors by the names that the export uses, one at a time, and which recipe of networks fits it."""
 
+import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from safetensors import safe_open
@@ -62,26 +63,22 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
 class Tensors:
     """The tensors of a checkpoint's files, read when they are asked for.
 
+    A file is opened for every tensor and closed after it: what stays open stays mapped, and counts as memory.
+
     Args:
         checkpoint: The checkpoint.
         canonical: The export's name of a weight, by the file's.
     """
 
     def __init__(self, checkpoint: Checkpoint, canonical: Callable[[str], str]) -> None:
-        self.checkpoint, self._canonical = checkpoint, canonical
-        self._stack = ExitStack()
-        self._places: dict[str, tuple[Any, str]] = {}
-
-    def __enter__(self) -> "Tensors":
-        for path in self.checkpoint.weights:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            self._places |= {self._canonical(name): (file, name) for name in file.keys()}  # noqa: SIM118
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+        self.checkpoint = checkpoint
+        self._places: dict[str, tuple[Path, str]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in checkpoint.weights:
+            with safe_open(path, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118
+                    self._places[canonical(stored)] = (path, stored)
+                    self._shapes[canonical(stored)] = tuple(file.get_slice(stored).get_shape())
 
     def load(self, name: str) -> Tensor:
         """A tensor.
@@ -89,32 +86,28 @@ class Tensors:
         Raises:
             BadData: If the files lack it.
         """
-        file, stored = self._place(name)
-        tensor: Tensor = file.get_tensor(stored)
+        path, stored = self._place(name)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
-        file, stored = self._place(name)
-        return tuple(file.get_slice(stored).get_shape())
+        self._place(name)
+        return self._shapes[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a matrix."""
-        file, stored = self._place(name)
-        rows: Tensor = file.get_slice(stored)[start:stop]
+        path, stored = self._place(name)
+        with safe_open(path, framework="pt") as file:
+            rows: Tensor = file.get_slice(stored)[start:stop]
         return rows
 
     def count(self) -> int:
         """How many numbers there are in all."""
-        total = 0
-        for file, stored in self._places.values():
-            size = 1
-            for n in file.get_slice(stored).get_shape():
-                size *= n
-            total += size
-        return total
+        return sum(math.prod(shape) for shape in self._shapes.values())
 
-    def _place(self, name: str) -> tuple[Any, str]:
+    def _place(self, name: str) -> tuple[Path, str]:
         if name not in self._places:
             raise BadData(
                 "the model's files lack a weight", file=self.checkpoint.path, expected=name, fix="fetch the model again"

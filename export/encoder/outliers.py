@@ -1,7 +1,8 @@
-"""Which linear maps lose too much in 8 bits: measured on golden regions, not guessed from their names.
+"""Which linear maps lose too much in few bits: measured on golden regions, not guessed from their names.
 
 Real decoders have a few input channels that are a hundred times larger than the rest; in the maps that read them, one
-step of the 8-bit scale is as large as everything else. Such a map is kept in half precision.
+step of an 8-bit scale is as large as everything else. Others sum up what nearly cancels. Such a map is kept in the next
+higher precision.
 """
 
 from dataclasses import dataclass, field
@@ -9,9 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-LIMIT = 0.05
-"""Mean over tokens of the relative error of a map's output, above which it is kept. On SmolLM2-135M these are the
-value projections of most layers, 2.5 % of its weights (docs/encoder.md has what that buys)."""
+from .lower import BLOCK
+
+LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
+"""By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
+SmolLM2-135M these are value projections, 2.5 % of its weights (docs/log.md has what that buys)."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,27 +23,40 @@ class Outliers:
     """Watches a network's linear maps while it runs (``observe`` of :func:`.network.execute`).
 
     Attributes:
+        precision: One of :data:`LIMITS`.
         errors: Largest mean relative error of each map over the runs, by the checkpoint's name.
     """
 
+    precision: str
     errors: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, name: str, layer: nn.Linear, x: Tensor) -> None:
-        """Compare a map's output with that of its 8-bit codes."""
+        """Compare a map's output with that of its codes."""
         x, weight = x.reshape(-1, x.shape[-1]), layer.weight
         if len(x) == 0:
             return
         exact = x @ weight.T
-        off = _in_8_bits(x) @ _in_8_bits(weight).T - exact
-        error = float((off.norm(dim=1) / exact.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).mean())
+        coded = x @ _in_4_bits(weight).T if self.precision == "int4" else _in_8_bits(x) @ _in_8_bits(weight).T
+        error = float(((coded - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(_TINY)).mean())
         self.errors[name] = max(self.errors.get(name, 0.0), error)
 
     def kept(self) -> dict[str, str]:
         """The precision of every map that is kept, by name."""
-        return {name: "fp16" for name, error in sorted(self.errors.items()) if error > LIMIT}
+        limit, higher = LIMITS[self.precision]
+        return {name: higher for name, error in sorted(self.errors.items()) if error > limit}
 
 
 def _in_8_bits(rows: Tensor) -> Tensor:
     """Rows rounded to 255 steps of each one's largest magnitude, as :mod:`.lower` has it."""
-    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
     return (rows / scale).round() * scale
+
+
+def _in_4_bits(rows: Tensor) -> Tensor:
+    """Rows rounded to 16 steps of each block's largest magnitude, as :mod:`.lower` has it; whole blocks alone."""
+    if rows.shape[1] % BLOCK:
+        return rows
+    blocks = rows.unflatten(1, (-1, BLOCK))
+    extreme = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+    scale = torch.where(extreme == 0, 1.0, extreme / -8)
+    return ((blocks / scale).round().clamp(-8, 7) * scale).flatten(1)

@@ -1,11 +1,13 @@
 """`topt-run` works where PyTorch and the like cannot be imported, and starts without what it does not need."""
 
+import shutil
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
 from commands import environment
+from encode_city import write_city
 
 BLOCKED = (
     "torch", "transformers", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "geopandas", "rich", "shapely",
@@ -53,6 +55,26 @@ def test_the_other_commands_work_too(command, desk):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("family", ["text", "qwen2_5_vl", "mllama", "deepseek_vl2"])
+def test_encode_works_too(family, encoders, tmp_path):
+    write_city(tmp_path, images=family != "text")
+    arguments = ("regions.parquet", "--bundle", str(encoders(family)), "--task", "crime", "--no-cache")
+    done = python(BLOCK + MAIN, "encode", *arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "5 regions encoded" in done.stdout
+
+
+def test_predict_makes_missing_prompts_too(prompted, tmp_path, topt_run):
+    for name in ("bare.parquet", "mobility.parquet"):
+        shutil.copy(prompted / name, tmp_path)
+    bundle = str(prompted / "model.topt")
+    done = python(BLOCK + MAIN, "predict", "bare.parquet", "--bundle", bundle, "--no-cache", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    blocked = (tmp_path / "predictions.parquet").read_bytes()
+    assert topt_run("predict", tmp_path / "bare.parquet", "--bundle", bundle, "--no-cache").code == 0
+    assert (tmp_path / "predictions.parquet").read_bytes() == blocked, "the same bytes as with everything installed"
+
+
 def test_errors_need_no_more_than_success(desk):
     desk.mobility.write_bytes(b"nothing")
     done = python(BLOCK + MAIN, "predict", "regions.parquet", folder=desk.folder)
@@ -85,4 +107,4 @@ os._exit = leave
     loaded = set(done.stdout.split("LOADED ")[1].split())
     assert {"onnxruntime", "pyarrow", "click"} < loaded
     dear = {"pyarrow.compute", "pyarrow.dataset", "pyarrow.parquet", "pyarrow.fs", "pyarrow.pandas_compat", "numpy.ma"}
-    assert not loaded & (dear | {"tempfile", "shutil", "zipfile", *BLOCKED})
+    assert not loaded & (dear | {"tempfile", "shutil", "zipfile", "tokenizers", "PIL", *BLOCKED})

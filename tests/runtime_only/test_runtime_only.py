@@ -1,6 +1,6 @@
 """In an environment that holds only what prediction needs: it predicts, and it starts about as fast as its libraries.
 
-`make test` leaves the demo's bundle and tables in TOPT_TEST_BUNDLE_DIR and runs this with the extra [cpu] alone.
+`make test` leaves bundles and tables in TOPT_TEST_BUNDLE_DIR and runs this with the extras [cpu,encoder] alone.
 """
 
 import importlib.util
@@ -31,7 +31,8 @@ def kept():
     if place is None:
         pytest.skip(f"{PLACE} names no bundle: run `make test`, whose first half makes one")
     folder = Path(place)
-    missing = [name for name in ("model.topt", "regions.parquet", "mobility.parquet") if not (folder / name).exists()]
+    names = ("model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured")
+    missing = [name for name in names if not (folder / name).exists()]
     assert not missing, f"{PLACE}={place} lacks {', '.join(missing)}"
     return folder
 
@@ -94,6 +95,36 @@ def test_python_face(kept):
     predictor = load(kept / "model.topt")
     table = predictor.predict(*(pq.read_table(kept / f"{name}.parquet") for name in ("regions", "mobility")))
     assert len(table) == 3 * 77
+
+
+def test_predicts_regions_without_prompts(kept, tmp_path):
+    import pyarrow.parquet as pq
+
+    for name in ("bare.parquet", "mobility.parquet"):
+        shutil.copy(kept / "prompted" / name, tmp_path)
+    for bundle in ("model.topt", "beside.topt"):  # the encoder inside, and beside
+        done = topt_run(tmp_path, "predict", "bare.parquet", "--bundle", kept / "prompted" / bundle, "--no-cache")
+        assert done.returncode == 0, done.stderr
+        table = pq.read_table(tmp_path / "predictions.parquet")
+        assert table.num_rows == 2 * 20
+        assert table.column("prediction").null_count == 0
+        receipt = json.loads((tmp_path / "predictions.receipt.json").read_text())
+        assert receipt["encoder"]["encoded"] == 20
+
+
+def test_encodes_texts_and_images_as_pytorch_did(kept, tmp_path):
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    city = shutil.copytree(kept / "pictured", tmp_path / "city")
+    expected = pq.read_table(city / "prompts.parquet")
+    done = topt_run(city, "encode", "regions.parquet", "--bundle", "encoder.topt", "--out", "found.parquet")
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(city / "found.parquet")
+    assert found.column_names == expected.column_names
+    for name in ("prompt_crime", "prompt_check_in", "prompt_service_call"):
+        ours, pytorchs = (np.array(table.column(name).to_pylist()) for table in (found, expected))
+        assert np.abs(ours - pytorchs).max() < 1e-4
 
 
 def test_a_mistake_ends_with_its_code_and_no_traceback(city):

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from topt_deploy.encoder.templates import load_templates
 from topt_deploy.errors import UsageError
 from topt_deploy.table import infer_schema, read_city
 
@@ -15,8 +17,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from topt_deploy.geometry import centroids
+from topt_deploy.train import sample_prompts
 from topt_deploy.train.commands_data import sample
 from topt_deploy.train.sample import ATTRIBUTES, make_sample
+from topt_deploy.train.sample_prompts import shipped_prompts, store_prompts
 
 TASKS = ("crime", "check_in", "service_call")
 FILES = ("regions.parquet", "mobility.parquet")
@@ -48,7 +52,7 @@ def test_the_reader_takes_it(demo):
     report, table, city = demo
     assert city.region_id[[0, -1]].tolist() == ["D001", "D120"]
     assert {view: values.shape[1] for view, values in city.views.items()} == {"poi": 12, "land_use": 6}
-    assert all(vectors.shape == (120, 256) for vectors in city.prompts.values())
+    assert all(vectors.shape == (120, 576) for vectors in city.prompts.values())
     hidden = np.isnan(city.labels["crime"])
     assert hidden.sum() == report.hidden == 12
     assert all((np.isnan(labels) == hidden).all() for labels in city.labels.values())
@@ -72,11 +76,56 @@ def test_synthetic_is_written_everywhere(demo):
     report, table, city = demo
     assert city.city_id == "synthetic-demo"
     assert table.schema.metadata[b"synthetic"] == b"true"
-    assert "no language model" in table.schema.metadata[b"encoder"].decode()
-    assert b"no language model" in table.schema.field("prompt_crime").metadata[b"encoder"]
     assert pq.read_schema(report.out / "mobility.parquet").metadata[b"synthetic"] == b"true"
     assert all("synthetic" in text for text in table["text"].to_pylist())
     assert "synthetic" in str(report)
+
+
+def test_the_demo_has_a_language_models_prompts_and_other_cities_say_that_they_have_none(demo, large):
+    report, table, city = demo
+    assert report.encoder.startswith("SmolLM2-135M-Instruct sha256:"), "scripts/demo_prompts.py makes them anew"
+    assert table.schema.metadata[b"encoder"].decode() == report.encoder
+    for task in TASKS:
+        fields = {key.decode(): value.decode() for key, value in table.schema.field(f"prompt_{task}").metadata.items()}
+        assert fields == {
+            "encoder": report.encoder,
+            "template": load_templates().sha256(task),
+            "precision": "fp32",
+        }
+    assert not np.allclose(city.prompts["prompt_crime"], city.prompts["prompt_check_in"])
+    report, table, city = large
+    assert "hashing-256 (stand-in, no language model)" in str(report)
+    assert b"no language model" in table.schema.metadata[b"encoder"]
+    assert table.schema.field("prompt_crime").metadata.keys() == {b"encoder"}
+    assert city.prompts["prompt_crime"].shape == (600, 256)
+
+
+def test_a_shipped_vector_is_its_own_texts_alone(demo):
+    _, table, city = demo
+    texts, templates = table["text"].to_pylist(), {task: load_templates().sha256(task) for task in TASKS}
+    backwards = shipped_prompts(texts[::-1], templates)
+    for task in TASKS:
+        np.testing.assert_array_equal(backwards.vectors[task][::-1], city.prompts[f"prompt_{task}"])
+    assert shipped_prompts([*texts[:-1], texts[-1] + " "], templates) is None
+    asked = load_templates()
+    reworded = replace(asked, questions={**asked.questions, "crime": "How many crimes?"})
+    assert shipped_prompts(texts, {task: reworded.sha256(task) for task in TASKS}) is None
+
+
+def test_storing_rounds_to_each_directions_own_scale(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    far, spread = rng.normal(size=(1, 6)) * 100, 10.0 ** np.arange(-3, 3)
+    vectors = {task: (far + spread * rng.normal(size=(40, 6))).astype(np.float32) for task in ("a", "b")}
+    vectors["b"][:, 2] = 7  # the same in every region
+    texts, templates = [f"region {i}" for i in range(40)], {"a": "1", "b": "2"}
+    monkeypatch.setattr(sample_prompts, "FILE", str(tmp_path / "stored.npz"))
+    store_prompts(tmp_path / "stored.npz", texts, templates, vectors, encoder="some", precision="fp32")
+    found = shipped_prompts(texts, templates)
+    assert found.encoder == "some"
+    for task, exact in vectors.items():
+        half_a_step = np.ptp(exact, axis=0) / 254 / 2
+        assert (abs(found.vectors[task] - exact) <= 1.01 * half_a_step + 1e-5).all()
+    assert (found.vectors["b"][:, 2] == 7).all()
 
 
 def test_same_seed_same_bytes(demo, tmp_path):

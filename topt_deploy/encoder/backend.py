@@ -81,7 +81,7 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
     # A longer beginning of some region than the shortest one's is read with each of its tasks' ends.
     shared = min(_shared(prompt.sequences) for prompt in prompts)
     state = backend.start([f for found in features for f in found], len(prompts))
-    total = np.zeros((len(prompts), 1))
+    total = np.zeros((len(prompts), backend.embed(rows[0].sequence.ids[:1]).shape[1]))
     for start in range(0, shared, chunk):
         every = np.arange(start, min(start + chunk, shared))
         hidden, state = backend.decode(state, *_stack([[(row, every)] for row in rows[::tasks]]))

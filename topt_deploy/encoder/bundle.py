@@ -1,11 +1,13 @@
 """An exported prompt encoder: a sealed folder of its own, or the folder ``encoder/`` of a city's bundle."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Sealed, open_sealed, require, well_formed
+from ..errors import BadBundle, BadConfig
 from .graphs import DECODER
 from .spec import EncoderSpec
 from .templates import Templates
@@ -86,7 +88,10 @@ def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
         _check_form(manifest)
         manifest = replace(manifest, parity=tuple(manifest.parity), golden=tuple(manifest.golden))
         spec = EncoderSpec(**manifest.spec)
-    templates = Templates.from_dict(manifest.templates, path)
+    try:
+        templates = Templates.from_dict(manifest.templates, path)
+    except BadConfig as error:
+        raise BadBundle("the manifest's templates cannot be read", file=path, found=error.message) from error
     return EncoderBundle(**vars(sealed), manifest=manifest, spec=spec, templates=templates)
 
 
@@ -110,3 +115,5 @@ def _check_form(manifest: EncoderManifest) -> None:
         require(isinstance(network.get("graphs"), dict), "networks")
         require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
     require({TOKENIZER, EMBEDDING} <= set(manifest.files), "files")
+    number = {"float16": 2, "float32": 4}[manifest.embedding["dtype"]]
+    require(math.prod(manifest.embedding["shape"]) * number == manifest.files[EMBEDDING]["size"], "embedding")

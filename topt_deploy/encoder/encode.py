@@ -76,8 +76,10 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     batch: list[Prompt] = []
     for prompt in prompts:
         alone = any(p.sequences[0].visible is not None for p in (*batch, prompt))
-        longest = max(len(sequence.ids) for p in (*batch, prompt) for sequence in p.sequences)
-        if batch and (alone or longest * (len(batch) + 1) > BATCH_TOKENS):
+        lengths = [len(sequence.ids) for p in (*batch, prompt) for sequence in p.sequences]
+        # What is longer than the shortest region is read once for every task (backend.pooled).
+        row = max(lengths) + (len(prompt.sequences) - 1) * (max(lengths) - min(lengths))
+        if batch and (alone or row * (len(batch) + 1) > BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(prompt)

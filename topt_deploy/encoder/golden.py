@@ -83,7 +83,7 @@ def compare(expected: Array, found: Array) -> tuple[float, float]:
 
     Zero and infinity where a vector is none.
     """
-    if not (np.isfinite(found).all() and np.isfinite(expected).all() and found.any(axis=1).all()):
+    if not all(np.isfinite(vectors).all() and vectors.any(axis=1).all() for vectors in (expected, found)):
         return 0.0, float("inf")
     a, b = expected.astype(np.float64), found.astype(np.float64)
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

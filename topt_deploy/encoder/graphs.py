@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from .prompt import Array
 from .spec import EncoderSpec
 
 VISION, CROSS, DECODER = "vision", "cross", "decoder"
-"""Networks of an encoder; only a decoder has every one."""
+"""Networks of an encoder: each has a decoder."""
+PAST, PRESENT = "past_", "present_"
+"""How the decoder's inputs and outputs of keys and values begin."""
 
 
 class Runner(Protocol):
@@ -18,8 +20,8 @@ class Runner(Protocol):
 
     inputs: tuple[str, ...]
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+        """Compute the named outputs, as arrays; keys and values may be anything that is taken back as input."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +33,7 @@ class State:
         cross: Keys and values of images that cross-attention reads, the same for every sequence.
     """
 
-    past: Mapping[str, Array]
+    past: Mapping[str, Any]
     cross: Mapping[str, Array]
 
 
@@ -64,7 +66,8 @@ class GraphBackend:
 
     def vision(self, image: Mapping[str, Array]) -> Array:
         """One image's features, float32 (m, H)."""
-        return self._networks[VISION].run(image, ["features"])["features"]
+        contiguous = {name: np.asarray(array, order="C") for name, array in image.items()}
+        return self._networks[VISION].run(contiguous, ["features"])["features"]
 
     def start(self, features: Sequence[Array], batch: int) -> State:
         """The state before the first token."""
@@ -85,10 +88,10 @@ class GraphBackend:
         """Read S more tokens (:class:`topt_deploy.encoder.backend.Backend`)."""
         if begins is None:
             begins = np.zeros(embeds.shape[:2], np.int64)
-        inputs = {**state.past, **state.cross, "hidden": embeds, "positions": positions, "begins": begins}
+        tokens = {"hidden": embeds, "positions": positions, "begins": begins}
         if visible is not None:
-            inputs["visible"] = visible
-        presents = {name: name.replace("past_", "present_", 1) for name in state.past}
-        contiguous = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        found = self._networks[DECODER].run(contiguous, ["last_hidden", *presents.values()])
+            tokens["visible"] = visible
+        inputs = {**state.past, **state.cross, **{name: np.ascontiguousarray(array) for name, array in tokens.items()}}
+        presents = {name: name.replace(PAST, PRESENT, 1) for name in state.past}
+        found = self._networks[DECODER].run(inputs, ["last_hidden", *presents.values()])
         return found["last_hidden"], replace(state, past={name: found[now] for name, now in presents.items()})

@@ -1,7 +1,5 @@
 """One call of an encode command: where things are, what is refused beforehand, and what is said at the end."""
 
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from .command import CACHE, OUT, REGIONS, TASKS
 from .encode import Encoded, Encoder, Progress, encode
 from .table import merge_prompts, read_regions
 from .templates import Templates
-
-SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,18 +113,3 @@ def open_cache(folder: Path) -> Cache:
             fix="let this user write there, or go without: --no-cache",
         ) from error
     return Cache(path)
-
-
-class Lines:
-    """Progress as a line now and then, on standard error."""
-
-    def __init__(self) -> None:
-        self._began = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say how far things are, and how much time is left at this pace."""
-        now = time.monotonic()
-        if now - self._said > SAY_EVERY_S:
-            self._said = now
-            left = (now - self._began) / done * (total - done)
-            print(f"{done} of {total} regions, {left:.0f} s left", file=sys.stderr, flush=True)

@@ -65,6 +65,14 @@ class Checkpoint:
         return content_key(config=dict(self.config), tokenizer=sha256_bytes(self.tokenizer))
 
 
+def quiet() -> None:
+    """Keep transformers' advice on packages, and its bars for files, from the user."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def open_checkpoint(model: str, *, allow_download: bool = False, revision: str | None = None) -> Checkpoint:
     """Find a model and read everything of it but the weights, which are hashed.
 

