@@ -24,7 +24,7 @@ WORK = ROOT / "build" / "encoder"
 PAGE = ROOT / "docs" / "encoder-benchmarks.md"
 TASKS = ("crime", "check_in", "service_call")
 TOKENS = 2000
-REPEATS = 3
+REPEATS = 2
 SMALL = {  # Qwen2.5-0.5B's proportions
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
     "num_key_value_heads": 2,

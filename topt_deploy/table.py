@@ -287,8 +287,8 @@ def _lonlat(source: Source, ids: Array) -> Array:
 
 def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
     """What the prompt columns' metadata say, where they do."""
-    named = {column: (source.field(column).metadata or {}).get(what, b"").decode() for column in schema.prompts}
-    return {column: name for column, name in named.items() if name}
+    said = {column: (source.field(column).metadata or {}).get(what, b"") for column in schema.prompts}
+    return {column: name.decode(errors="replace") for column, name in said.items() if name}
 
 
 def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
