@@ -129,9 +129,15 @@ def predict(
 @click.argument("bundle", type=_PATH)
 @log_format
 def info(bundle: Path, log_format: str) -> None:
-    """Show what BUNDLE predicts, what it reads, and what to expect of it. Checks every hash."""
-    from topt_deploy.bundle import open_bundle
+    """Show what BUNDLE predicts, what it reads, and what to expect of it; or what encoder it is. Checks every hash."""
+    from topt_deploy.bundle import SCHEMA_VERSION, open_bundle, open_sealed
 
+    if "spec" in open_sealed(bundle, SCHEMA_VERSION).record:
+        from .encoder import info as encoder_info
+
+        lines, about = encoder_info(bundle)
+        Log(log_format).result("\n".join(lines), event="info", **about)
+        return
     opened = open_bundle(bundle)
     opened.verify()
     m = opened.manifest
@@ -143,6 +149,7 @@ def info(bundle: Path, log_format: str) -> None:
         f"reads      {', '.join(f'{v} ({len(names)})' for v, names in m.views.items())}"
         + (", flows" if m.mobility else ""),
         *(f"prompts    {c}: {f['width']} from {f.get('encoder') or 'unnamed'}" for c, f in m.prompts.items()),
+        *([f"encoder    {m.encoder['identity']}, {m.encoder['bundle'] or 'inside'}"] if m.encoder else []),
         *(f"variant    {name}: {v['graph']}, tolerance {v['tolerance']:g}" for name, v in m.variants.items()),
         f"protocol   {m.source['protocol']}",
     ]

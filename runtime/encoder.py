@@ -158,6 +158,23 @@ def _free_at_once() -> None:
         mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
 
 
+def info(path: Path) -> tuple[list[str], dict[str, Any]]:
+    """What an encoder's bundle is, for people and for machines; every byte of it is checked."""
+    bundle = open_encoder_bundle(path)
+    bundle.verify()
+    m, spec = bundle.manifest, bundle.spec
+    worst = min(measured["cosine"] for measured in m.parity)
+    lines = [
+        f"bundle     {path}, a prompt encoder (schema {m.schema_version}, topt-deploy {m.version})",
+        f"sha256     {bundle.sha256}",
+        f"encoder    {spec.identity}, family {spec.family}, {spec.width} wide",
+        f"precision  {m.precision}; {len(m.kept)} linear maps in another one",
+        f"templates  {', '.join(bundle.templates.questions)} (version {bundle.templates.version})",
+        f"parity     smallest cosine {worst:.6f}, against {m.source['reference']}",
+    ]
+    return lines, {"sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity}
+
+
 def is_encoder(path: Path) -> bool:
     """Whether a bundle is an encoder's own."""
     return "spec" in open_sealed(path, SCHEMA_VERSION).record

@@ -150,6 +150,12 @@ def open_bundle(path: Path) -> Bundle:
         BadBundle: If it is not a sound bundle.
     """
     sealed = open_sealed(path, SCHEMA_VERSION)
+    if "spec" in sealed.record:
+        raise BadBundle(
+            "a prompt encoder's bundle, not a city's",
+            file=path,
+            fix="name the city's; this one goes to --encoder-bundle",
+        )
     with well_formed(sealed.path):
         manifest = Manifest(**sealed.record)
         _check_form(manifest)

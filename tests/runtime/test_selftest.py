@@ -92,3 +92,19 @@ def test_golden_regions_that_are_none(topt_run, encoder, reseal):
     said = topt_run("selftest", encoder)
     assert said.code == BAD_BUNDLE
     assert "lack a column" in said.err
+
+
+def test_info_says_what_encoder_a_bundle_is(topt_run, encoders):
+    said = topt_run("info", encoders("text", "int8"))
+    assert said.code == 0, said.err
+    assert "family text" in said.out
+    assert "precision  int8" in said.out
+    told = json.loads(topt_run("info", encoders("text", "int8"), "--log-format", "json").out)
+    assert told["precision"] == "int8"
+    assert {measured["form"] for measured in told["parity"]} == {"onnxruntime", "standard"}
+
+
+def test_an_encoder_is_not_taken_for_a_citys_bundle(topt_run, encoders, demo_city):
+    said = topt_run("predict", demo_city / "regions.parquet", "--bundle", encoders("text", "int8"))
+    assert said.code == 76
+    assert "goes to --encoder-bundle" in said.err
