@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -72,6 +72,16 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
         traced = torch.export.export(
             module, arguments, dynamic_shapes=(tuple({0: regions} for _ in arguments),), strict=False
         )
+    inputs, outputs = ([name + _OUTER for name in names] for names in (module.names, model.heads))
+    proto = translate(traced, inputs, outputs)
+    _name(proto)
+    _strip(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    return _split(proto)
+
+
+def translate(traced: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+    """What was traced as ONNX, inputs and outputs under these names, and nothing printed on the way."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everyone that torchvision is absent
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -79,17 +89,13 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
             traced,
             dynamo=True,
             opset_version=OPSET,
-            input_names=[name + _OUTER for name in module.names],
-            output_names=[task + _OUTER for task in model.heads],
+            input_names=inputs,
+            output_names=outputs,
             optimize=True,
             verbose=False,
         )
     assert program is not None
-    proto = program.model_proto
-    _name(proto)
-    _strip(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    return _split(proto)
+    return program.model_proto
 
 
 def _split(proto: onnx.ModelProto) -> Graph:

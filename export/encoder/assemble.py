@@ -11,11 +11,12 @@ import torch
 from onnx import helper
 from torch import Tensor
 
+from ..graph import OPSET
 from .builder import MICROSOFT, Array, Builder, Weights
 from .lower import FORMS, Linear, attention, linear
 from .network import Network, Use
 from .ops import ATTENTION, DOMAIN, LINEAR
-from .trace import OPSET, Traced, trace
+from .trace import Traced, trace
 
 IR_VERSION = 10
 BLOCKS_OPSET = 21

@@ -1,19 +1,15 @@
 """A piece of a network as ONNX: traced without its weights, with two operators of our own left whole."""
 
-import contextlib
-import io
-import logging
-import warnings
 from dataclasses import dataclass
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from ..graph import translate
 from .network import Piece, Spec
 from .ops import Slot
 
-OPSET = 20
 SIZES = (3, 5, 7, 11, 13, 17)
 """Sizes of the sample's free dimensions, all unlike, so that none is taken for another."""
 
@@ -62,20 +58,8 @@ def trace(piece: Piece) -> Traced:
         traced = torch.export.export(
             wrapped, (*arguments, *weights), dynamic_shapes=((*dynamic, *({} for _ in weights)),), strict=False
         )
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            traced,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*piece.inputs, *parameters],
-            output_names=[f"{name}/out" for name in piece.outputs],
-            optimize=True,
-            verbose=False,
-        )
-    assert program is not None
-    return Traced(proto=program.model_proto, parameters=parameters)
+    proto = translate(traced, [*piece.inputs, *parameters], [f"{name}/out" for name in piece.outputs])
+    return Traced(proto=proto, parameters=parameters)
 
 
 def without_weights(piece: Piece) -> nn.Module:

@@ -30,7 +30,6 @@ from topt_deploy.export.encoder.network import execute
 from topt_deploy.export.encoder.trace import trace
 from topt_deploy.model.encoder.deepseek_vl2 import DeepseekBackend, DeepseekVL2, DeepseekVL2Config, arrange
 
-torch.set_num_threads(1)
 PUBLISHED = tuple(
     (384 * a, 384 * b)
     for a, b in (

@@ -1,10 +1,8 @@
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from encode_city import IDS, Stopped, Watched, write_city
 from encoders_mllama import tiny_mllama
 from encoders_qwen import tiny_qwen
@@ -22,14 +20,6 @@ from topt_deploy.parquet import read_parquet, write_parquet
 
 TASKS = ("crime", "none")
 TEMPLATES = load_templates()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MAKERS = {"text": tiny_text, "qwen2_5_vl": tiny_qwen, "mllama": tiny_mllama, "deepseek_vl2": tiny_deepseek}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model of each family."""

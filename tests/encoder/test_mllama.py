@@ -40,14 +40,6 @@ QUESTIONS = ["How much crime is there?", "How many check-ins, and where are they
 DATE = "26 Jul 2024"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mllama")
