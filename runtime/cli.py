@@ -132,7 +132,7 @@ def info(bundle: Path, log_format: str) -> None:
     """Show what BUNDLE predicts, what it reads, and what to expect of it; or what encoder it is. Checks every hash."""
     from topt_deploy.bundle import SCHEMA_VERSION, open_bundle, open_sealed
 
-    if "spec" in open_sealed(bundle, SCHEMA_VERSION).record:
+    if open_sealed(bundle, SCHEMA_VERSION).is_encoder:
         from .encoder import info as encoder_info
 
         lines, about = encoder_info(bundle)

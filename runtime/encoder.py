@@ -2,24 +2,22 @@
 
 import ctypes
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from topt_deploy.bundle import ENCODER, open_bundle, open_sealed
+from topt_deploy.bundle import ENCODER, Bundle, open_bundle, open_sealed, well_formed
 from topt_deploy.encoder.bundle import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.encoder.encode import PooledEncoder
-from topt_deploy.encoder.graphs import PAST, PRESENT, GraphBackend, Runner
+from topt_deploy.encoder.graphs import PAST, PRESENT, GraphBackend, Runner, import_openvino
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.encoder.templates import Templates
-from topt_deploy.errors import BadBundle, NoDevice, UsageError
+from topt_deploy.errors import BadBundle, UsageError
 
 from .session import MappedSession
 
@@ -38,11 +36,13 @@ class OpenedEncoder:
         encoder: What encodes.
         templates: Those that travel with it.
         sha256: Of its manifest.
+        checked: Names of the files whose bytes were found to be the manifest's.
     """
 
     encoder: PooledEncoder
     templates: Templates
     sha256: str
+    checked: frozenset[str]
 
     @property
     def spec(self) -> EncoderSpec:
@@ -50,29 +50,8 @@ class OpenedEncoder:
         return self.encoder.spec
 
 
-def _backend(bundle: EncoderBundle, engine: str, threads: int) -> GraphBackend:
-    facts = bundle.manifest.embedding
-    with _mapped(bundle, [EMBEDDING]) as folder:
-        try:
-            embedding = np.memmap(folder / EMBEDDING, facts["dtype"], "r", shape=tuple(facts["shape"]))
-        except ValueError as error:
-            raise BadBundle(f"the token embeddings have another size ({error})", file=bundle.path) from error
-    networks = {name: _network(bundle, name, engine, threads) for name in bundle.manifest.networks}
-    past = bundle.manifest.past
-    return GraphBackend(networks, embedding=embedding, past=past, spec=bundle.spec, chunk=CHUNKS[engine])
-
-
-def _network(bundle: EncoderBundle, name: str, engine: str, threads: int) -> Runner:
-    facts = bundle.manifest.networks[name]
-    graph = facts["graphs"][FORMS[engine]]
-    with _mapped(bundle, [graph, facts["weights"]]) as folder:
-        if engine == ONNXRUNTIME:
-            return MappedSession(folder / graph, threads=threads)
-        return _OpenVino(folder / graph, threads=threads, exact=bundle.manifest.precision == "fp32")
-
-
 @contextmanager
-def _mapped(bundle: EncoderBundle, files: Sequence[str]) -> Iterator[Path]:
+def _mapped(bundle: EncoderBundle, files: frozenset[str]) -> Iterator[Path]:
     """The folder of files that are checked, and that something then maps instead of reading: they must not change."""
     if not bundle.path.is_dir():
         raise UsageError(
@@ -81,7 +60,7 @@ def _mapped(bundle: EncoderBundle, files: Sequence[str]) -> Iterator[Path]:
         )  # fmt: skip
     folder = bundle.path / bundle.inside
     before = [_stamp(folder / file) for file in files]
-    bundle.verify(skip=frozenset(bundle.manifest.files) - frozenset(files))
+    bundle.verify(skip=frozenset(bundle.manifest.files) - files)
     yield folder
     if [_stamp(folder / file) for file in files] != before:
         raise BadBundle("files changed while they were read", file=bundle.path, fix="nothing may write to a bundle")
@@ -109,12 +88,7 @@ class _OpenVino:
     """
 
     def __init__(self, path: Path, *, threads: int, exact: bool) -> None:
-        if find_spec("openvino") is None:
-            raise NoDevice("OpenVINO is not installed", expected="openvino", fix="pip install 'topt-deploy[openvino]'")
-        # openvino imports its converter, and that Intel's telemetry where it is installed. Nothing here reports.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
-
+        openvino = import_openvino()
         _free_at_once()
         core = openvino.Core()
         settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads} if threads else {}
@@ -175,51 +149,83 @@ def info(path: Path) -> tuple[list[str], dict[str, Any]]:
     return lines, {"sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity}
 
 
-def is_encoder(path: Path) -> bool:
-    """Whether a bundle is an encoder's own."""
-    return "spec" in open_sealed(path, SCHEMA_VERSION).record
+def locate(bundle: Path | Bundle, place: Path | None = None) -> tuple[Path, str]:
+    """Where the encoder of a bundle is: a bundle's path, which need not exist, and the folder inside it, or "".
 
-
-def locate(path: Path) -> tuple[Path, str]:
-    """Where the encoder of a bundle is: the bundle's path and the folder inside it, "" for an encoder's own.
+    Args:
+        bundle: A city's bundle, opened or not, or an encoder's own.
+        place: The encoder's own bundle; None looks beside the city's. Ignored where the city's holds the encoder.
 
     Raises:
         NoInput, BadBundle: If there is no sound bundle.
         UsageError: If it has no encoder.
     """
-    if is_encoder(path):
-        return path, ""
-    facts = open_bundle(path).manifest.encoder
+    if not isinstance(bundle, Bundle):
+        if open_sealed(bundle, SCHEMA_VERSION).is_encoder:
+            return bundle, ""
+        bundle = open_bundle(bundle)
+    facts = bundle.manifest.encoder
     if facts is None:
         raise UsageError(
-            "the bundle has no prompt encoder", file=path, fix="export it with topt-deploy export --prompt-encoder"
-        )
-    return (path, ENCODER) if facts["bundle"] is None else (path.parent / facts["bundle"], "")
+            "the bundle has no prompt encoder", file=bundle.path,
+            fix="export it with topt-deploy export --prompt-encoder",
+        )  # fmt: skip
+    return (bundle.path, ENCODER) if facts["bundle"] is None else (place or bundle.path.parent / facts["bundle"], "")
 
 
 def open_encoder(path: Path, *, inside: str = "", engine: str = ONNXRUNTIME, threads: int = 0) -> OpenedEncoder:
-    """Open an exported encoder and load its networks, checking every byte that is used.
+    """Open an exported encoder and load it.
 
     Args:
         path: The encoder's bundle, or the city's that holds it.
         inside: The encoder's folder in a city's bundle (:data:`topt_deploy.bundle.ENCODER`), else "".
-        engine: One of :data:`ENGINES`.
-        threads: Threads within an operator; 0 leaves the choice to the engine.
+        engine, threads: Of :func:`load_encoder`.
 
     Raises:
         NoInput, BadBundle: If there is none, or it is not sound.
         NoDevice: If the engine is not installed.
         UsageError: If the engine is unknown.
     """
+    return load_encoder(open_encoder_bundle(path, inside), engine=engine, threads=threads)
+
+
+def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int) -> OpenedEncoder:
+    """Load the networks of an exported encoder, checking every byte that is used.
+
+    Args:
+        bundle: The encoder's.
+        engine: One of :data:`ENGINES`.
+        threads: Threads within an operator; 0 leaves the choice to the engine.
+
+    Raises:
+        BadBundle: If a file is not the manifest's.
+        NoDevice: If the engine is not installed.
+        UsageError: If the engine is unknown.
+    """
     if engine not in ENGINES:
         raise UsageError("no such engine", expected=f"one of {', '.join(ENGINES)}", found=engine)
-    bundle = open_encoder_bundle(path, inside)
+    m = bundle.manifest
+    with well_formed(bundle.path):
+        graphs = {name: facts["graphs"][FORMS[engine]] for name, facts in m.networks.items()}
+    files = frozenset([EMBEDDING, *graphs.values(), *(facts["weights"] for facts in m.networks.values())])
+    networks: dict[str, Runner] = {}
+    with _mapped(bundle, files) as folder:
+        try:
+            embedding = np.memmap(folder / EMBEDDING, m.embedding["dtype"], "r", shape=tuple(m.embedding["shape"]))
+        except ValueError as error:
+            raise BadBundle(f"the token embeddings have another size ({error})", file=bundle.path) from error
+        for name, graph in graphs.items():
+            networks[name] = (
+                MappedSession(folder / graph, threads=threads)
+                if engine == ONNXRUNTIME
+                else _OpenVino(folder / graph, threads=threads, exact=m.precision == "fp32")
+            )
     encoder = PooledEncoder(
         spec=bundle.spec,
-        precision=bundle.manifest.precision,
+        precision=m.precision,
         runtime=engine,
         sha256=bundle.sha256,
         host=bundle.spec.host(bundle.read(TOKENIZER)),
-        backend=_backend(bundle, engine, threads),
+        backend=GraphBackend(networks, embedding=embedding, past=m.past, spec=bundle.spec, chunk=CHUNKS[engine]),
     )
-    return OpenedEncoder(encoder=encoder, templates=bundle.templates, sha256=bundle.sha256)
+    return OpenedEncoder(encoder=encoder, templates=bundle.templates, sha256=bundle.sha256, checked=files | {TOKENIZER})

@@ -7,15 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from topt_deploy.bundle import ENCODER, Bundle
+from topt_deploy.bundle import Bundle
 from topt_deploy.columns import PROMPT_PREFIX
+from topt_deploy.encoder.bundle import open_encoder_bundle
 from topt_deploy.encoder.encode import Progress, encode
 from topt_deploy.encoder.job import open_cache
 from topt_deploy.encoder.table import merge_prompts, read_regions
 from topt_deploy.errors import BadBundle, NoInput
 from topt_deploy.parquet import read_parquet
 
-from .encoder import open_encoder
+from .encoder import load_encoder, locate
 
 
 class PromptEncoder:
@@ -24,7 +25,7 @@ class PromptEncoder:
     Args:
         bundle: The city's bundle, whose manifest names an encoder.
         place: The encoder's own bundle; None looks inside, or beside, the city's.
-        engine, threads: Of :func:`.encoder.open_encoder`.
+        engine, threads: Of :func:`.encoder.load_encoder`.
 
     Raises:
         NoInput: If the encoder's bundle is not there.
@@ -34,21 +35,20 @@ class PromptEncoder:
     def __init__(self, bundle: Bundle, place: Path | None, *, engine: str, threads: int) -> None:
         facts = bundle.manifest.encoder
         assert facts is not None
-        inside = facts["bundle"] is None
-        path = bundle.path if inside else place or bundle.path.parent / facts["bundle"]
+        path, inside = locate(bundle, place)
         if not path.exists():
             raise NoInput(
                 "the regions have no prompts, and the bundle's prompt encoder is not here", file=path,
                 expected=facts["identity"], fix="copy it there, or name its place with --encoder-bundle",
             )  # fmt: skip
-        opened = open_encoder(path, inside=ENCODER if inside else "", engine=engine, threads=threads)
-        if opened.sha256 != facts["sha256"]:
+        found = open_encoder_bundle(path, inside)
+        if found.sha256 != facts["sha256"]:
             raise BadBundle(
                 "another prompt encoder than the bundle goes with", file=path,
                 expected=f"{facts['identity']}, manifest {facts['sha256'][:16]}…",
-                found=f"{opened.spec.identity}, manifest {opened.sha256[:16]}…", fix="name the right one",
+                found=f"{found.spec.identity}, manifest {found.sha256[:16]}…", fix="name the right one",
             )  # fmt: skip
-        self._opened = opened
+        self._opened = load_encoder(found, engine=engine, threads=threads)
 
     def add(
         self, regions: pa.Table | Path, columns: Sequence[str], *, id_col: str, cache: bool, progress: Progress

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.bundle import open_bundle
-from topt_deploy.encoder.backend import pooled
+from topt_deploy.bundle import SCHEMA_VERSION, open_sealed
 from topt_deploy.encoder.bundle import open_encoder_bundle
-from topt_deploy.encoder.golden import compare, read_golden
-from topt_deploy.errors import BadBundle
+from topt_deploy.encoder.golden import read_golden, reproduce
 
-from .encoder import is_encoder, locate, open_encoder
+from .encoder import load_encoder, locate
 from .predictor import load
 
 
@@ -37,40 +35,37 @@ def selftests(path: Path, *, device: str, engine: str) -> Iterator[Done]:
     Raises:
         BadBundle: If this machine's values are further from the exporter's than the bundle's tolerance.
     """
-    if not is_encoder(path):
-        predictor = load(path, device=device)
-        checks = predictor.selftest()
-        yield Done(
-            engine=predictor.provider,
-            lines=tuple(f"{c.city}: {c.regions} regions, largest relative difference {c.worst:.1e}" for c in checks),
-            facts=tuple({"city": c.city, "regions": c.regions, "worst": c.worst} for c in checks),
-        )
-        encoder = open_bundle(path).manifest.encoder
-        if encoder is None or (encoder["bundle"] is not None and not (path.parent / encoder["bundle"]).exists()):
-            return
-    yield _encoder(*locate(path), engine)
+    if open_sealed(path, SCHEMA_VERSION).is_encoder:
+        yield _encoder(path, "", engine)
+        return
+    predictor = load(path, device=device)
+    checks = predictor.selftest()
+    yield Done(
+        engine=predictor.provider,
+        lines=tuple(f"{c.city}: {c.regions} regions, largest relative difference {c.worst:.1e}" for c in checks),
+        facts=tuple({"city": c.city, "regions": c.regions, "worst": c.worst} for c in checks),
+    )
+    if predictor.bundle.manifest.encoder is not None:
+        place, inside = locate(predictor.bundle)
+        if place.exists():
+            yield _encoder(place, inside, engine)
 
 
 def _encoder(path: Path, inside: str, engine: str) -> Done:
     bundle = open_encoder_bundle(path, inside)
-    bundle.verify()
-    opened = open_encoder(path, inside=inside, engine=engine, threads=1)
+    opened = load_encoder(bundle, engine=engine, threads=1)
+    bundle.verify(skip=opened.checked)
     regions, expected = read_golden(bundle)
     questions = [bundle.templates.question(task) for task in expected]
-    limits = bundle.manifest.tolerance
     lines, facts = [], []
     for i, region in enumerate(regions):
         prompt = opened.encoder.prompt(region.text, region.images, questions)
-        found = pooled(opened.encoder.backend, [prompt])[0]
-        cosine, difference = compare(np.stack([vectors[i] for vectors in expected.values()]), found)
-        if not (cosine >= limits["cosine"] and difference <= limits["difference"]):
-            raise BadBundle(
-                f"self-test failed on {region.name}: this machine does not reproduce the exporter's vectors",
-                file=path,
-                expected=f"cosine ≥ {limits['cosine']}, relative difference ≤ {limits['difference']}",
-                found=f"cosine {cosine:.6f}, relative difference {difference:.3g}",
-                fix="export with another --encoder-precision, or report it with the processor's name",
-            )
+        cosine, difference = reproduce(
+            opened.encoder.backend, prompt, np.stack([vectors[i] for vectors in expected.values()]),
+            bundle.manifest.tolerance, file=path,
+            failed=f"self-test failed on {region.name}: this machine does not reproduce the exporter's vectors",
+            fix="export with another --encoder-precision, or report it with the processor's name",
+        )  # fmt: skip
         lines.append(f"{region.name}: {len(region.images)} images, cosine {cosine:.6f}, difference {difference:.1e}")
         facts.append({"region": region.name, "cosine": cosine, "difference": difference})
     return Done(engine=f"{engine} ({bundle.manifest.precision})", lines=tuple(lines), facts=tuple(facts))

@@ -104,6 +104,11 @@ class Sealed:
     record: Mapping[str, Any]
     sha256: str
 
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is a prompt encoder's own (:mod:`topt_deploy.encoder.bundle`), and not a city's."""
+        return "spec" in self.record
+
     def read(self, name: str) -> bytes:
         """The bytes of a file, which are what the manifest says.
 
@@ -150,7 +155,7 @@ def open_bundle(path: Path) -> Bundle:
         BadBundle: If it is not a sound bundle.
     """
     sealed = open_sealed(path, SCHEMA_VERSION)
-    if "spec" in sealed.record:
+    if sealed.is_encoder:
         raise BadBundle(
             "a prompt encoder's bundle, not a city's",
             file=path,

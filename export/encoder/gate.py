@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from topt_deploy.encoder.backend import Backend, pooled
-from topt_deploy.encoder.golden import GoldenRegion, compare
-from topt_deploy.encoder.graphs import GraphBackend, Runner
+from topt_deploy.encoder.golden import GoldenRegion, reproduce
+from topt_deploy.encoder.graphs import GraphBackend, Runner, import_openvino
 from topt_deploy.encoder.prompt import Array, Family
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.encoder.templates import Templates
-from topt_deploy.errors import BadBundle
 
 from .network import Network, execute
 
@@ -120,9 +119,7 @@ class OpenVinoRunner:
     """
 
     def __init__(self, path: Path) -> None:
-        import openvino
-
-        model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        model = import_openvino().Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self._request = model.create_infer_request()
         self.inputs = tuple(port.any_name for port in model.inputs)
 
@@ -174,18 +171,14 @@ def gate(
     """
     networks = {name: candidate.load(path) for name, path in candidate.files.items()}
     backend = GraphBackend(networks, embedding=embedding, past=past, spec=spec, chunk=CHUNK)
-    limits = TOLERANCE[precision]
     measured = []
     for region, vectors in zip(regions, expected, strict=True):
         prompt = host.prompt(region.text, region.images, questions)
-        cosine, difference = compare(vectors, pooled(backend, [prompt])[0])
-        if not (cosine >= limits["cosine"] and difference <= limits["difference"]):
-            raise BadBundle(
-                f"parity gate failed on {region.name}, {candidate.form} form on {candidate.engine}",
-                expected=f"cosine ≥ {limits['cosine']}, relative difference ≤ {limits['difference']} at {precision}",
-                found=f"cosine {cosine:.6f}, relative difference {difference:.3g}",
-                fix="export with a higher --encoder-precision",
-            )
+        cosine, difference = reproduce(
+            backend, prompt, vectors, TOLERANCE[precision],
+            failed=f"parity gate failed on {region.name}, {candidate.form} form on {candidate.engine}, at {precision}",
+            fix="export with a higher --encoder-precision",
+        )  # fmt: skip
         longest = max(len(sequence.ids) for sequence in prompt.sequences)
         measured.append(
             EncoderParity(

@@ -11,6 +11,7 @@ from encoders_exported import EXPORTED, FAMILIES
 from naive import naive
 
 from topt_deploy.bundle import MANIFEST
+from topt_deploy.encoder import graphs
 from topt_deploy.encoder.backend import pooled
 from topt_deploy.encoder.golden import compare
 from topt_deploy.encoder.templates import load_templates
@@ -193,7 +194,7 @@ class TestRefused:
     def test_an_unknown_engine_an_absent_one_and_an_absent_bundle(self, bundle, monkeypatch):
         with pytest.raises(UsageError, match="no such engine"):
             open_encoder(bundle, engine="tensorrt")
-        monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+        monkeypatch.setattr(graphs, "find_spec", lambda name: None)
         with pytest.raises(NoDevice, match="OpenVINO is not installed"):
             open_encoder(bundle, engine="openvino")
         with pytest.raises(NoInput, match="no such bundle"):
@@ -207,6 +208,7 @@ class TestRefused:
             ("embedding", {"dtype": "float32", "shape": [3]}), ("embedding", {"dtype": "object", "shape": [3, 4]}),
             ("embedding", {"dtype": "float32", "shape": [3, 5]}), ("past", {"past_key_0": [0, 8]}), ("networks", {}),
             ("networks", {"decoder": {"graphs": {"onnxruntime": "/etc/passwd"}, "weights": "decoder.weights"}}),
+            ("networks", {"decoder": {"graphs": {}, "weights": "decoder.weights"}}),
         ],
     )  # fmt: skip
     def test_a_manifest_that_someone_made_up_and_sealed(self, bundle, reseal, key, value):

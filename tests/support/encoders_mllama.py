@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from encoders_weights import draw_weights
 from tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import MllamaConfig, MllamaForConditionalGeneration, PreTrainedTokenizerFast
@@ -107,17 +108,7 @@ def tiny_mllama(folder: Path, seed: int = 0) -> MllamaForConditionalGeneration:
     )
     torch.manual_seed(seed)
     model = MllamaForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():  # transformers' own gates are shut, and its weights tiny
-        if "gate" in name.rsplit(".", 1)[-1]:
-            torch.nn.init.uniform_(parameter, 0.3, 1.0)
-        elif "embedding" in name:
-            torch.nn.init.normal_(parameter)
-        elif parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        elif "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-        else:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    draw_weights(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR | {"processor_class": "MllamaProcessor"}))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from encoders_weights import draw_weights
 from tokenizers import AddedToken
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
@@ -66,13 +67,7 @@ def tiny_qwen(folder: Path, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():  # transformers' own are so small that layers hardly matter
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        elif "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-        else:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    draw_weights(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     limits = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 64}

@@ -92,16 +92,7 @@ class DeepseekVL2:
         self.image_token = {token: tokens.id(token) for token in CONTROL}[IMAGE]
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
-        """Build one region's prompt.
-
-        Args:
-            text: The geo-text.
-            images: uint8 (h, w, 3) each, of any size.
-            questions: T task questions, "" for none.
-
-        Raises:
-            BadData: If an image is too thin, or a text holds a control token.
-        """
+        """Build one region's prompt (:class:`topt_deploy.encoder.prompt.Family`)."""
         inputs = tuple(vision_inputs(image, self.settings, tiled=len(images) <= TILED) for image in images)
         sequences = []
         for ids in task_ids(self.chat, self.tokens, text, len(images), questions):

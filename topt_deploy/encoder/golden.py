@@ -11,9 +11,10 @@ import pyarrow as pa
 from ..columns import PROMPT_PREFIX, REGION_ID
 from ..errors import BadBundle
 from ..parquet import ParquetFile, write_parquet
+from .backend import Backend, pooled
 from .bundle import GOLDEN, EncoderBundle
 from .images import decode_image
-from .prompt import Array
+from .prompt import Array, Prompt
 from .table import IMAGES, TEXT
 
 TABLE = "regions.parquet"
@@ -89,3 +90,36 @@ def compare(expected: Array, found: Array) -> tuple[float, float]:
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     scale = np.sqrt((a**2).mean(axis=1, keepdims=True))
     return float(cosine.min()), float((np.abs(a - b) / scale).max())
+
+
+def reproduce(
+    backend: Backend,
+    prompt: Prompt,
+    expected: Array,
+    tolerance: Mapping[str, float],
+    *,
+    failed: str,
+    fix: str,
+    file: Path | None = None,
+) -> tuple[float, float]:
+    """Encode a region again: what :func:`compare` finds of its vectors and the expected ones (T, H).
+
+    Args:
+        backend, prompt: What encodes what.
+        expected: The vectors to reproduce.
+        tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest.
+        failed, fix, file: Of the error.
+
+    Raises:
+        BadBundle: Saying ``failed``, if the vectors are further off than that.
+    """
+    cosine, difference = compare(expected, pooled(backend, [prompt])[0])
+    if not (cosine >= tolerance["cosine"] and difference <= tolerance["difference"]):
+        raise BadBundle(
+            failed,
+            file=file,
+            expected=f"cosine ≥ {tolerance['cosine']}, relative difference ≤ {tolerance['difference']}",
+            found=f"cosine {cosine:.6f}, relative difference {difference:.3g}",
+            fix=fix,
+        )
+    return cosine, difference

@@ -1,11 +1,16 @@
 """An encoder's graphs as a backend, whatever runs them."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import NoDevice
 from .prompt import Array
 from .spec import EncoderSpec
 
@@ -95,3 +100,16 @@ class GraphBackend:
         presents = {name: name.replace(PAST, PRESENT, 1) for name in state.past}
         found = self._networks[DECODER].run(inputs, ["last_hidden", *presents.values()])
         return found["last_hidden"], replace(state, past={name: found[now] for name, now in presents.items()})
+
+
+def import_openvino() -> ModuleType:
+    """The package openvino.
+
+    Raises:
+        NoDevice: If it is not installed.
+    """
+    if find_spec("openvino") is None:
+        raise NoDevice("OpenVINO is not installed", expected="openvino", fix="pip install 'topt-deploy[openvino]'")
+    # openvino imports its converter, and that Intel's telemetry where it is installed. Nothing here reports.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return import_module("openvino")

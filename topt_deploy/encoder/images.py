@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,22 @@ def decode_image(data: bytes, path: object, max_pixels: int = MAX_PIXELS) -> Arr
         found=f"{width} × {height}",
         fix="scale it down: the encoder reads less than that anyway",
     )
+
+
+def normalised(pixels: Array, scale: float, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """uint8 (h, w, 3) as a model's authors rescale it: the product in float64, rounded before the mean is taken off.
+
+    Args:
+        pixels: RGB.
+        scale: Of the bytes.
+        mean, std: Taken off, and divided by, per channel.
+
+    Returns:
+        float32 (h, w, 3).
+    """
+    scaled = (pixels * np.float64(scale)).astype(np.float32)
+    values: Array = (scaled - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return values
 
 
 def _largest(image: Any) -> tuple[int, int]:

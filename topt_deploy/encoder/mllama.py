@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import BadConfig
 from .chat import Chat, Tokens, task_ids
+from .images import normalised
 from .prompt import Array, Prompt, TokenSequence
 
 
@@ -82,16 +83,7 @@ class Mllama:
     imageless: Chat
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
-        """Build one region's prompt.
-
-        Args:
-            text: The geo-text.
-            images: uint8 (h, w, 3) each, of any size.
-            questions: T task questions, "" for none.
-
-        Raises:
-            BadData: If a text holds a control token.
-        """
+        """Build one region's prompt (:class:`topt_deploy.encoder.prompt.Family`)."""
         inputs = tuple(vision_inputs(image, self.settings) for image in images)
         tiles = [len(image["pixel_values"]) for image in inputs]
         chat = self.chat if images else self.imageless
@@ -157,8 +149,7 @@ def vision_inputs(image: Array, settings: MllamaSettings) -> dict[str, Array]:
     pixels[: on.height, : on.width] = np.asarray(
         Image.fromarray(image).resize((on.width, on.height), Image.Resampling(settings.resample))
     )
-    scaled = (pixels * settings.scale).astype(np.float32)
-    values: Array = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
+    values = normalised(pixels, settings.scale, settings.mean, settings.std)
     tiles = values.reshape(on.rows, tile, on.columns, tile, 3).transpose(0, 2, 4, 1, 3)
     return {
         "pixel_values": np.ascontiguousarray(tiles.reshape(-1, 3, tile, tile)),

@@ -50,4 +50,8 @@ class Family(Protocol):
             text: The geo-text.
             images: uint8 (h, w, 3) each, of any size.
             questions: T task questions, "" for none.
+
+        Raises:
+            BadData: If a text holds a control token, or an image is of a shape that the model is not made for, or the
+                model reads none.
         """

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import BadConfig, BadData
 from .chat import Chat, Tokens, task_ids
+from .images import normalised
 from .prompt import Array, Prompt, TokenSequence
 
 LONGEST = 200
@@ -92,16 +93,7 @@ class Qwen25VL:
         self.settings, self.chat, self.tokens = settings, chat, tokens
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
-        """Build one region's prompt.
-
-        Args:
-            text: The geo-text.
-            images: uint8 (h, w, 3) each, of any size.
-            questions: T task questions, "" for none.
-
-        Raises:
-            BadData: If an image is too long for its width, or a text holds a control token.
-        """
+        """Build one region's prompt (:class:`topt_deploy.encoder.prompt.Family`)."""
         sizes = [resized(image.shape[0], image.shape[1], self.settings) for image in images]
         grids = [(h // self.settings.factor, w // self.settings.factor) for h, w in sizes]
         return Prompt(
@@ -159,9 +151,7 @@ def vision_inputs(image: Array, size: tuple[int, int], settings: Qwen25VLSetting
 
     height, width = size
     pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling(settings.resample)))
-    # As the authors do it: the product in float64, rounded before the mean is taken off.
-    scaled = (pixels.astype(np.float64) * settings.scale).astype(np.float32)
-    values: Array = (scaled - np.array(settings.mean, np.float32)) / np.array(settings.std, np.float32)
+    values = normalised(pixels, settings.scale, settings.mean, settings.std)
     p, m = settings.patch, settings.merge
     rows, columns = height // p // m, width // p // m
     squares = values.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # R, C, m, m, 3, p, p

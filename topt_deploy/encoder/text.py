@@ -23,11 +23,7 @@ class TextOnly:
     tokens: Tokens
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
-        """Build one region's prompt.
-
-        Raises:
-            BadData: If there are images, or text or a question contains a control token.
-        """
+        """Build one region's prompt (:class:`topt_deploy.encoder.prompt.Family`)."""
         if images:
             raise BadData(
                 "this language model reads no images",
