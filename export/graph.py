@@ -4,15 +4,18 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
 from onnx.helper import make_opsetid
+from onnx.parser import parse_graph
 from torch import Tensor, nn
 
+from topt_deploy.model import tiles
+from topt_deploy.model.tiles import planned
 from topt_deploy.model.topt import TopT
 
 OPSET = 20
@@ -21,12 +24,28 @@ WEIGHTS = "topt.weights"
 """Name of the external data, beside the model."""
 EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 64
+_TILES = "tiles"
+"""An input while the model is traced (:func:`topt_deploy.model.tiles.planned`); the graph computes it from N."""
+_LAY_TILES = """tiles (float[N, F] first) => (int64[T, t] rows)
+    <int64 zero = {0}, int64 one = {1}, int64 entries = {%d}, int64 least = {%d}, int64[1] second = {1}> {
+        shape = Shape <start = 0, end = 1> (first)
+        n = Squeeze (shape)
+        fitting = Div (entries, n)
+        some = Max (fitting, least)
+        height = Min (some, n)
+        starts = Range (zero, n, height)
+        start = Unsqueeze (starts, second)
+        offsets = Range (zero, height, one)
+        through = Add (start, offsets)
+        last = Sub (n, one)
+        rows = Min (through, last)
+    }"""
 _OUTER = "/outer"
 """Marks inputs and outputs during the export: the tracer puts no slash into a name."""
 
 
 class _ByPosition(nn.Module):
-    """The model with inputs by position and outputs as a tuple, as ONNX has them."""
+    """The model with inputs by position and outputs as a tuple, as ONNX has them. The last input is its tiles."""
 
     def __init__(self, model: TopT) -> None:
         super().__init__()
@@ -34,7 +53,9 @@ class _ByPosition(nn.Module):
         self.names = model.input_names()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        predictions = self.model(dict(zip(self.names, inputs, strict=True)))
+        *arrays, rows = inputs
+        with planned(rows):
+            predictions = self.model(dict(zip(self.names, arrays, strict=True)))
         return tuple(predictions.values())
 
 
@@ -65,15 +86,15 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
         The checked graph, with inputs named as the features and outputs as the tasks.
     """
     module = _ByPosition(model).eval()
-    arguments = tuple(sample[name] for name in module.names)
-    regions = torch.export.Dim(REGIONS_AXIS, min=2, max=1 << 24)
+    arguments = (*(sample[name] for name in module.names), torch.zeros(5, 3, dtype=torch.int64))
+    regions, count, height = (torch.export.Dim(name, max=1 << 24) for name in (REGIONS_AXIS, "tiles", "height"))
+    axes = ({0: regions},) * len(module.names) + ({0: count, 1: height},)
     # Traced here and not by torch.onnx.export, which would quietly fix the axis where the code made it constant.
     with torch.no_grad():
-        traced = torch.export.export(
-            module, arguments, dynamic_shapes=(tuple({0: regions} for _ in arguments),), strict=False
-        )
-    inputs, outputs = ([name + _OUTER for name in names] for names in (module.names, model.heads))
-    proto = translate(traced, inputs, outputs)
+        traced = torch.export.export(module, arguments, dynamic_shapes=(axes,), strict=False)
+        inputs, outputs = ([name + _OUTER for name in names] for names in ((*module.names, _TILES), model.heads))
+        proto = translate(traced, inputs, outputs)
+    _lay_tiles(proto)
     _name(proto)
     _strip(proto)
     onnx.checker.check_model(proto, full_check=True)
@@ -114,6 +135,32 @@ def _split(proto: onnx.ModelProto) -> Graph:
     return Graph(model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers)
 
 
+def _lay_tiles(proto: onnx.ModelProto) -> None:
+    """Replace the input that is the tiles by what computes it from the number of regions, where it is used."""
+    graph = proto.graph
+    rows = graph.input.pop().name
+    if rows not in {name for part in _graphs(graph) for node in part.node for name in node.input}:
+        return
+    laid = parse_graph(_LAY_TILES % (tiles.ENTRIES, tiles.LEAST))
+    names = {"first": graph.input[0].name, "rows": rows}
+    for node in laid.node:
+        node.input[:] = [names.get(name, f"tiles/{name}") for name in node.input]
+        node.output[:] = [names.get(name, f"tiles/{name}") for name in node.output]
+    for tensor in laid.initializer:
+        tensor.name = f"tiles/{tensor.name}"
+    graph.initializer.extend(laid.initializer)
+    graph.node.extend([*laid.node, *(graph.node.pop(0) for _ in range(len(graph.node)))])
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph, and all inside of its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
 def _name(proto: onnx.ModelProto) -> None:
     """Give inputs and outputs their plain names, and inner values that the tracer called the same another one.
 
@@ -122,28 +169,28 @@ def _name(proto: onnx.ModelProto) -> None:
     graph = proto.graph
     outer = {value.name: value.name.removesuffix(_OUTER) for value in (*graph.input, *graph.output)}
     names = outer | {name: f"{name}/inner" for name in outer.values()}
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.name = names.get(value.name, value.name)
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
+    for part in _graphs(graph):
+        for value in (*part.input, *part.output, *part.initializer):
+            value.name = names.get(value.name, value.name)
+        for node in part.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
 
 
 def _strip(proto: onnx.ModelProto) -> None:
     """Remove what only the exporting machine cares about: source locations, stack traces, doc strings."""
     proto.producer_name, proto.producer_version, proto.doc_string = "topt-deploy", "", ""
-    graph = proto.graph
-    graph.name, graph.doc_string = "topt", ""
-    del graph.metadata_props[:]
+    proto.graph.name = "topt"
     del proto.metadata_props[:]
-    for value in (*graph.input, *graph.output):  # the tracer calls the axis something like s15
+    for value in (*proto.graph.input, *proto.graph.output):  # the tracer calls the axis something like s15
         value.type.tensor_type.shape.dim[0].dim_param = REGIONS_AXIS
-    for group in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
-        for item in group:
+    parts = list(_graphs(proto.graph))
+    for part in parts:
+        for item in (part, *part.node, *part.input, *part.output, *part.initializer):
             item.doc_string = ""
             del item.metadata_props[:]
-    del graph.value_info[:]
-    used = {node.domain for node in graph.node}
+        del part.value_info[:]
+    used = {node.domain for part in parts for node in part.node}
     opsets = [make_opsetid(o.domain, o.version) for o in proto.opset_import if o.domain in used]
     del proto.opset_import[:]
     proto.opset_import.extend(opsets)

@@ -1,37 +1,48 @@
 """Stage 1: train SREL on a city's features. No label is used."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from topt_deploy.config import Config
 from topt_deploy.features import POSITION, feature_widths
 from topt_deploy.model.srel import Srel, SrelLoss
+from topt_deploy.model.tiles import Matrix, matrix
 from topt_deploy.table import City, Schema
 
 from .fit import Workplace
 
 
-def similarity_targets(city: City) -> dict[str, Tensor]:
+def similarity_targets(city: City, device: torch.device | str = "cpu") -> dict[str, Matrix]:
     """Cosine similarities between the regions' raw counts, per view (N, N). An empty region is similar to none."""
     targets = {}
     for view, counts in city.views.items():
         norm = np.linalg.norm(counts, axis=1, keepdims=True)
-        unit = counts / np.where(norm == 0, 1, norm)
-        targets[view] = torch.tensor((unit @ unit.T).astype(np.float32))
+        unit = torch.tensor(counts / np.where(norm == 0, 1, norm), dtype=torch.float64, device=device)
+        targets[view] = matrix(len(unit), partial(_products, unit))
     return targets
 
 
-def flow_target(city: City) -> Tensor | None:
+def _products(unit: Tensor, rows: slice) -> Tensor:
+    return (unit[rows] @ unit.T).float()
+
+
+def flow_target(city: City, device: torch.device | str = "cpu") -> Matrix | None:
     """The OD matrix that stage 1 reconstructs, over its mean (N, N)."""
     if city.flows is None:
         return None
-    n = len(city)
-    dense = np.zeros((n, n), dtype=np.float64)
-    dense[city.flows.origin, city.flows.dest] = city.flows.target
-    return torch.tensor((dense / dense.mean()).astype(np.float32))
+    n, target = len(city), np.asarray(city.flows.target, dtype=np.float64)
+    over_mean = (target / (target.sum() / n**2)).astype(np.float32)
+    sparse = csr_array((over_mean, (city.flows.origin, city.flows.dest)), shape=(n, n))
+    return matrix(n, partial(_dense, sparse, device), partial(_dense, sparse.T.tocsr(), device))
+
+
+def _dense(sparse: csr_array, device: torch.device | str, rows: slice) -> Tensor:
+    return torch.tensor(sparse[rows].toarray(), device=device)
 
 
 class SrelTraining(nn.Module):
@@ -67,12 +78,7 @@ def train_embedding(
     place.engine.seed(config.seed, stage)
     srel = Srel(feature_widths(schema), settings)
     srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
-    flow = flow_target(city)
-    loss = SrelLoss(
-        {view: target.to(device) for view, target in similarity_targets(city).items()},
-        None if flow is None else flow.to(device),
-        settings,
-    )
+    loss = SrelLoss(similarity_targets(city, device), flow_target(city, device), settings)
     training = SrelTraining(srel, loss).to(device)
     with torch.no_grad():
         adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once

@@ -3,17 +3,20 @@
 import numpy as np
 import onnx
 import pytest
+import torch
+from builders import LAND_USE, POI, task_config, tiny_city, tiny_config
 
 from topt_deploy.bundle import open_bundle
 from topt_deploy.export.golden import synthetic_city
-from topt_deploy.export.graph import OPSET, REGIONS_AXIS
-from topt_deploy.export.parity import TOLERANCE, run_model
+from topt_deploy.export.graph import OPSET, REGIONS_AXIS, export_graph
+from topt_deploy.export.parity import TOLERANCE, compare, run_graph, run_model
 from topt_deploy.features import POSITION, features
+from topt_deploy.model import tiles
 from topt_deploy.model.checkpoint import load_model, load_tensors
-from topt_deploy.model.topt import EnsembleHead, TaskHead
+from topt_deploy.model.topt import EnsembleHead, ModelSpec, TaskHead, TopT
 from topt_deploy.runs import INPUTS_FILE
 from topt_deploy.runtime.session import Session
-from topt_deploy.table import read_city
+from topt_deploy.table import Schema, read_city
 
 SIZES = [*range(2, 21), *range(25, 300, 25), 76, 77, 78, 127, 128, 129, 300]
 
@@ -119,6 +122,56 @@ def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session,
         worst = (np.abs(found[task] - values) / np.maximum(np.abs(values), 1.0)).max()
         assert worst <= TOLERANCE, f"{task}: {worst}"
         assert regions < 3 or np.unique(values).size > 1, "a constant would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def attentive():
+    """A model with every kind of attention, weights at random, whose task is called as values inside of tiles are."""
+    torch.manual_seed(0)
+    config = tiny_config({"sqrt": task_config(srel={"layers": 1, "bias": 0.8})})
+    schema = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=False, prompts={"prompt_sqrt": 10})
+    model = TopT(ModelSpec(config=config, schema=schema, ranks={"sqrt": 10})).eval()
+    model.srel["sqrt"].fit_statistics(inputs := tensors(12), inputs[POSITION])
+    head = model.heads["sqrt"]
+    head.basis.basis.normal_()
+    head.target.mean.fill_(50.0)
+    head.target.scale.fill_(10.0)
+    return model
+
+
+def tensors(regions):
+    return {
+        name: torch.from_numpy(array) for name, array in features(tiny_city(regions, prompts=["prompt_sqrt"])).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def tiled(attentive):
+    """Its graph, in tiles of no more than 36 pairs of regions, or of three rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "ENTRIES", 36)
+        patch.setattr(tiles, "LEAST", 3)
+        return export_graph(attentive, tensors(12))
+
+
+@pytest.mark.parametrize("regions", [2, 3, 4, 6, 7, 12, 13, 40])
+def test_tiles_give_what_the_whole_gives(regions, tiled, attentive):
+    """One tile, several, and a last one that is not full."""
+    inputs = {name: array.numpy() for name, array in tensors(regions).items()}
+    whole = run_model(attentive, inputs)
+    parity = compare(whole, run_graph(tiled, inputs), "tiled")
+    assert parity.worst <= TOLERANCE
+    assert parity.swapped == 0
+    assert np.unique(whole["sqrt"]).size > 1, "a constant would prove nothing"
+
+
+def test_tiles_are_of_the_standards_operators(tiled):
+    proto = onnx.ModelProto.FromString(tiled.model)
+    inside = [node for node in proto.graph.node if node.op_type == "Scan"]
+    assert len(inside) == 5, "centrality, two views, a Graphormer layer, an alignment"
+    assert all(not node.domain for scan in inside for node in scan.attribute[0].g.node)
+    assert [o.domain for o in proto.opset_import] == [""]
+    assert b"/work/" not in tiled.model, "no path of the exporting machine"
 
 
 def test_both_kinds_of_head_are_in_the_bundle(model):

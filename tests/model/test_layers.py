@@ -46,7 +46,7 @@ class TestStandardize:
 class TestSelfAttention:
     def test_matches_a_loop(self, heads, biased):
         layer, x, bias = attention_and_input(heads)
-        out, weights = layer(x, bias if biased else None)
+        out, weights = layer(x, bias if biased else None, read=nn.Identity())
         expected, expected_weights = oracles.self_attention(
             oracles.array(x), layer, oracles.array(bias) if biased else None
         )
@@ -61,7 +61,7 @@ class TestSelfAttention:
             reference.in_proj_bias.copy_(layer.qkv.bias)
             reference.out_proj.load_state_dict(layer.out.state_dict())
             expected, expected_weights = reference(x, x, x, attn_mask=bias if biased else None)
-            out, weights = layer(x, bias if biased else None)
+            out, weights = layer(x, bias if biased else None, read=nn.Identity())
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
 
@@ -77,15 +77,15 @@ def test_bias_moves_attention_towards_the_regions_it_favours():
     layer, x, _ = attention_and_input(2)
     bias = torch.zeros(N, N)
     bias[2, 5] = 3.0
-    before, after = layer(x)[1], layer(x, bias)[1]
+    before, after = (layer(x, given, read=nn.Identity())[1] for given in (None, bias))
     assert after[2, 5] > before[2, 5]
     torch.testing.assert_close(after[[0, 1, 3, 4, 5]], before[[0, 1, 3, 4, 5]])
 
 
 def test_attention_weights_are_returned_without_dropout():
     layer, x, _ = attention_and_input(2, dropout=0.5)
-    expected = layer(x)[1]
-    out, weights = layer.train()(x)
+    expected = layer(x, read=nn.Identity())[1]
+    out, weights = layer.train()(x, read=nn.Identity())
     torch.testing.assert_close(weights, expected)
     assert not torch.allclose(out, layer.eval()(x)[0])
 

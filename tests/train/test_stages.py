@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.features import features
+from topt_deploy.model import tiles
 from topt_deploy.model.checkpoint import load_model
 from topt_deploy.model.prompt4re import ridge
 from topt_deploy.model.topt import TaskHead, predict
@@ -83,6 +84,16 @@ class TestStage1Targets:
     def test_without_flows_there_is_none(self):
         assert flow_target(replace(tiny_city(N), flows=None)) is None
 
+    def test_rows_of_a_large_city_are_those_of_the_whole(self, monkeypatch):
+        city = tiny_city(N)
+        whole = similarity_targets(city) | {"flow": flow_target(city), "back": flow_target(city).T}
+        monkeypatch.setattr(tiles, "ENTRIES", N * N - 1)
+        rows = similarity_targets(city) | {"flow": flow_target(city), "back": flow_target(city).T}
+        for name, matrix in rows.items():
+            assert not isinstance(matrix, torch.Tensor)
+            assert torch.equal(matrix[5:9], whole[name][5:9])
+            assert torch.equal(matrix[:], whole[name])
+
 
 class TestStage1:
     def test_learns(self, tmp_path):
@@ -93,6 +104,14 @@ class TestStage1:
         losses = [json.loads(line)["loss"] for line in lines.read_text().splitlines()]
         assert losses == sorted(losses, reverse=True)
         assert losses[-1] < 0.9 * losses[0]
+
+    def test_a_large_city_is_trained_as_a_small_one(self, monkeypatch):
+        config = tiny_config({"crime": task_config(srel={"dropout": 0.0})})
+        srel, expected = train_srel(tiny_city(N), config=config)
+        monkeypatch.setattr(tiles, "ENTRIES", 5 * N)  # tiles of five rows
+        tiled, found = train_srel(tiny_city(N), config=config)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert tiled.adjacency.length_m == srel.adjacency.length_m
 
     def test_sees_no_label(self):
         city = tiny_city(N)

@@ -14,21 +14,21 @@ class _PooledScores(torch.autograd.Function):
     """p_ic = Σ_j w_cij s_ij with w = softmax_j(a_c s_ij), with a backward of three small products instead of four
     passes over c×N×N numbers: ∂p_ic/∂s_ij = w_cij (1 + a_c (s_ij − p_ic)), ∂p_ic/∂a_c = Σ_j w_cij s_ij² − p_ic².
 
-    *Shape:* a (c), s (N, N) → p (N, c)
+    *Shape:* a (c), s (t, N) → p (t, c)
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, s: Tensor) -> Tensor:
-        w = (a[None, :, None] * s[:, None, :]).softmax(dim=-1)  # (N, c, N)
+        w = (a[None, :, None] * s[:, None, :]).softmax(dim=-1)  # (t, c, N)
         p = torch.bmm(w, s[:, :, None])[..., 0]
         ctx.save_for_backward(a, s, w, p)
         return p
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (g,) = gradients  # (N, c)
+        (g,) = gradients  # (t, c)
         a, s, w, p = ctx.saved_tensors
-        both = torch.bmm(torch.stack([g * (1 - a * p), g * a], dim=1), w)  # (N, 2, N)
+        both = torch.bmm(torch.stack([g * (1 - a * p), g * a], dim=1), w)  # (t, 2, N)
         second = torch.bmm(w, s.square()[:, :, None])[..., 0]  # Σ_j w s²
         return (g * (second - p.square())).sum(dim=0), both[:, 0] + both[:, 1] * s
 
@@ -39,7 +39,7 @@ class ScoreFeature(nn.Module):
     Every score s_ij is expanded to c channels a_c·s_ij + b_c, pooled over j with its own softmax weights and
     projected to D. Softmax ignores b_c, so the pooled value is a_c·Σ_j softmax_j(a_c s_ij) s_ij + b_c.
 
-    *Shape:* scores (N, N) → (N, D)
+    *Shape:* rows of scores (t, N) → (t, D)
     """
 
     def __init__(self, *, width: int, channels: int) -> None:
@@ -68,8 +68,8 @@ class IntraViewBlock(nn.Module):
         self.feed_forward = FeedForward(width=config.width, inner=config.ffn_width, dropout=config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed, scores = self.attention(x)
-        out: Tensor = self.feed_forward(x, mixed + self.score_feature(scores))
+        mixed, feature = self.attention(x, read=self.score_feature)
+        out: Tensor = self.feed_forward(x, mixed + feature)
         return out
 
 

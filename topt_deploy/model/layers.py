@@ -4,10 +4,12 @@ Shape letters, here and in the whole package: N regions, V views, D width, H pro
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from .tiles import Matrix, Rows, apart, in_tiles, take
 
 
 class Standardize(nn.Module):
@@ -85,7 +87,8 @@ class SelfAttention(nn.Module):
 
     softmax_j(q_i·k_j / √d + B_ij), d = D / heads (ToPT's Graphormer layer; B = 0 is the ordinary form).
 
-    *Shape:* x (N, D), bias (N, N) → (N, D), and the head-averaged attention weights (N, N)
+    *Shape:* x (N, D), bias (N, N) → (N, D), and what ``read`` makes of the head-averaged attention weights' rows,
+    (t, N) → (t, …), for all of them; None without
     """
 
     def __init__(self, *, width: int, heads: int, dropout: float) -> None:
@@ -97,15 +100,24 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, bias: Matrix | None = None, read: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         n, width = x.shape
-        q, k, v = (part.reshape(n, self.heads, -1).transpose(0, 1) for part in self.qkv(x).chunk(3, dim=-1))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)  # (heads, N, N)
-        if bias is not None:
-            scores = scores + bias
-        weights = scores.softmax(dim=-1)
-        mixed = (self.dropout(weights) @ v).transpose(0, 1).reshape(n, width)
-        return self.out(mixed), weights.mean(dim=0)
+        parts = apart(self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (part.reshape(n, self.heads, -1).transpose(0, 1) for part in parts)
+        to = k.transpose(-1, -2)  # once, and not for every tile
+
+        def tile(rows: Rows) -> tuple[Tensor, ...]:
+            scores = take(q, rows, 1) @ to / math.sqrt(width // self.heads)  # (heads, t, N)
+            if bias is not None:
+                scores = scores + bias[rows]
+            weights = scores.softmax(dim=-1)
+            mixed = (self.dropout(weights) @ v).transpose(0, 1).flatten(1)  # (t, D)
+            return (mixed,) if read is None else (mixed, read(weights.mean(dim=0)))
+
+        mixed, *seen = in_tiles(n, tile)
+        return self.out(mixed), seen[0] if seen else None
 
 
 class FeedForward(nn.Module):

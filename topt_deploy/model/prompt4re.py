@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Prompt4ReConfig
 from .layers import Dropout
+from .tiles import Rows, in_tiles, take
 
 
 class PromptBasis(nn.Module):
@@ -120,8 +121,15 @@ class Alignment(nn.Module):
             self._split(self.key(prompts)),
             self._split(self.value(prompts)),
         )
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # (M, heads, N, N)
-        mixed = (self.dropout(weights) @ v).transpose(1, 2).flatten(-2)
+
+        to = k.transpose(-1, -2)  # once, and not for every tile
+
+        def tile(rows: Rows) -> tuple[Tensor]:
+            scores = take(q, rows, 2) @ to / math.sqrt(q.shape[-1])  # (M, heads, t, N)
+            mixed = self.dropout(scores.softmax(dim=-1)) @ v
+            return (mixed.transpose(1, 2).flatten(-2),)  # (M, t, W)
+
+        (mixed,) = in_tiles(q.shape[2], tile, axis=1)
         out: Tensor = self.norm(mixed + self.residual(embedding))
         return out
 

@@ -1,6 +1,7 @@
 """Stage 1, SREL: spatial-aware region embedding learning (ToPT, section "SREL")."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,19 @@ from ..config import SrelConfig
 from ..features import EARTH_RADIUS_M
 from .fusion import ViewEncoder, ViewFusion
 from .layers import ByName, FeedForward, SelfAttention
+from .tiles import ALL, Matrix, Rows, in_tiles, matrix, take
 
 NEIGHBOURS = 5
 """The automatic decay length is the median distance to this many-th nearest region."""
 
 
-def distance_m(position: Tensor) -> Tensor:
+def distance_m(position: Tensor, rows: Rows = ALL) -> Tensor:
     """Great-circle (haversine) distances in metres from centred positions on the sphere.
 
-    *Shape:* (N, 3) → (N, N)
+    *Shape:* (N, 3), t rows → (t, N)
     """
     # Coordinate by coordinate: differences keep float32's precision where a Gram matrix would cancel.
-    chord2 = sum((position[:, None, axis] - position[None, :, axis]).square() for axis in range(3))
+    chord2 = sum((take(position, rows)[:, None, axis] - position[None, :, axis]).square() for axis in range(3))
     assert isinstance(chord2, Tensor)
     return 2 * EARTH_RADIUS_M * torch.asin((chord2.sqrt() / (2 * EARTH_RADIUS_M)).clamp(max=1))
 
@@ -43,11 +45,17 @@ class Adjacency(nn.Module):
     def fit(self, position: Tensor) -> None:
         """Set the decay length from the training city, unless the configuration gives it."""
         if self.automatic:
-            nearest = distance_m(position).sort(dim=1).values[:, : NEIGHBOURS + 1]
+            n = len(position)
+            count = min(NEIGHBOURS + 1, n)  # the region itself is the nearest
+            (nearest,) = in_tiles(n, lambda rows: (distance_m(position, rows).topk(count, largest=False).values,))
             self.length_m.copy_(nearest[:, -1].median().clamp(min=1.0))
 
-    def forward(self, position: Tensor) -> Tensor:
-        x = distance_m(position) / self.length_m
+    def forward(self, position: Tensor) -> Matrix:
+        return matrix(position.shape[0], partial(self.rows, position))
+
+    def rows(self, position: Tensor, rows: Rows = ALL) -> Tensor:
+        """*Shape:* (N, 3), t rows → (t, N)"""
+        x = distance_m(position, rows) / self.length_m
         if self.decay == "exponential":
             near = torch.exp(-x)
         elif self.decay == "gaussian":
@@ -55,7 +63,7 @@ class Adjacency(nn.Module):
         else:
             near = 1 / (1 + x)
         index = torch.arange(position.shape[0], device=position.device)
-        return torch.where(index[:, None] == index[None, :], torch.zeros_like(near), near)
+        return torch.where(take(index, rows)[:, None] == index[None, :], torch.zeros_like(near), near)
 
 
 class GraphormerLayer(nn.Module):
@@ -69,7 +77,7 @@ class GraphormerLayer(nn.Module):
         self.attention = SelfAttention(width=config.width, heads=config.heads, dropout=config.dropout)
         self.feed_forward = FeedForward(width=config.width, inner=config.ffn_width, dropout=config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Matrix | None) -> Tensor:
         mixed, _ = self.attention(x, bias)
         out: Tensor = self.feed_forward(x, mixed)
         return out
@@ -108,11 +116,11 @@ class Srel(nn.Module):
             encoder.standardize.fit(inputs[view])
         self.adjacency.fit(position)
 
-    def forward(self, views: Mapping[str, Tensor], adjacency: Tensor) -> Tensor:
+    def forward(self, views: Mapping[str, Tensor], adjacency: Matrix) -> Tensor:
         encoded = torch.stack([encoder(views[view]) for view, encoder in self.encoders.items()], dim=1)
         x, _ = self.fusion(encoded)  # H̃ (N, D)
         if self.centrality is not None:
-            strength = adjacency.sum(dim=1, keepdim=True)  # (N, 1)
+            (strength,) = in_tiles(x.shape[0], lambda rows: (adjacency[rows].sum(dim=1, keepdim=True),))  # (N, 1)
             x = x + self.centrality(strength / strength.amax(dim=0).clamp(min=1e-12))
         bias = None if self.bias is None else self.bias * adjacency
         for layer in self.layers:
@@ -132,7 +140,7 @@ class SrelLoss(nn.Module):
         config: Stage-1 settings.
     """
 
-    def __init__(self, similarities: Mapping[str, Tensor], flow: Tensor | None, config: SrelConfig) -> None:
+    def __init__(self, similarities: Mapping[str, Matrix], flow: Matrix | None, config: SrelConfig) -> None:
         super().__init__()
         self.config = config
         self.flow = flow
@@ -149,11 +157,32 @@ class SrelLoss(nn.Module):
         """
         terms = {}
         if self.flow is not None:
-            product = self.source(embedding) @ self.destination(embedding).T
-            forth = torch.log(product.softmax(dim=1) + 1e-4)
-            back = torch.log(product.T.softmax(dim=1) + 1e-4)
-            terms["mobility"] = -self.config.mobility_weight * (self.flow * forth + self.flow.T * back).sum()
+            terms["mobility"] = -self.config.mobility_weight * self._flow_likelihood(embedding, self.flow)
         for view, similarity in self.similarities.items():
             x = F.normalize(self.decoders[view](embedding), dim=1)
-            terms[view] = self.config.similarity_weight * F.mse_loss(x @ x.T, similarity)
+            terms[view] = self.config.similarity_weight * _mean_squared_error(x, similarity)
         return terms
+
+    def _flow_likelihood(self, embedding: Tensor, flow: Matrix) -> Tensor:
+        source, destination, back = self.source(embedding), self.destination(embedding), flow.T
+
+        def tile(rows: Rows) -> tuple[Tensor]:
+            product = source[rows] @ destination.T
+            # In one tile, its transpose is what leads back; the same product a second time would take as long again.
+            returned = product.T if rows is ALL else destination[rows] @ source.T
+            there, here = (torch.log(x.softmax(dim=1) + 1e-4) for x in (product, returned))
+            return ((flow[rows] * there + back[rows] * here).sum()[None],)
+
+        (parts,) = in_tiles(len(embedding), tile)
+        return parts.sum()
+
+
+def _mean_squared_error(x: Tensor, similarity: Matrix) -> Tensor:
+    """Of x xᵀ. *Shape:* (N, D), (N, N) → scalar"""
+
+    def tile(rows: Rows) -> tuple[Tensor]:
+        part = x[rows]
+        return (F.mse_loss(part @ x.T, similarity[rows])[None] * (len(part) / len(x)),)
+
+    (parts,) = in_tiles(len(x), tile)
+    return parts.sum()

@@ -1,7 +1,7 @@
 """What a trained SREL attends to: the weights of its views, and the regions that each region looks at.
 
-The modules return their attention already and :class:`Srel` drops it; forward hooks read it here, so that the model
-neither carries it in training nor in its export.
+Forward hooks ask the modules for it here, so that the model neither carries it in training nor in its export. A report
+shows every pair of regions, so this is whole, (N, N).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,7 +49,7 @@ def read_attention(model: TopT, inputs: Mapping[str, Tensor]) -> list[Attention]
     for name, srel in model.srel.items():
         assert isinstance(srel, Srel)
         layers = [layer.attention for layer in srel.layers if isinstance(layer, GraphormerLayer)]
-        with _second_outputs([srel.fusion]) as views, _second_outputs(layers) as regions:
+        with _second_outputs([srel.fusion]) as views, _second_outputs(layers, read=nn.Identity()) as regions:
             srel(inputs, srel.adjacency(inputs[POSITION]))
         found.append(
             Attention(
@@ -91,10 +91,20 @@ def attended_most(weights: Array, k: int) -> Array:
 
 
 @contextmanager
-def _second_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the second of the two values that each of ``modules`` returns, in the order they are called."""
+def _second_outputs(modules: Iterable[nn.Module], **named: Any) -> Iterator[list[Tensor]]:
+    """Collect the second of the two values that each of ``modules`` returns, in the order they are called.
+
+    Args:
+        modules: The modules.
+        named: Arguments that they get beside their own.
+    """
     seen: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda _module, _in, out: seen.append(out[1])) for module in modules]
+    handles = []
+    for module in modules:
+        handles += [
+            module.register_forward_pre_hook(lambda _module, args, own: (args, own | named), with_kwargs=True),
+            module.register_forward_hook(lambda _module, _in, out: seen.append(out[1])),
+        ]
     try:
         yield seen
     finally:

@@ -110,10 +110,7 @@ class HaFusion(EmbeddingMethod):
         counts = [torch.tensor(x, dtype=torch.float32, device=device) for x in city.views.values()]
         od = torch.tensor(od_matrix(flows, len(city)), dtype=torch.float32, device=device)
         model = HaFusionModel(regions=len(city), features=[x.shape[1] for x in counts])
-        flow = flow_target(city)
-        assert flow is not None
-        targets = {view: target.to(device) for view, target in similarity_targets(city).items()}
-        decoders = SrelLoss(targets, flow.to(device), chicago_settings(WIDTH))
+        decoders = SrelLoss(similarity_targets(city, device), flow_target(city, device), chicago_settings(WIDTH))
         training = nn.ModuleList([model, decoders]).to(device)
 
         def loss(_: int) -> Tensor:

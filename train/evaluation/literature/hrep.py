@@ -170,13 +170,13 @@ class Hrep(EmbeddingMethod):
                 found=f"{len(city)} regions",
                 fix="leave this baseline out for so small a city",
             )
-        poi = similarity_targets(city)["poi"].to(device)
+        poi = similarity_targets(city, device)["poi"][:]
         alike = [similar_regions(s, ALIKE) for s in (poi.cpu().numpy(), *mobility_similarities(flows, len(city)))]
         edges = np.stack([normalised(g) for g in (adjacent | np.eye(len(city), dtype=bool), *alike)])
         graphs = torch.tensor(edges, dtype=torch.float32, device=device)
-        flow = flow_target(city)
-        assert flow is not None
-        flow = flow.to(device)
+        target = flow_target(city, device)
+        assert target is not None
+        flow = target[:]
         features, relations = torch.randn(len(city), WIDTH).to(device), torch.randn(len(RELATIONS), WIDTH).to(device)
         choices = [torch.tensor(pairs, dtype=torch.float32) for pairs in (adjacent, apart)]
         model = HrepModel().to(device)

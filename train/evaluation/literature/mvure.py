@@ -137,12 +137,12 @@ class Mvure(EmbeddingMethod):
         """
         city, device = problem.city, problem.engine.device
         flows = need_flows(problem, "MVURE")
-        attributes = torch.stack(list(similarity_targets(city).values()))
+        attributes = torch.stack([target[:] for target in similarity_targets(city).values()])
         graphs = [mutual_neighbours(s, MOBILITY_NEIGHBOURS) for s in mobility_similarities(flows, len(city))]
         graphs += [mutual_neighbours(s, ATTRIBUTE_NEIGHBOURS) for s in attributes.numpy()]
-        flow = flow_target(city)
-        assert flow is not None
-        masks, flow, attributes = torch.tensor(np.stack(graphs)).to(device), flow.to(device), attributes.to(device)
+        target = flow_target(city, device)
+        assert target is not None
+        masks, flow, attributes = torch.tensor(np.stack(graphs)).to(device), target[:], attributes.to(device)
         random = torch.empty(len(city), FEATURES).uniform_(-1, 1)
         features = ((random - random.mean(dim=1, keepdim=True)) / random.std(dim=1, keepdim=True)).to(device)
         model = MvureModel(views=len(graphs)).to(device)
