@@ -15,9 +15,11 @@ from topt_deploy.bundle import CARD, MANIFEST, SEAL, Manifest, open_bundle, seal
 from topt_deploy.errors import BadBundle, Exit, NoInput
 from topt_deploy.table import Schema
 
+GRAPH = b"\x08\x08\x3a\x08\x0a\x06\x22\x04Relu" + b"\x32\x80\x02" + bytes(range(256))
+"""A model of one node, and a long documentation."""
 FILES = {
     CARD: b"# A model\n",
-    "models/fp32.onnx": bytes(range(256)) * 3,
+    "models/fp32.onnx": GRAPH,
     "golden/a/regions.parquet": b"PAR1 and so on PAR1",
     "golden/a/expected.json": b'{"crime": [1.0]}',
 }
@@ -300,7 +302,7 @@ class TestZip:
         return tmp_path / "m.zip"
 
     def test_the_helper_makes_sound_ones(self, folder, tmp_path):
-        open_bundle(self.add(folder, tmp_path, "models/other.onnx")).verify()
+        open_bundle(self.add(folder, tmp_path, "models/other.bin")).verify()
 
     @pytest.mark.parametrize("name", HOSTILE_NAMES)
     def test_a_name_that_no_bundle_has(self, folder, tmp_path, name):
@@ -356,7 +358,7 @@ class TestZip:
     @pytest.mark.parametrize("zipped", [False, True])
     def test_an_endless_manifest_is_not_read_to_its_end(self, folder, tmp_path, monkeypatch, name, zipped):
         os.truncate(folder / name, 40 << 20)
-        path = pack(folder, tmp_path / "m.zip") if zipped else folder
+        path = pack(folder, tmp_path / "m.zip", zipfile.ZIP_STORED) if zipped else folder
         lengths = []
         read = bundle_module._Files.read
 

@@ -752,7 +752,8 @@ class TestBadFiles:
     def test_as_a_record_for_machines(self, path, regions):
         pq.write_table(replaced(regions, poi_bar=[-1.0] * N), path)
         record = refuse(path, parts=[]).as_dict()
-        assert record["error"] == "BadData"
+        assert record["error"] == "BadRows"
+        assert record["code"] == "bad_count"
         assert record["exit_code"] == 65
         assert record["file"] == str(path)
         assert record["column"] == "poi_bar"

@@ -6,7 +6,9 @@ opened. Bytes are hashed as they are read, and what was hashed is what is used: 
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import stat
@@ -19,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .errors import BadBundle, NoInput
 from .features import all_widths
 from .fileio import reading, sha256_bytes, write_text
+from .graphcheck import check_graph
 from .table import Schema
 
 if TYPE_CHECKING:
@@ -27,13 +30,24 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
+SIGNATURE = "manifest.json.sig"
 CARD = "MODEL_CARD.md"
 SUFFIX = ".topt"
 ENCODER = "encoder/"
 """The folder of a prompt encoder inside a city's bundle: a sealed folder of its own."""
+GRAPH_SUFFIX = ".onnx"
+"""Of every graph, so that none is opened that was not looked through."""
 MANIFEST_LIMIT_BYTES = 16 << 20
-FILE_LIMIT_BYTES = 64 << 30
+SEAL_LIMIT_BYTES = 200
+"""Of seal and signature."""
+READ_LIMIT_BYTES = 1 << 30
+"""Of what is read into memory; an encoder's weights are mapped."""
+TOTAL_LIMIT_BYTES = 64 << 30
 FILE_COUNT_LIMIT = 10_000
+UNPACKED_RATIO_LIMIT = 100
+"""How many times a zip's size it may unpack to. Weights shrink by a tenth, tables and texts to a fifth."""
+DIRECTORY_LIMIT_BYTES = 4 << 20
+"""Of a zip's directory, which Python's reader makes objects of: ten times a directory of as many files as may be."""
 BLOCK_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
@@ -97,12 +111,16 @@ class Sealed:
         inside: The folder within it that is meant, ending in a slash; "" for all of it.
         record: The manifest's values, as they stand in the file.
         sha256: Hash of the manifest, and through it of everything.
+        data: The manifest's bytes.
+        signature: Those of ``manifest.json.sig`` (:mod:`topt_deploy.signature`), if there is one; not yet checked.
     """
 
     path: Path
     inside: str
     record: Mapping[str, Any]
     sha256: str
+    data: bytes = field(repr=False)
+    signature: bytes | None
 
     @property
     def is_encoder(self) -> bool:
@@ -118,21 +136,37 @@ class Sealed:
         if name not in self.record["files"]:
             raise _refuse(self.path, f"{name!r} is not among its files")
         facts = self.record["files"][name]
+        if facts["size"] > READ_LIMIT_BYTES:
+            raise _refuse(self.path, f"{name} is larger than the {READ_LIMIT_BYTES >> 30} GB that are read at once")
         with _Files(self.path, self.inside) as files:
             data = files.read(name, int(facts["size"]))
         if len(data) != facts["size"] or sha256_bytes(data) != facts["sha256"]:
             raise _changed(self.path, name)
+        if name.endswith(GRAPH_SUFFIX):
+            self._check_graph(name, data)
         return data
 
+    def _check_graph(self, name: str, data: bytes) -> None:
+        folder = name.rpartition("/")[0]
+        parts = ((file.rpartition("/"), facts["size"]) for file, facts in self.record["files"].items())
+        try:
+            check_graph(data, {base: size for (place, _, base), size in parts if place == folder})
+        except (ValueError, RecursionError) as error:
+            raise _refuse(self.path, f"{name} is refused: {error}") from error
+
     def verify(self, *, skip: frozenset[str] = frozenset()) -> None:
-        """Hash every listed file, but those in ``skip``.
+        """Hash every listed file, and look through every graph, but those in ``skip``.
 
         Raises:
-            BadBundle: If one is not what the manifest says.
+            BadBundle: If one is not what the manifest says, or a graph is not what an exporter writes.
         """
         with _Files(self.path, self.inside) as files:
             for name, facts in self.record["files"].items():
-                if name not in skip and files.digest(name, facts["size"]) != facts["sha256"]:
+                if name in skip:
+                    continue
+                if name.endswith(GRAPH_SUFFIX):
+                    self.read(name)
+                elif files.digest(name, facts["size"]) != facts["sha256"]:
                     raise _changed(self.path, name)
 
 
@@ -188,12 +222,13 @@ def open_sealed(path: Path, schema_version: int, inside: str = "") -> Sealed:
         if MANIFEST not in sizes or SEAL not in sizes:
             raise _refuse(path, f"{MANIFEST if MANIFEST not in sizes else SEAL} is missing: not a whole bundle")
         data = files.read(MANIFEST, MANIFEST_LIMIT_BYTES)
-        seal = files.read(SEAL, 200)
+        seal = files.read(SEAL, SEAL_LIMIT_BYTES)
+        signature = files.read(SIGNATURE, SEAL_LIMIT_BYTES) if SIGNATURE in sizes else None
     digest = sha256_bytes(data)
     if seal != _seal(digest):
         raise _refuse(path, "the manifest is not the one that was sealed")
     with well_formed(path):
-        record = json.loads(data)
+        record = _record(data)
         if record["schema_version"] != schema_version:
             raise BadBundle(
                 "the bundle is of another schema version",
@@ -205,7 +240,7 @@ def open_sealed(path: Path, schema_version: int, inside: str = "") -> Sealed:
         listed = {name: facts["size"] for name, facts in record["files"].items()}
         sound = all(type(f["size"]) is int and isinstance(f["sha256"], str) for f in record["files"].values())
         require(sound and all(size >= 0 for size in listed.values()), "files")
-    found = {name: size for name, size in sizes.items() if name not in (MANIFEST, SEAL)}
+    found = {name: size for name, size in sizes.items() if name not in (MANIFEST, SEAL, SIGNATURE)}
     for problem, names in (
         ("not listed in the manifest", sorted(set(found) - set(listed))),
         ("missing", sorted(set(listed) - set(found))),
@@ -216,7 +251,7 @@ def open_sealed(path: Path, schema_version: int, inside: str = "") -> Sealed:
     ):
         if names:
             raise _refuse(path, f"files {problem}: {', '.join(names[:5])}")
-    return Sealed(path=path, inside=inside, record=record, sha256=digest)
+    return Sealed(path=path, inside=inside, record=record, sha256=digest, data=data, signature=signature)
 
 
 @contextmanager
@@ -224,7 +259,7 @@ def well_formed(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong in taking a manifest apart into the error for the user."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _refuse(path, f"the manifest cannot be read ({error})") from error
 
 
@@ -242,11 +277,44 @@ def seal_bundle(folder: Path, manifest: Any) -> None:
     """Write the manifest, a dataclass, of everything in ``folder``, and its seal: the last step of making a bundle."""
     with _Files(folder) as files:
         listing = {
-            name: {"size": size, "sha256": files.digest(name, size)} for name, size in sorted(files.sizes().items())
+            name: {"size": size, "sha256": files.digest(name, size)}
+            for name, size in sorted(files.sizes().items())
+            if name != SIGNATURE
         }
     text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)
     write_text(folder / SEAL, _seal(sha256_bytes(text.encode())).decode())
+    sealed = open_sealed(folder, manifest.schema_version)
+    for name in listing:
+        if name.endswith(GRAPH_SUFFIX):
+            sealed.read(name)  # a graph that no reader would take must not leave this machine
+
+
+def _record(data: bytes) -> Any:
+    """A manifest's values. No key is read where another reader may find another value, and no number that is none.
+
+    Raises:
+        ValueError: If a key occurs twice, or a number is no finite one of a machine's.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return record
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no number")
+        return value
+
+    def whole(text: str) -> int:
+        if len(text) > 19:
+            raise ValueError(f"{text[:20]}… is too large a number")
+        return int(text)
+
+    return json.loads(data, object_pairs_hook=once, parse_float=number, parse_int=whole, parse_constant=number)
 
 
 def _seal(digest: str) -> bytes:
@@ -281,7 +349,9 @@ def _check_form(manifest: Manifest) -> None:
     for key in ("inputs", "golden"):
         require(names(getattr(manifest, key)), key)
     require(all(names(v) for v in manifest.views.values()), "views")
-    require(all(isinstance(facts.get("scores"), list) for facts in manifest.tasks.values()), "tasks")
+    for facts in manifest.tasks.values():
+        scores = facts.get("scores")
+        require(isinstance(scores, list) and all(type(score) in (int, float) for score in scores), "tasks")
     require(isinstance(manifest.mobility, bool), "mobility")
     if manifest.encoder is not None:
         require(isinstance(manifest.encoder, dict), "encoder")
@@ -298,6 +368,7 @@ def _check_form(manifest: Manifest) -> None:
         require(isinstance(ends, list) and len(ends) == 2 and all(type(x) in (int, float) for x in ends), "ranges")
     for variant in manifest.variants.values():
         require({variant.get("graph"), variant.get("weights")} <= set(manifest.files), "variants")
+        require(variant["graph"].endswith(GRAPH_SUFFIX), "variants")
         require(isinstance(variant.get("initializers"), dict), "variants")
         require(type(variant.get("tolerance")) in (int, float), "variants")
         for place in variant["initializers"].values():
@@ -317,20 +388,30 @@ class _Files:
             import zipfile
 
             with reading(self.path):
+                self._stream = _Bounded(_open_plain(self.path))
                 try:
-                    self._zip = zipfile.ZipFile(self.path)
-                except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+                    self._zip = zipfile.ZipFile(self._stream)
+                except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
+                    self._stream.close()
                     raise _refuse(self.path, f"neither a folder nor a zip file ({error})") from error
+            self._stream.limit = -1
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._zip is not None:
             self._zip.close()
+            self._stream.close()
 
     def sizes(self) -> dict[str, int]:
         """Sizes by name; anything but plain files under plain names is refused."""
         found: dict[str, int] = {}
+        limit, total, count = TOTAL_LIMIT_BYTES, 0, 0
+        if self._zip is not None:
+            limit = min(limit, UNPACKED_RATIO_LIMIT * os.fstat(self._stream.fileno()).st_size)
         for entry, size in self._entries():
+            total, count = total + size, count + 1
+            if total > limit or count > FILE_COUNT_LIMIT:
+                raise _refuse(self.path, "too large, or too many files, for a bundle")
             if not entry.startswith(self.inside):
                 continue
             name = entry.removeprefix(self.inside)
@@ -338,8 +419,6 @@ class _Files:
                 raise _refuse(self.path, f"a file has the name {name!r}, which no bundle has")
             if name in found:
                 raise _refuse(self.path, f"two files have the name {name!r}")
-            if size > FILE_LIMIT_BYTES or len(found) >= FILE_COUNT_LIMIT:
-                raise _refuse(self.path, "too large, or too many files, for a bundle")
             found[name] = size
         return found
 
@@ -395,13 +474,33 @@ class _Files:
                 NotImplementedError,
                 EOFError,
                 OSError,
+                OverflowError,
                 ValueError,
             ) as error:
                 raise _refuse(self.path, f"{name} cannot be unpacked ({error})") from error
         path = self.path / (self.inside + name)
-        with reading(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            with os.fdopen(descriptor, "rb") as stream:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise _refuse(self.path, f"{name} is not a plain file")
-                yield stream
+        with reading(path), os.fdopen(_open_plain(path, os.O_NOFOLLOW), "rb") as stream:
+            yield stream
+
+
+class _Bounded(io.FileIO):
+    """A file of which at most ``limit`` bytes are read at once, where that is not negative."""
+
+    limit = DIRECTORY_LIMIT_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read up to ``size`` bytes; what asks for the rest of the file gets no more than the limit."""
+        if self.limit >= 0:
+            size = self.limit if size is None or size < 0 else size
+            if size > self.limit:
+                raise ValueError("its directory is too large")
+        return super().read(size) or b""
+
+
+def _open_plain(path: Path, flags: int = 0) -> int:
+    """A descriptor of a plain file; no pipe is waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _refuse(path, "neither a folder nor a plain file")
+    return descriptor

@@ -21,6 +21,7 @@ _COMMANDS = {
         "topt_deploy.export.command:export",
         "Export a trained run as a bundle, behind the parity gate.",
     ),
+    "sign": ("topt_deploy.export.sign:sign", "Sign a bundle with a private key."),
 }
 """Where each command lives, and its short help: listing them must not import PyTorch."""
 

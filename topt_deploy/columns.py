@@ -6,12 +6,12 @@ The names of columns are the data contract (docs/contracts.md). Of pyarrow this 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
-from .errors import BadData
+from .errors import BadData, BadRows
 from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
@@ -34,17 +34,19 @@ class Source:
 
     Args:
         table: The table, or its file.
-        name: What errors call a table; a file is called by its path.
+        role: Which table of the contract it is, :data:`BadRows.REGIONS` or :data:`BadRows.MOBILITY`.
         keep: Which columns are read; ``everything`` names all, for messages.
 
     Raises:
         BadData: If a column occurs twice, or the file is no Parquet.
     """
 
-    def __init__(self, table: Path | pa.Table, name: str, keep: Callable[[str], bool] = lambda column: True) -> None:
+    def __init__(self, table: Path | pa.Table, role: str, keep: Callable[[str], bool] = lambda column: True) -> None:
+        self.role = role
         self.file = None if isinstance(table, pa.Table) else ParquetFile(Path(table))
         self.path = None if self.file is None else Path(table)
-        self.name = name if self.file is None else str(table)
+        self.name = f"{role} table" if self.file is None else str(table)
+        self._chosen: Array | None = None
         self._table: pa.Table | None = table if self.file is None else None
         self.schema: pa.Schema = self._table.schema if self.file is None else self.file.schema  # type: ignore[union-attr]
         self.everything = list(self.schema.names)
@@ -60,6 +62,22 @@ class Source:
             assert self.file is not None
             self._table = self.file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
         return self._table
+
+    def choose(self, rows: Array) -> None:
+        """Go on with these rows alone, bool (rows of the table)."""
+        self._chosen = rows
+        self._table = self.table.filter(pa.array(rows))
+
+    def refuse(self, message: str, rows: Array, code: str, *, fill: Sequence[str] = (), **facts: Any) -> NoReturn:
+        """Refuse single rows, bool (rows in use).
+
+        Raises:
+            BadRows: Always; its rows are counted in the table as it was given.
+        """
+        if self._chosen is not None:
+            rows, chosen = np.zeros(len(self._chosen), bool), rows
+            rows[self._chosen] = chosen
+        raise BadRows(message, table=self.role, rows=rows, code=code, fill=fill, file=self.name, **facts)
 
     def has(self, column: str) -> bool:
         """Whether there is such a column."""
@@ -110,8 +128,8 @@ def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Arra
         raise BadData("not a number", file=source.name, column=column, expected="numbers", found=str(data.type))
     if data.null_count and not nulls:
         where = np.array(data.is_null().to_pylist())
-        raise BadData(
-            "values are missing", file=source.name, column=column, ids=ids[where],
+        source.refuse(
+            "values are missing", where, "missing_value", fill=[column], column=column, ids=ids[where],
             expected="a number in every row", found="null", fix="fill them in; write 0 where there is none",
         )  # fmt: skip
     if pa.types.is_decimal(data.type) or pa.types.is_null(data.type):
@@ -126,12 +144,15 @@ def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Arra
     return values
 
 
-def check_counts(source: Source, ids: Array, column: str, values: Array) -> None:
+def check_counts(source: Source, ids: Array, column: str, values: Array, part_of: str | None = None) -> None:
+    """Refuse what is no count; ``column`` may be a part of a list column, ``part_of``."""
     bad = ~np.isfinite(values) | (values < 0)
     if bad.any():
-        raise BadData(
+        source.refuse(
             "counts must be finite and not negative",
-            file=source.name,
+            bad,
+            "bad_count",
+            fill=[part_of or column],
             column=column,
             ids=ids[bad],
             expected="a number ≥ 0",
@@ -172,26 +193,32 @@ def lists(source: Source, ids: Array, column: str, width: int) -> Array:
     wrong = null | (lengths != width)
     if wrong.any():
         found = "null" if null.any() else f"lists of {', '.join(map(str, np.unique(lengths[wrong])[:5]))}"
-        raise BadData(
-            "list of the wrong length", file=source.name, column=column, ids=ids[wrong],
+        source.refuse(
+            "list of the wrong length", wrong, "bad_list", fill=[column], column=column, ids=ids[wrong],
             expected=f"{width} numbers", found=found,
             fix="the columns must be those of the training data, in number and order",
         )  # fmt: skip
     parts = [_entries(chunk, width) for chunk in data.chunks]
     kind = parts[0].type
-    if any(p.null_count for p in parts) or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         raise BadData(
-            "list entries are missing or not numbers", file=source.name, column=column,
-            expected="numbers without nulls", found=f"{kind}, {sum(p.null_count for p in parts)} nulls",
-        )  # fmt: skip
+            "list entries are not numbers", file=source.name, column=column, expected="numbers", found=str(kind)
+        )
     flat = np.concatenate([p.to_numpy(zero_copy_only=False) for p in parts])
     if len(flat) != len(ids) * width:
         raise BadData("the lists' entries do not add up: damaged file", file=source.name, column=column)
+    if any(p.null_count for p in parts):
+        absent = np.array([null for p in parts for null in p.is_null().to_pylist()]).reshape(len(ids), width)
+        where = np.asarray(absent.any(axis=1))
+        source.refuse(
+            "list entries are missing", where, "missing_value", fill=[column], column=column, ids=ids[where],
+            expected="numbers without nulls", found=f"{int(absent.sum())} nulls",
+        )  # fmt: skip
     values = flat.reshape(len(ids), width)
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        raise BadData(
-            "list entries are NaN or infinite", file=source.name, column=column, ids=ids[~finite],
+    infinite = np.asarray(~np.isfinite(values).all(axis=1))
+    if infinite.any():
+        source.refuse(
+            "list entries are NaN or infinite", infinite, "not_finite", fill=[column], column=column, ids=ids[infinite],
             expected="finite numbers", fix="compute them again",
         )  # fmt: skip
     return values if values.dtype == np.float32 else values.astype(np.float64)

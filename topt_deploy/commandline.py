@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from .errors import Exit, IOFailure, ToptError, UsageError
+from .errors import Exit, IOFailure, ToptError, UsageError, printable
 
 SAY_EVERY_S = 10.0
 LOG_FORMATS = ("text", "json")
@@ -29,7 +29,7 @@ class Log:
 
     def result(self, text: str, **facts: object) -> None:
         """Say what was done."""
-        click.echo(json.dumps(facts) if self.json else text)
+        click.echo(json.dumps(facts) if self.json else printable(text, keep="\n"))
 
     def error(self, error: ToptError) -> None:
         """Say what went wrong."""
@@ -98,9 +98,14 @@ def _log_format(arguments: Sequence[str]) -> str:
 
 
 class Lines:
-    """Progress as a line now and then, on standard error."""
+    """Progress as a line now and then, on standard error.
 
-    def __init__(self) -> None:
+    Args:
+        what: What is counted.
+    """
+
+    def __init__(self, what: str = "regions") -> None:
+        self._what = what
         self._began = self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -109,4 +114,4 @@ class Lines:
         if now - self._said > SAY_EVERY_S:
             self._said = now
             left = (now - self._began) / done * (total - done)
-            print(f"{done} of {total} regions, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{done} of {total} {self._what}, {left:.0f} s left", file=sys.stderr, flush=True)

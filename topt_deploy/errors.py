@@ -5,8 +5,9 @@ names, as far as they apply, the file, the column, the region ids, what was expe
 what to do; no user mistake ends in a traceback.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -25,6 +26,16 @@ class Exit(IntEnum):
     BAD_BUNDLE = 76
     NO_PERMISSION = 77
     BAD_CONFIG = 78
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Text with control characters and the like spelled out, ``\x1b``: what a file says must not steer a terminal.
+
+    Args:
+        text: The text.
+        keep: Characters that stay as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 class ToptError(Exception):
@@ -62,16 +73,17 @@ class ToptError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        place = [self.file] if self.file else []
+        place = [printable(self.file)] if self.file else []
         place += [f"column {self.column!r}"] if self.column else []
-        lines = [f"{', '.join(place)}: {self.message}" if place else self.message]
+        message = printable(self.message)
+        lines = [f"{', '.join(place)}: {message}" if place else message]
         if self.ids is not None:
             shown = ", ".join(repr(i) for i in self.ids[: self.IDS_SHOWN])
             rest = len(self.ids) - self.IDS_SHOWN
             lines.append(f"  regions:  {shown}" + (f" and {rest} more ({len(self.ids)} in all)" if rest > 0 else ""))
-        lines += [f"  expected: {self.expected}"] if self.expected is not None else []
-        lines += [f"  found:    {self.found}"] if self.found is not None else []
-        lines += [f"  to do:    {self.fix}"] if self.fix else []
+        lines += [f"  expected: {printable(self.expected)}"] if self.expected is not None else []
+        lines += [f"  found:    {printable(self.found)}"] if self.found is not None else []
+        lines += [f"  to do:    {printable(self.fix)}"] if self.fix else []
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
@@ -104,6 +116,30 @@ class BadData(ToptError):
     exit_code = Exit.BAD_DATA
 
 
+class BadRows(BadData):
+    """Single rows are not what the contract says; the others may be (``--on-bad-row``).
+
+    Args:
+        table: Which table, :data:`REGIONS` or :data:`MOBILITY`.
+        rows: bool, one per row of the table: which rows.
+        code: The reason as one word, for machines.
+        fill: The columns that a neutral value could stand in for; empty where nothing can.
+        facts: What :class:`ToptError` takes.
+    """
+
+    REGIONS, MOBILITY = "regions", "mobility"
+
+    def __init__(
+        self, message: str, *, table: str, rows: Any, code: str, fill: Sequence[str] = (), **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.table, self.rows, self.code, self.fill = table, rows, code, tuple(fill)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same facts for machines, with the reason's code."""
+        return super().as_dict() | {"code": self.code}
+
+
 class NoInput(ToptError):
     """An input file is missing."""
 
@@ -126,6 +162,12 @@ class IOFailure(ToptError):
     """Reading or writing failed: disk full, I/O error."""
 
     exit_code = Exit.IO_ERROR
+
+
+class TryAgain(ToptError):
+    """Something else is at work on the same output; later it will not be."""
+
+    exit_code = Exit.TRY_AGAIN
 
 
 class BadBundle(ToptError):

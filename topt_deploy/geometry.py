@@ -6,6 +6,7 @@ the ``geo`` extra are imported where they are used, for most predictions need on
 
 import importlib
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from .columns import GEOMETRY
-from .errors import BadConfig, BadData, NoInput, UsageError
+from .errors import BadConfig, BadData, BadRows, NoInput, UsageError
 from .fileio import atomic_file, reading
 from .parquet import ParquetFile
 
@@ -24,6 +25,11 @@ Array = np.ndarray[Any, Any]
 LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
 """Accepted systems: x is the longitude in both, for GeoParquet overrides the authority's axis order."""
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
+NESTING_LIMIT = 16
+"""Of collections in a geometry."""
+_POINT, _POLYGON, _LINES = 1, 3, {2, 8, 13}  # WKB's codes; 8 and 13 are a line of arcs and one of a curve
+_SIMPLE = {struct.pack(f"{order}BI", order == "<", kind) for order in "<>" for kind in (1, 2, 3)}
+"""How what cannot nest begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ def with_geo_key(table: pa.Table, file: ParquetFile) -> pa.Table:
         if native["Type"] in {"Geometry", "Geography"} and name in table.column_names:
             crs = native.get("crs") or "OGC:CRS84"
             if crs.startswith("projjson:"):  # names a key of the file's metadata
-                crs = file.metadata.get(crs.removeprefix("projjson:").encode(), b"null").decode()
+                crs = file.metadata.get(crs.removeprefix("projjson:").encode(), b"null").decode(errors="replace")
             columns[name] = {"encoding": "WKB", "geometry_types": [], "crs": crs}
     if not columns:
         return table
@@ -93,7 +99,11 @@ def geo_metadata(geometry_types: Iterable[str]) -> bytes:
 def geometry_types(wkb: pa.Array) -> list[str]:
     """The names of the geometry types that occur, as GeoParquet spells them."""
     shapely = geo_library("shapely")
-    shapes = shapely.from_wkb(wkb.to_numpy(zero_copy_only=False))
+    shapes = _decode(wkb.to_numpy(zero_copy_only=False))
+    if shapely.is_missing(shapes).any():
+        raise BadData(
+            "geometries cannot be used", column=GEOMETRY, expected="WKB in every row", found="null or not WKB"
+        )
     flat, solid = (sorted({s.geom_type for s in shapes[shapely.has_z(shapes) == z]}) for z in (False, True))
     return flat + [f"{name} Z" for name in solid]
 
@@ -127,13 +137,14 @@ def read_geometry(path: Path, id_col: str | None) -> Places:
     return _read_gis(path, id_col)
 
 
-def write_geo(path: Path, table: pa.Table) -> None:
+def write_geo(path: Path, table: pa.Table, *, layer: str | None = None) -> None:
     """Write a table as .gpkg or .geojson for GIS users, atomically.
 
     Args:
         path: Its suffix chooses the format.
         table: Has WKB ``geometry``, CRS84, or columns lon and lat. A list column ``name`` becomes ``name_0``,
             ``name_1``, … since these formats have no lists.
+        layer: The layer's name; the file's by default.
 
     Raises:
         UsageError: If the suffix is neither.
@@ -169,7 +180,7 @@ def write_geo(path: Path, table: pa.Table) -> None:
             pa.table({**flat, GEOMETRY: wkb}),
             temporary,
             driver=driver,
-            layer=path.stem,
+            layer=layer or path.stem,
             geometry_name=GEOMETRY,
             geometry_type=types[0] if len(types) == 1 else "Unknown",
             crs="EPSG:4326",
@@ -208,7 +219,8 @@ def _check_geo_key(table: pa.Table, name: str) -> str:
         column = GEOMETRY if GEOMETRY in geo["columns"] else geo["primary_column"]
         meta = geo["columns"][column]
         encoding = meta["encoding"]
-    except (ValueError, KeyError, TypeError) as error:
+        crs = _crs_name(meta.get("crs", "OGC:CRS84"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadData("the 'geo' metadata cannot be read", file=name, expected="GeoParquet 1.0 to 2.0") from error
     if column not in table.column_names:
         raise BadData("the geometry column is absent", file=name, column=column, found=table.column_names)
@@ -217,7 +229,6 @@ def _check_geo_key(table: pa.Table, name: str) -> str:
             "unknown geometry encoding", file=name, column=column, expected="WKB", found=encoding,
             fix="write the file with encoding WKB",
         )  # fmt: skip
-    crs = _crs_name(meta.get("crs", "OGC:CRS84"))
     if crs not in LONLAT_CRS:
         raise BadData(
             "the geometry is in another reference system",
@@ -253,7 +264,7 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise BadData("not a geometry", file=name, column=label, expected="binary (WKB)", found=column.type)
-    shapes = shapely.from_wkb(column.to_numpy(), on_invalid="ignore")
+    shapes = _decode(column.to_numpy())
     kinds = (
         ("null or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
         ("empty", shapely.is_empty(shapes), "add the missing shapes"),
@@ -261,11 +272,59 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array
     )
     for kind, bad, fix in kinds:
         if bad.any():
-            raise BadData(
-                "geometries cannot be used", file=name, column=label, ids=ids[bad],
+            raise BadRows(
+                "geometries cannot be used", table=BadRows.REGIONS, rows=bad, code="bad_geometry",
+                file=name, column=label, ids=ids[bad],
                 expected="a valid shape or point in every row", found=kind, fix=fix,
             )  # fmt: skip
     return shapes
+
+
+def _decode(wkb: Array) -> Array:
+    """WKB, bytes (N,), as shapes; None for what is null, no WKB, or nested deeper than :data:`NESTING_LIMIT`.
+
+    GEOS reads a collection within a collection by calling itself, and ends the process at some ten thousand of them.
+    """
+    sound = [value if value is not None and _shallow(value) else None for value in wkb]
+    return geo_library("shapely").from_wkb(np.array(sound, object), on_invalid="ignore")
+
+
+def _shallow(wkb: bytes) -> bool:
+    """Whether collections are nested no deeper than the limit, up to where the bytes end or make no sense."""
+    if wkb[:5] in _SIMPLE:
+        return True
+    position, left = 0, [1]  # geometries still to come, per level
+    try:
+        while left:
+            if not left[-1]:
+                left.pop()
+                continue
+            left[-1] -= 1
+            if wkb[position] > 1:
+                return False
+            order = "<" if wkb[position] else ">"
+            (code,) = struct.unpack_from(f"{order}I", wkb, position + 1)
+            kind, iso = (code & 0xFFFF) % 1000, (code & 0xFFFF) // 1000
+            solid, measured = code >> 31 or iso in (1, 3), code >> 30 & 1 or iso in (2, 3)
+            width = 8 * (2 + bool(solid) + bool(measured))
+            position += 9 if code >> 29 & 1 else 5
+            if kind == _POINT:
+                position += width
+                continue
+            (count,) = struct.unpack_from(f"{order}I", wkb, position)
+            position += 4
+            if kind in _LINES:
+                position += count * width
+            elif kind == _POLYGON:
+                for _ in range(count):
+                    position += 4 + width * struct.unpack_from(f"{order}I", wkb, position)[0]
+            else:
+                left.append(count)
+                if len(left) > NESTING_LIMIT:
+                    return False
+    except (IndexError, struct.error):  # cut off: GEOS will say so, and not go deeper before
+        pass
+    return True
 
 
 def _points(shapes: Array) -> Array:

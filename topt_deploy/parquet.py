@@ -14,7 +14,16 @@ import pyarrow as pa
 from pyarrow._parquet import ParquetReader, ParquetWriter
 
 from .errors import BadData
-from .fileio import atomic_file, reading
+from .fileio import atomic_file, check_file, reading
+from .parquetpages import memory
+
+COLUMN_LIMIT = 10_000
+FOOTER_LIMIT_BYTES = 8 << 20
+"""Of what describes the columns: a hundred times that of a wide table."""
+MEMORY_FREE_BYTES = 1 << 30
+MEMORY_RATIO = 200
+"""A file may take so much memory, or so many times its size, whichever is more: vectors take as much as they are, an
+honest table of flows up to a hundred times (an id in the memory has 70 bytes, and less than one in a sorted file)."""
 
 
 class ParquetFile:
@@ -26,20 +35,22 @@ class ParquetFile:
 
     Raises:
         NoInput, NoPermission: If the file is missing or may not be read.
-        BadData: If it is not Parquet, or is damaged.
+        BadData: If it is not Parquet, is damaged, or is made to take more memory than a table has need of.
     """
 
     def __init__(self, source: Path | bytes, name: str | None = None) -> None:
         self.name = name or (str(source) if isinstance(source, Path) else "Parquet data")
         self._reader = ParquetReader()
         if isinstance(source, Path):
-            with reading(source), source.open("rb"):
-                pass  # the operating system's own reasons first: Arrow words them differently
+            check_file(source)  # the operating system's own reasons first: Arrow words them differently
         with self._errors():
             # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
             # Names are bytes to the system: Arrow would have them in UTF-8.
-            where = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
-            self._reader.open(where, pre_buffer=False, page_checksum_verification=True)
+            self._file = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
+            self._check_footer()
+            self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True)
+            if self._reader.metadata.num_columns > COLUMN_LIMIT:
+                raise self._too_large("columns", COLUMN_LIMIT, self._reader.metadata.num_columns)
             self.schema: pa.Schema = self._reader.schema_arrow
             self.names: list[str] = list(self.schema.names)
             self.metadata: dict[bytes, bytes] = dict(self._reader.metadata.metadata or {})
@@ -50,7 +61,32 @@ class ParquetFile:
         chosen = set(self.names if columns is None else columns)
         with self._errors():
             indices = [i for i, path in enumerate(self._reader.column_paths) if path[0] in chosen]
+            self._check_memory(indices)
             return self._reader.read_all(column_indices=indices, use_threads=False)
+
+    def _check_footer(self) -> None:
+        size = self._file.size()
+        length = int.from_bytes(self._file.read_at(4, size - 8), "little") if size >= 8 else 0
+        if length > FOOTER_LIMIT_BYTES and length <= size:
+            raise self._too_large("bytes that describe the columns", FOOTER_LIMIT_BYTES, length)
+
+    def _check_memory(self, indices: Sequence[int]) -> None:
+        kinds = {field.name: field.type for field in self.schema}
+        limit, total = max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size()), 0
+        for index in indices:
+            kind = kinds[self._reader.column_paths[index][0]]
+            total += memory(self._file, self._reader.metadata, index, kind, limit)
+            if total > limit:
+                raise self._too_large("bytes of memory", limit, total)
+
+    def _too_large(self, what: str, limit: int, found: int) -> BadData:
+        return BadData(
+            "the file is small and would take a great deal of memory" if what.endswith("memory") else "too large",
+            file=self.name,
+            expected=f"at most {limit:,} {what}",
+            found=f"{found:,} or more",
+            fix="if it is what it should be, write it without dictionary or delta encoding, or in parts",
+        )
 
     def logical_types(self) -> dict[str, str]:
         """Parquet's own logical type of every flat column, as JSON: what Arrow's schema does not show."""
@@ -63,7 +99,7 @@ class ParquetFile:
         """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
         try:
             yield
-        except (pa.ArrowException, EOFError, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, EOFError, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 with reading(Path(self.name)):
                     raise
@@ -82,12 +118,18 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write a table atomically; the same table gives the same bytes.
+    """Write a table atomically (:func:`save_parquet`)."""
+    with atomic_file(path) as temporary:
+        save_parquet(temporary, table)
+
+
+def save_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table; the same table gives the same bytes.
 
     Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
     """
     text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    with atomic_file(path) as temporary, pa.OSFile(os.fsencode(temporary), "wb") as stream:
+    with pa.OSFile(os.fsencode(path), "wb") as stream:
         writer = ParquetWriter(
             stream,
             table.schema,

@@ -29,9 +29,13 @@ from .columns import (
     some,
     strings,
 )
-from .errors import BadData, NoInput
+from .errors import BadData, BadRows, NoInput
 
 Array = np.ndarray[Any, Any]
+
+REGION_LIMIT = 2_000_000
+"""Regions of one city. More than that are several cities, or nobody's."""
+ID_LIMIT = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,7 +120,7 @@ def infer_schema(
     Raises:
         BadData: If a view or prompt column is absent.
     """
-    source = Source(regions, "regions table")
+    source = Source(regions, BadRows.REGIONS)
     vocabularies: dict[str, tuple[str, ...]] = {}
     for view in views:
         vocabularies[view] = _categories(source, view)
@@ -149,6 +153,7 @@ def read_city(
     *,
     labels: Iterable[str] = (),
     id_col: str = REGION_ID,
+    city_id: str | None = None,
 ) -> City:
     """Read and check one city.
 
@@ -158,14 +163,16 @@ def read_city(
         schema: What to read. A category too many or too few is an error.
         labels: Label columns to read (training only).
         id_col: The column that holds the region ids.
+        city_id: What to call a city whose table does not say, and whose file lies in no ``city=…`` folder.
 
     Raises:
         BadData: Naming file, column, regions, both sides and what to do.
         NoInput: If a file is missing, or flows are needed and no mobility is given.
     """
     labels = tuple(labels)
-    source = Source(regions, "regions table", _wanted(schema, labels, id_col))
+    source = Source(regions, BadRows.REGIONS, _wanted(schema, labels, id_col))
     ids = _region_ids(source, id_col)
+    city_id = _city_id(source) or city_id
     order = np.argsort(ids, kind="stable")
     sorted_ids = ids[order]
     flows = None
@@ -177,11 +184,11 @@ def read_city(
                 expected="mobility.parquet with origin_id, dest_id, flow",
                 fix="put mobility.parquet beside the regions, or name it with --mobility",
             )
-        flows = _flows(Source(mobility, "mobility table"), sorted_ids, source.name, _city_id(source))
+        flows = _flows(Source(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
     return City(
         region_id=sorted_ids,
         input_row=order,
-        city_id=_city_id(source),
+        city_id=city_id,
         lonlat=_lonlat(source, ids)[order],
         views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
@@ -214,27 +221,45 @@ def _region_ids(source: Source, id_col: str) -> Array:
     raw = strings(source, id_col, fix="write the ids as strings, with their leading zeros")
     if not raw:
         raise BadData("the table is empty", file=source.name, expected="at least one region", found="0 rows")
-    blank = [f"row {row}" for row, value in enumerate(raw) if not value or not value.strip()]
-    if blank:
+    if len(raw) > REGION_LIMIT:
         raise BadData(
+            "too many regions for one city", file=source.name, expected=f"at most {REGION_LIMIT:,}",
+            found=f"{len(raw):,}", fix="write one file per city",
+        )  # fmt: skip
+    blank = np.array([not value or not value.strip() for value in raw])
+    if blank.any():
+        source.refuse(
             "region ids are missing",
-            file=source.name,
+            blank,
+            "missing_id",
             column=id_col,
-            ids=blank,
+            ids=[f"row {row}" for row in np.flatnonzero(blank)],
             expected="an id in every row",
         )
-    ids = np.array(raw, dtype=np.str_)
+    ids = _ids(source, id_col, raw)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
-        raise BadData(
+        source.refuse(
             "region ids occur more than once",
-            file=source.name,
+            np.isin(ids, unique[counts > 1]),
+            "duplicate_id",
             column=id_col,
             ids=unique[counts > 1],
             expected="each region once",
             fix="keep one row per region; several cities go into several files",
         )
     return ids
+
+
+def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
+    """Ids as an array, in which each takes the room of the longest."""
+    longest = max(map(len, filter(None, raw)), default=0)
+    if longest > ID_LIMIT:
+        raise BadData(
+            "an id is absurdly long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
+            found=f"{longest:,}",
+        )  # fmt: skip
+    return np.array(raw, dtype=np.str_)
 
 
 def _city_id(source: Source) -> str | None:
@@ -251,10 +276,13 @@ def _city_id(source: Source) -> str | None:
             )
         if cities:
             return cities[0]
-    for part in reversed(source.path.parent.parts if source.path else ()):
-        if part.startswith("city="):
-            return part.removeprefix("city=")
-    return None
+    return None if source.path is None else hive_city(source.path)
+
+
+def hive_city(file: Path) -> str | None:
+    """The city that a Hive partition, a folder ``city=…`` above the file, is of."""
+    names = (part.removeprefix("city=") for part in reversed(file.parent.parts) if part.startswith("city="))
+    return next(names, None)
 
 
 def _lonlat(source: Source, ids: Array) -> Array:
@@ -273,9 +301,11 @@ def _lonlat(source: Source, ids: Array) -> Array:
         )
     outside = ~((np.abs(lonlat[:, 0]) <= 180) & (np.abs(lonlat[:, 1]) <= 90))  # NaN too
     if outside.any():
-        raise BadData(
+        source.refuse(
             "positions are not degrees",
-            file=source.name,
+            outside,
+            "bad_position",
+            fill=["lon", "lat"] if source.has("lon") and source.has("lat") else [],
             column="lon, lat",
             ids=ids[outside],
             expected="lon in [-180, 180], lat in [-90, 90] (CRS84)",
@@ -313,7 +343,7 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
         described = (source.field(view).metadata or {}).get(b"categories")
         try:
             names = json.loads(described) if described else [f"{i:02d}" for i in range(width)]
-        except ValueError:
+        except (ValueError, RecursionError):
             names = None
         if not isinstance(names, list) or len(names) != width:
             raise BadData(
@@ -329,7 +359,7 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
 
 
 def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
-    if source.has(view):
+    if in_list := source.has(view):
         values = lists(source, ids, view, len(categories)).astype(np.float64)
         names = _categories(source, view)
         unnamed = names == tuple(f"{i:02d}" for i in range(len(categories)))
@@ -345,7 +375,7 @@ def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> A
         columns = [f"{view}_{name}" for name in categories]
         values = np.stack([floats(source, ids, column) for column in columns], axis=1)
     for position, column in enumerate(columns):
-        check_counts(source, ids, column, values[:, position])
+        check_counts(source, ids, column, values[:, position], view if in_list else None)
     return values
 
 
@@ -395,17 +425,18 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
     if city_id is not None and source.has(CITY_ID):
         mine = [c == city_id for c in source.column(CITY_ID).to_pylist()]
         if not all(mine):  # a table of this city alone is spared the import of pyarrow.compute
-            source = Source(source.table.filter(pa.array(mine)), source.name)
+            source.choose(np.array(mine))
     ends = {}
     for role in ("origin_id", "dest_id"):
         raw = strings(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
-        names = np.array([value or "" for value in raw], dtype=np.str_)
+        names = _ids(source, columns[role], [value or "" for value in raw])
         position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
         unknown = sorted_ids[position] != names
         if unknown.any():
-            raise BadData(
+            source.refuse(
                 "names regions that the regions table does not have",
-                file=source.name,
+                unknown,
+                "unknown_region",
                 column=columns[role],
                 ids=np.unique(names[unknown]),
                 expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Sealed, open_sealed, require, well_formed
+from ..bundle import GRAPH_SUFFIX, Sealed, open_sealed, require, well_formed
 from ..errors import BadBundle, BadConfig
+from .chat import Chat
 from .graphs import DECODER
 from .spec import EncoderSpec
 from .templates import Templates
@@ -101,8 +102,12 @@ def _check_form(manifest: EncoderManifest) -> None:
     Raises:
         TypeError: Naming the key.
     """
-    for key in ("spec", "templates", "kept", "embedding", "past", "networks", "tolerance"):
+    for key in ("source", "spec", "templates", "kept", "embedding", "past", "networks", "tolerance"):
         require(isinstance(getattr(manifest, key), dict), key)
+    require(isinstance(manifest.precision, str) and isinstance(manifest.source.get("reference"), str), "source")
+    cosines = [measured.get("cosine") for measured in manifest.parity]
+    require(bool(cosines) and all(type(cosine) in (int, float) for cosine in cosines), "parity")
+    _check_spec(manifest.spec)
     require(isinstance(manifest.golden, list) and all(isinstance(name, str) for name in manifest.golden), "golden")
     require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
     shape = manifest.embedding.get("shape")
@@ -114,6 +119,26 @@ def _check_form(manifest: EncoderManifest) -> None:
     for network in manifest.networks.values():
         require(isinstance(network.get("graphs"), dict), "networks")
         require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
+        require(all(graph.endswith(GRAPH_SUFFIX) for graph in network["graphs"].values()), "networks")
     require({TOKENIZER, EMBEDDING} <= set(manifest.files), "files")
     number = {"float16": 2, "float32": 4}[manifest.embedding["dtype"]]
     require(math.prod(manifest.embedding["shape"]) * number == manifest.files[EMBEDDING]["size"], "embedding")
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    """Refuse what the host side could not work with."""
+
+    def sound(key: str, value: Any) -> bool:
+        if isinstance(value, list):
+            return all(sound(key, item) for item in value)
+        return type(value) in (int, float) and (
+            value > 0 or (value == 0 and key in ("image_token", "mean", "resample"))
+        )
+
+    require(all(isinstance(spec.get(key), str) for key in ("family", "name", "weights_sha256")), "spec")
+    require(type(spec.get("width")) is int and spec["width"] > 0, "spec")
+    require(isinstance(spec.get("settings"), dict), "spec")
+    require(all(sound(key, value) for key, value in spec["settings"].items()), "spec")
+    for frame in (spec.get("chat"), spec.get("imageless") or spec.get("chat")):
+        require(isinstance(frame, dict) and all(isinstance(text, str) for text in frame.values()), "spec")
+        Chat(**dict(frame or {}))

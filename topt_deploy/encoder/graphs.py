@@ -29,6 +29,13 @@ class Runner(Protocol):
         """Compute the named outputs, as arrays; keys and values may be anything that is taken back as input."""
 
 
+class Rows(Protocol):
+    """Token embeddings (vocabulary, H): an array, or what reads as one."""
+
+    def __getitem__(self, ids: Array, /) -> Array:
+        """Rows (n, H) of int64 (n,)."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class State:
     """What a decoder has read.
@@ -57,7 +64,7 @@ class GraphBackend:
         self,
         networks: Mapping[str, Runner],
         *,
-        embedding: Array,
+        embedding: Rows,
         past: Mapping[str, Sequence[int]],
         spec: EncoderSpec,
         chunk: int,
@@ -67,7 +74,8 @@ class GraphBackend:
 
     def embed(self, ids: Array) -> Array:
         """Token embeddings, float32 (n, H), of int64 (n,)."""
-        return self._embedding[ids].astype(np.float32)
+        found: Array = self._embedding[ids].astype(np.float32)
+        return found
 
     def vision(self, image: Mapping[str, Array]) -> Array:
         """One image's features, float32 (m, H)."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..columns import CITY_ID, PROMPT_PREFIX, REGION_ID, Source, some, strings
-from ..errors import BadData
+from ..errors import BadData, BadRows
 from ..table import infer_schema, read_city
 from .geotext import geo_text
 from .templates import Wording
@@ -58,7 +58,7 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
         BadData: If a column is not of its type, or a region has nothing to be encoded but its position.
         NoInput: If the file is missing.
     """
-    source = Source(regions, "regions table", lambda column: column in (TEXT, ADDRESS, IMAGES))
+    source = Source(regions, BadRows.REGIONS, lambda column: column in (TEXT, ADDRESS, IMAGES))
     texts, addresses, images = _strings(source, TEXT), _strings(source, ADDRESS), _images(source)
     counted = None in texts and any(column == POI or column.startswith(f"{POI}_") for column in source.everything)
     schema = infer_schema(regions, views=[POI] if counted else [], mobility=False)
@@ -141,7 +141,7 @@ def merge_prompts(regions: pa.Table, prompts: pa.Table, *, id_col: str = REGION_
     Raises:
         BadData: If the two are not of the same regions of the same city.
     """
-    ids, order = _ids(regions, id_col, "regions table"), _ids(prompts, REGION_ID, "prompts table")
+    ids, order = _ids(regions, id_col, BadRows.REGIONS), _ids(prompts, REGION_ID, "prompts")
     here, there = _cities(regions), _cities(prompts)
     if here and there and here != there:
         raise BadData(
@@ -165,12 +165,13 @@ def merge_prompts(regions: pa.Table, prompts: pa.Table, *, id_col: str = REGION_
     return regions.replace_schema_metadata(metadata)
 
 
-def _ids(table: pa.Table, id_col: str, name: str) -> dict[str | None, int]:
+def _ids(table: pa.Table, id_col: str, role: str) -> dict[str | None, int]:
     """Rows by region id."""
-    ids = strings(Source(table, name), id_col, fix="encode again")
+    source = Source(table, role)
+    ids = strings(source, id_col, fix="encode again")
     rows = {region: row for row, region in enumerate(ids)}
     if len(rows) < len(ids):
-        raise BadData("region ids occur more than once", file=name, column=id_col, expected="each region once")
+        raise BadData("region ids occur more than once", file=source.name, column=id_col, expected="each region once")
     return rows
 
 

@@ -1,0 +1,207 @@
+"""How much memory a Parquet file's columns take, read off the headers of its pages before any page is decoded.
+
+A page of fifty bytes can stand for two billion numbers: one value and how often it is repeated. What the file's footer
+says of that need not be true, and Arrow decodes by what the pages say; so their headers are read, all of them, which
+are a few bytes in every megabyte (format: parquet.thrift, in Thrift's compact protocol).
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+TEXT = "BYTE_ARRAY"
+TEXT_BYTES = 64
+"""A text's memory besides its characters, once it is Python's."""
+PAGE_BYTES = 1 << 10
+"""What a page costs whatever is in it; nobody writes pages as small as that."""
+EXACT_FROM_BYTES = 64 << 20
+"""Of texts by a dictionary: below, every one is taken for as long as the whole dictionary."""
+DICTIONARY_LIMIT_BYTES = 16 << 20
+"""Larger dictionaries are not looked into."""
+CODECS = ("snappy", "gzip", "brotli", "zstd", "lz4_raw", "lz4")
+WINDOWS_BYTES = (1 << 10, 16 << 20)
+"""Of a page's header: what nearly all fit, and Arrow's own limit."""
+DEPTH_LIMIT = 8
+
+_DICTIONARY_PAGE = 2
+_DICTIONARY_CODES = {2, 8}
+_DELTA_TEXT = 7
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """A page: whether it is a dictionary, where its content is, sizes of it packed and unpacked, values, encoding."""
+
+    dictionary: bool
+    start: int
+    packed: int
+    unpacked: int
+    values: int
+    encoding: int
+
+
+def memory(file: pa.NativeFile, metadata: Any, column: int, kind: pa.DataType, limit: int) -> int:
+    """Bytes that reading a column takes, at most; not counted further where they are above the limit.
+
+    Args:
+        file: The file.
+        metadata: Its metadata, pyarrow's.
+        column: Number of the column among the leaves of the schema.
+        kind: Arrow's type of what it is, or is a part of.
+        limit: In bytes.
+
+    Raises:
+        ValueError: If the pages' headers cannot be read.
+    """
+    repeat, only_fixed = _places(kind)
+    total = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if column >= group.num_columns:
+            raise ValueError("a row group lacks columns")
+        chunk = group.column(column)
+        if chunk.num_values == 0:  # Arrow reads none of its pages
+            continue
+        physical, longest, values = chunk.physical_type, 0, 0
+        width = metadata.schema.column(column).length if physical not in {TEXT, *WIDTHS} else WIDTHS.get(physical, 0)
+        for page in _pages(file, chunk):
+            total += PAGE_BYTES + page.unpacked
+            if page.dictionary:
+                longest = page.unpacked if physical == TEXT else 0
+                dictionary = page
+                continue
+            values += page.values
+            if physical != TEXT:
+                total += page.values * width
+                continue
+            each = 0
+            if page.encoding in _DICTIONARY_CODES:
+                if longest * page.values > EXACT_FROM_BYTES and longest == dictionary.unpacked:
+                    longest = _longest(file, dictionary)
+                each = longest
+            elif page.encoding == _DELTA_TEXT:  # each begins with as much of the one before as it says
+                each = page.unpacked
+            total += page.values * (TEXT_BYTES + each)
+            if total > limit:
+                return total
+        # A null in a list of fixed size takes as many places as a list does.
+        places = max(values, group.num_rows * repeat) if only_fixed else values * repeat
+        total += (places - values) * (width or TEXT_BYTES)
+        if total > limit:
+            return total
+    return total
+
+
+def _places(kind: pa.DataType) -> tuple[int, bool]:
+    """Product of the widths of the fixed-size lists in a type, and whether no other lists are in it."""
+    if isinstance(kind, pa.ExtensionType):
+        return _places(kind.storage_type)
+    inner = [_places(kind.field(i).type) for i in range(kind.num_fields)] if kind.num_fields else [(1, True)]
+    repeat, only_fixed = max(r for r, _ in inner), all(fixed for _, fixed in inner)
+    if pa.types.is_fixed_size_list(kind):
+        return repeat * kind.list_size, only_fixed
+    return repeat, only_fixed and (pa.types.is_struct(kind) or not kind.num_fields)
+
+
+def _pages(file: pa.NativeFile, chunk: Any) -> Iterator[_Page]:
+    position = chunk.data_page_offset
+    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < position:
+        position = chunk.dictionary_page_offset
+    end = position + chunk.total_compressed_size
+    while position < end:
+        header, length = _header(file, position)
+        unpacked, packed = header.get(2, -1), header.get(3, -1)
+        # Data of version 1, of a dictionary, of version 2: number of values and encoding.
+        about = header.get(5) or header.get(7) or header.get(8) or {}
+        if not isinstance(about, dict):
+            raise ValueError("a page's header is none")
+        values, encoding = about.get(1, 0), about.get(4 if 8 in header and 5 not in header else 2, 0)
+        if not all(isinstance(n, int) and n >= 0 for n in (unpacked, packed, values, encoding)):
+            raise ValueError("a page's header is none")
+        yield _Page(header.get(1) == _DICTIONARY_PAGE, position + length, packed, unpacked, values, encoding)
+        position += length + packed
+
+
+def _header(file: pa.NativeFile, position: int) -> tuple[dict[int, Any], int]:
+    """A page's header as its fields by number, and its length."""
+    if not 0 <= position < file.size():
+        raise ValueError("a page lies outside of the file")
+    for window in WINDOWS_BYTES:
+        try:
+            return _struct(file.read_at(window, position), 0, DEPTH_LIMIT)
+        except (IndexError, struct.error):
+            continue
+    raise ValueError("a page's header is cut off")
+
+
+def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
+    fields: dict[int, Any] = {}
+    number = 0
+    while (byte := data[position]) != 0:
+        position += 1
+        kind = byte & 15
+        if byte >> 4:
+            number += byte >> 4
+        else:
+            number, position = _integer(data, position)
+        if kind in (1, 2):
+            fields[number] = kind == 1
+        elif kind == 3:
+            position += 1
+        elif kind in (4, 5, 6):
+            fields[number], position = _integer(data, position)
+        elif kind == 7:
+            position += 8
+        elif kind == 8:
+            length, position = _varint(data, position)
+            position += length
+        elif kind == 12 and depth:
+            fields[number], position = _struct(data, position, depth - 1)
+        else:
+            raise ValueError("a page's header is none")
+    return fields, position + 1
+
+
+def _integer(data: bytes, position: int) -> tuple[int, int]:
+    """A number whose sign is its last bit."""
+    value, position = _varint(data, position)
+    return (value >> 1) ^ -(value & 1), position
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise ValueError("a page's header is none")
+
+
+def _longest(file: pa.NativeFile, page: _Page) -> int:
+    """Bytes of the longest text of a dictionary; of all of it where it cannot be looked into.
+
+    Which codec it is, pyarrow tells by ending the process where the footer names none: so it is the longest text by any
+    codec that unpacks the page.
+    """
+    if max(page.packed, page.unpacked) > DICTIONARY_LIMIT_BYTES:
+        return page.unpacked
+    packed = file.read_at(page.packed, page.start)
+    found = [packed] if page.packed == page.unpacked else []
+    for codec in CODECS:
+        with suppress(pa.ArrowException, OSError, ValueError):
+            found.append(pa.decompress(packed, page.unpacked, codec, asbytes=True))
+    longest = 0 if found else page.unpacked
+    for data in found:
+        position = 0
+        while position + 4 <= len(data):
+            (length,) = struct.unpack_from("<I", data, position)
+            longest, position = max(longest, length), position + 4 + length
+    return min(longest, page.unpacked)
