@@ -8,13 +8,7 @@ import click
 from topt_deploy.commandline import Lines, Log
 from topt_deploy.encoder.command import shared_options
 
-engine_option = click.option(
-    "--engine",
-    type=click.Choice(["onnxruntime", "openvino"]),
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the prompt encoder; an absent one is an error.",
-)
+from .options import encoder_engine_option, log_format_option, signature_option, threads_option
 
 
 @click.command("encode")
@@ -23,14 +17,17 @@ engine_option = click.option(
     "--bundle", type=click.Path(path_type=Path, readable=False), required=True, help="A bundle with a prompt encoder."
 )
 @shared_options
-@engine_option
+@encoder_engine_option
+@signature_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Regions at once.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model.")
+@threads_option
+@log_format_option
 def encode(
     regions: Path,
     bundle: Path,
     templates: Path | None,
-    engine: str,
+    encoder_engine: str,
+    require_signature: Path | None,
     batch: int,
     threads: int,
     log_format: str,
@@ -40,11 +37,10 @@ def encode(
     from topt_deploy.encoder.job import Job
     from topt_deploy.encoder.templates import load_templates
 
-    from .encoder import locate, open_encoder
+    from .encoder import find_encoder, load_encoder
 
     job = Job(city=regions, **shared)
-    path, inside = locate(bundle)
-    opened = open_encoder(path, inside=inside, engine=engine, threads=threads)
+    opened = load_encoder(find_encoder(bundle, require_signature), engine=encoder_engine, threads=threads)
     log = Log(log_format)
     asked = load_templates(templates) if templates else opened.templates
     done = job.run(opened.encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())

@@ -2,10 +2,10 @@
 
 import ctypes
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from topt_deploy.bundle import ENCODER, Bundle, open_bundle, open_sealed, well_f
 from topt_deploy.encoder.bundle import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.encoder.encode import PooledEncoder
 from topt_deploy.encoder.graphs import PAST, PRESENT, GraphBackend, Runner, import_openvino
+from topt_deploy.encoder.prompt import Array
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.encoder.templates import Templates
-from topt_deploy.errors import BadBundle, UsageError
-
-from .session import MappedSession
+from topt_deploy.errors import BadBundle, NoInput, UsageError
+from topt_deploy.signature import check_signature
 
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
-CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 512}
-"""Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache, OpenVINO's is fused."""
+CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 256}
+"""Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache; OpenVINO's is fused,
+and with more tokens at once hardly faster, but in more memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,8 +79,8 @@ M_MMAP_THRESHOLD, BLOCK_BYTES = -3, 1 << 16
 class _OpenVino:
     """A network on OpenVINO.
 
-    A decoder's keys and values, the largest thing in memory, stay OpenVINO's own tensors, in the type that it computes
-    in, and are valid until the call after the next one.
+    A decoder's keys and values, the largest thing in memory besides the weights, are kept in the type that it computes
+    in, and once: it is asked for those of new tokens alone, and they are put behind the others when they are read.
 
     Args:
         path: The graph, beside its weights.
@@ -98,6 +99,7 @@ class _OpenVino:
         if exact:
             self._kind = openvino.Type.f32
         model = core.read_model(path)
+        _new_alone(model)
         typed = openvino.preprocess.PrePostProcessor(model)
         for port in model.inputs:
             if port.any_name.startswith(PAST):
@@ -107,19 +109,70 @@ class _OpenVino:
                 typed.output(port.any_name).tensor().set_element_type(self._kind)
         compiled = core.compile_model(typed.build(), "CPU", settings)
         self.inputs = tuple(port.any_name for port in compiled.inputs)
-        self._requests = cycle([compiled.create_infer_request() for _ in range(2)])
+        self._request = compiled.create_infer_request()
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         """Compute the named outputs."""
-        request = next(self._requests)
+        past: dict[str, list[Any]] = {}
         for name, value in inputs.items():
-            if not isinstance(value, self._tensor):
-                empty = name.startswith(PAST)  # only the past before the first token comes as an array
-                value = self._tensor(self._kind, value.shape) if empty else self._tensor(value, shared_memory=True)
-            request.set_tensor(name, value)
-        request.infer()
-        found = {name: request.get_tensor(name) for name in outputs}
-        return {name: kept if name.startswith(PRESENT) else kept.data.copy() for name, kept in found.items()}
+            if name.startswith(PAST):  # parts of ours, or before the first token an array of none
+                past[name] = value if isinstance(value, list) else [self._tensor(self._kind, value.shape)]
+                self._request.set_tensor(name, self._joined(past[name]))
+            else:
+                self._request.set_tensor(name, self._tensor(value, shared_memory=True))
+        self._request.infer(share_outputs=True)  # else every output would be copied, for a result that nobody reads
+        found: dict[str, Any] = {}
+        for name in outputs:
+            output = self._request.get_tensor(name)
+            if name.startswith(PRESENT):
+                new = self._tensor(self._kind, output.shape)
+                output.copy_to(new)
+                found[name] = [*past[name.replace(PRESENT, PAST, 1)], new]
+            else:
+                found[name] = output.data.copy()
+        return found
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """One tensor (B, K, P, D) of the parts, which takes their place in the list, so that nothing is kept twice."""
+        if len(parts) > 1:
+            b, k, _, d = parts[0].shape
+            whole = self._tensor(self._kind, (b, k, sum(part.shape[2] for part in parts), d))
+            np.concatenate([part.data for part in parts], axis=2, out=whole.data)
+            parts[:] = [whole]
+        return parts[0]
+
+
+def _new_alone(model: Any) -> None:
+    """Have a decoder put out new tokens' keys and values, which its graph puts behind the past ones to attend to."""
+    for result in model.get_results():
+        everything = result.input_value(0)
+        names = everything.get_names()
+        if any(name.startswith(PRESENT) for name in names):
+            _, new = everything.get_node().input_values()
+            everything.get_tensor().set_names(set())
+            new.get_tensor().set_names(names)
+            result.input(0).replace_source_output(new)
+
+
+class _Embedding:
+    """Token embeddings (vocabulary, H), read from their file by the row: a map would bring each row's neighbours along.
+
+    Args:
+        path: A file of nothing else, held open.
+        dtype: Of its numbers.
+        width: H.
+    """
+
+    def __init__(self, path: Path, *, dtype: str, width: int) -> None:
+        self._dtype, self._width = np.dtype(dtype), width
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, ids: Array) -> Array:
+        """Rows (n, H) of int64 (n,)."""
+        size = self._width * self._dtype.itemsize
+        rows = [os.pread(self._file, size, size * token) for token in ids.tolist()]
+        return np.frombuffer(b"".join(rows), self._dtype).reshape(-1, self._width)
 
 
 def _free_at_once() -> None:
@@ -132,9 +185,10 @@ def _free_at_once() -> None:
         mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
 
 
-def info(path: Path) -> tuple[list[str], dict[str, Any]]:
-    """What an encoder's bundle is, for people and for machines; every byte of it is checked."""
+def info(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
+    """What an encoder's bundle is, for people and for machines; every byte of it is checked, and its signature."""
     bundle = open_encoder_bundle(path)
+    check_signature(bundle, key)
     bundle.verify()
     m, spec = bundle.manifest, bundle.spec
     worst = min(measured["cosine"] for measured in m.parity)
@@ -171,6 +225,55 @@ def locate(bundle: Path | Bundle, place: Path | None = None) -> tuple[Path, str]
             fix="export it with topt-deploy export --prompt-encoder",
         )  # fmt: skip
     return (bundle.path, ENCODER) if facts["bundle"] is None else (place or bundle.path.parent / facts["bundle"], "")
+
+
+def encoder_of(city: Bundle, place: Path | None = None) -> EncoderBundle:
+    """The encoder that a city's bundle goes with, opened.
+
+    Args:
+        city: The city's bundle.
+        place: Of :func:`locate`.
+
+    Raises:
+        NoInput: If the encoder's bundle is not there.
+        BadBundle: If it is not sound, or another one.
+        UsageError: If the city's bundle goes with none.
+    """
+    path, inside = locate(city, place)
+    facts = city.manifest.encoder
+    assert facts is not None
+    if not path.exists():
+        raise NoInput(
+            "the bundle's prompt encoder is not here", file=path, expected=facts["identity"],
+            fix="copy it there, or name its place with --encoder-bundle",
+        )  # fmt: skip
+    found = open_encoder_bundle(path, inside)
+    if found.sha256 != facts["sha256"]:
+        raise BadBundle(
+            "another prompt encoder than the bundle goes with", file=path,
+            expected=f"{facts['identity']}, manifest {facts['sha256'][:16]}…",
+            found=f"{found.spec.identity}, manifest {found.sha256[:16]}…", fix="name the right one",
+        )  # fmt: skip
+    return found
+
+
+def find_encoder(path: Path, key: Path | None = None) -> EncoderBundle:
+    """The encoder that a path means: its own bundle, or that of a city.
+
+    Args:
+        path: The bundle.
+        key: The public key that must have signed it; None asks for no signature.
+
+    Raises:
+        NoInput, BadBundle, UsageError: If there is none, it is not sound, or not signed.
+    """
+    if open_sealed(path, SCHEMA_VERSION).is_encoder:
+        found = open_encoder_bundle(path)
+        check_signature(found, key)
+        return found
+    city = open_bundle(path)
+    check_signature(city, key)
+    return encoder_of(city)
 
 
 def open_encoder(path: Path, *, inside: str = "", engine: str = ONNXRUNTIME, threads: int = 0) -> OpenedEncoder:
@@ -210,16 +313,14 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int) -> OpenedE
     files = frozenset([EMBEDDING, *graphs.values(), *(facts["weights"] for facts in m.networks.values())])
     networks: dict[str, Runner] = {}
     with _mapped(bundle, files) as folder:
-        try:
-            embedding = np.memmap(folder / EMBEDDING, m.embedding["dtype"], "r", shape=tuple(m.embedding["shape"]))
-        except ValueError as error:
-            raise BadBundle(f"the token embeddings have another size ({error})", file=bundle.path) from error
+        embedding = _Embedding(folder / EMBEDDING, dtype=m.embedding["dtype"], width=m.embedding["shape"][1])
         for name, graph in graphs.items():
-            networks[name] = (
-                MappedSession(folder / graph, threads=threads)
-                if engine == ONNXRUNTIME
-                else _OpenVino(folder / graph, threads=threads, exact=m.precision == "fp32")
-            )
+            if engine == ONNXRUNTIME:
+                from .session import MappedSession
+
+                networks[name] = MappedSession(folder / graph, threads=threads)
+            else:
+                networks[name] = _OpenVino(folder / graph, threads=threads, exact=m.precision == "fp32")
     encoder = PooledEncoder(
         spec=bundle.spec,
         precision=m.precision,

@@ -1,8 +1,9 @@
 """The Python face of the runtime: a loaded bundle that turns a city's tables into predictions, Arrow to Arrow."""
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import pyarrow as pa
 from topt_deploy.bundle import ENCODER, Bundle, open_bundle
 from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.encoder.precision import comparable
-from topt_deploy.errors import BadBundle, BadData, UsageError
+from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.features import features, range_columns
 from topt_deploy.intervals import SCALE, carries, interval
 from topt_deploy.parquet import ParquetFile
-from topt_deploy.table import City, read_city
+from topt_deploy.signature import check_signature
+from topt_deploy.table import City, hive_city
 
+from .quarantine import FAIL, Sieve
 from .session import PROVIDERS, Session, check_device
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ PRECISION = "fp32"
 COVERAGE = 0.9
 OK = "ok"
 EXTRAPOLATED = "extrapolated"
+MASKED = "masked"
 REASONS_SHOWN = 3
 
 
@@ -70,12 +74,17 @@ class Predictor:
                     "intervals are on another scale than this version's", file=bundle.path, column=task,
                     expected=SCALE, found=facts.get("scale"), fix="export again",
                 )  # fmt: skip
-        self._device, self._threads = device, threads
+        self.device, self._threads = device, threads
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._place, self._engine = encoder, engine
         self._encoder: PromptEncoder | None = None
         self.encoded: dict[str, Any] | None = None
+
+    @cached_property
+    def parts(self) -> tuple[bytes, bytes]:
+        """Graph and weights, their hashes checked. Processes forked after this share them."""
+        return self.bundle.read(self.variant["graph"]), self.bundle.read(self.variant["weights"])
 
     @property
     def session(self) -> Session:
@@ -83,11 +92,10 @@ class Predictor:
         with self._lock:
             if self._session is None:
                 self._session = Session(
-                    self.bundle.read(self.variant["graph"]),
-                    self.bundle.read(self.variant["weights"]),
+                    *self.parts,
                     self.variant["initializers"],
                     source=self.bundle.path,
-                    device=self._device,
+                    device=self.device,
                     threads=self._threads,
                 )
                 promised = {"inputs": self.bundle.manifest.inputs, "outputs": self.tasks}
@@ -108,7 +116,7 @@ class Predictor:
     @property
     def provider(self) -> str:
         """The execution provider that runs the model."""
-        return PROVIDERS[self._device]
+        return PROVIDERS[self.device]
 
     def predict(
         self,
@@ -149,12 +157,14 @@ class Predictor:
         tasks: Sequence[str] = (),
         id_col: str = REGION_ID,
         coverage: float | None = None,
+        on_bad_row: str = FAIL,
         cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Predictions":
         """What :meth:`predict` gives, to be laid out as either table.
 
         Args:
+            on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.quarantine`).
             cache: Whether prompts that are made here are kept beside the regions' file, and taken from there.
             progress: Told, while they are made, how many regions are done, and of how many.
         """
@@ -168,20 +178,27 @@ class Predictor:
                     expected=f"one of {', '.join(self.tasks)}",
                     fix="choose one of these, or train the task",
                 )
-        regions = self._with_prompts(regions, id_col, cache, progress)
-        city = read_city(regions, mobility, manifest.schema, id_col=id_col)
+        file = regions if isinstance(regions, Path) else None
+        sieve = Sieve(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
+        self._add_prompts(sieve, None if file is None else file.parent, id_col, cache, progress)
+        city = sieve.read(manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         arrays = features(city, manifest.inputs)
         pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         predicted = self.session.run(arrays, chosen)
         for task, values in predicted.items():
+            if values.shape != (len(city),):
+                raise BadBundle(
+                    "the graph does not give one number per region", file=self.bundle.path, column=task,
+                    expected=(len(city),), found=values.shape,
+                )  # fmt: skip
             if not np.isfinite(values).all():
                 raise BadData(
                     "the model gives no finite number for this input", file=_name(regions), column=task,
                     ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
-        return Predictions(city, results, self._extrapolated(city))
+        return Predictions(city, results, self._extrapolated(city), sieve)
 
     def _result(self, task: str, values: Array, coverage: float | None) -> "_Result":
         if coverage is None and (coverage := self.coverage(task)) is None:
@@ -222,22 +239,37 @@ class Predictor:
         name = f"golden/{city}.{part}.parquet"
         return ParquetFile(self.bundle.read(name), name).read()
 
-    def _with_prompts(
-        self, regions: pa.Table | Path, id_col: str, cache: bool, progress: Callable[[int, int], None]
-    ) -> pa.Table | Path:
-        """The regions, with prompts made of their texts and images where they lack them and there is an encoder."""
+    def _add_prompts(
+        self, sieve: Sieve, home: Path | None, id_col: str, cache: bool, progress: Callable[[int, int], None]
+    ) -> None:
+        """Make prompts of the regions' texts and images, where they lack them and there is an encoder."""
         self.encoded = None
+        manifest, regions = self.bundle.manifest, sieve.regions
+        if manifest.encoder is None:
+            return  # the reader says what is absent
         names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
-        missing = [column for column in self.bundle.manifest.prompts if column not in names]
-        if not missing or self.bundle.manifest.encoder is None:
-            return regions  # the reader says what is absent
+        missing = [column for column in manifest.prompts if column not in names]
+        if not missing:
+            return
+        if sieve.policy != FAIL:  # what cannot be used need not be encoded, and could stop the encoder
+            sieve.read(replace(manifest.schema, prompts={}), id_col=id_col)
         with self._lock:
             if self._encoder is None:
                 from .prompts import PromptEncoder
 
                 self._encoder = PromptEncoder(self.bundle, self._place, engine=self._engine, threads=self._threads)
-            regions, self.encoded = self._encoder.add(regions, missing, id_col=id_col, cache=cache, progress=progress)
-            return regions
+            made = self._encoder.add(
+                sieve.regions, missing, home=home, id_col=id_col,
+                on_bad_image="fail" if sieve.policy == FAIL else "skip", cache=cache, progress=progress,
+            )  # fmt: skip
+        self.encoded, sieve.regions = dict(made.facts), made.table
+        if made.skipped:
+            rows = np.array([region in made.skipped for region in made.table.column(id_col).to_pylist()])
+            error = BadRows(
+                "images cannot be read", table=BadRows.REGIONS, rows=rows, code="bad_image", fill=missing,
+                column="images", ids=list(made.skipped), found=next(iter(made.skipped.values())),
+            )  # fmt: skip
+            sieve.take(error)
 
     def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
         for column, facts in self.bundle.manifest.prompts.items():
@@ -270,10 +302,17 @@ class Predictor:
 
 
 def open_predictor(
-    bundle: Path, *, device: str = "cpu", threads: int = 0, encoder: Path | None = None, engine: str = "onnxruntime"
+    bundle: Path,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    encoder: Path | None = None,
+    engine: str = "onnxruntime",
+    key: Path | None = None,
 ) -> Predictor:
     """Open a bundle and check every byte of it; its model is prepared, and its encoder checked, when first used."""
     opened = open_bundle(bundle)
+    check_signature(opened, key)
     predictor = Predictor(opened, device=device, threads=threads, encoder=encoder, engine=engine)
     later = {str(predictor.variant[part]) for part in ("graph", "weights")}  # checked as they are read
     later |= {name for name in opened.manifest.files if name.startswith(ENCODER)}
@@ -288,6 +327,7 @@ def load(
     threads: int = 0,
     encoder: str | Path | None = None,
     engine: str = "onnxruntime",
+    key: str | Path | None = None,
 ) -> Predictor:
     """Open a bundle, check every byte of it, and prepare its model.
 
@@ -297,12 +337,13 @@ def load(
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.
+        key: The public key that must have signed it (docs/security.md); None asks for no signature.
 
     Raises:
         NoInput, BadBundle, NoDevice: Naming what is wrong.
     """
-    place = None if encoder is None else Path(encoder)
-    predictor = open_predictor(Path(bundle), device=device, threads=threads, encoder=place, engine=engine)
+    place, public = (None if path is None else Path(path) for path in (encoder, key))
+    predictor = open_predictor(Path(bundle), device=device, threads=threads, encoder=place, engine=engine, key=public)
     _ = predictor.session
     return predictor
 
@@ -333,20 +374,30 @@ class Predictions:
         city: The city.
         results: By task, in canonical order.
         reasons: Per region in canonical order, why it is extrapolated; empty where it is not.
+        sieve: What was set aside.
+
+    Attributes:
+        lonlat: float64 (N, 2), degrees.
     """
 
-    def __init__(self, city: City, results: dict[str, _Result], reasons: list[str]) -> None:
+    def __init__(self, city: City, results: dict[str, _Result], reasons: list[str], sieve: Sieve) -> None:
         back = np.argsort(city.input_row)
-        ordered = [reasons[i] or None for i in back]
+        masked = sieve.masked
+        ordered = [masked.get(row) or reasons[i] or None for row, i in enumerate(back)]
         self._city = city
+        self.sieve = sieve
+        self.lonlat = city.lonlat[back]
         self._about: dict[str, list[Any]] = {
             "city_id": [city.city_id] * len(city),
             "region_id": city.region_id[back].tolist(),
-            "status": [EXTRAPOLATED if reason else OK for reason in ordered],
+            "status": [
+                MASKED if row in masked else EXTRAPOLATED if reason else OK for row, reason in enumerate(ordered)
+            ],
             "reason": ordered,
         }
         self._values = {
-            task: {name: _in_order(getattr(result, name), back) for name in _VALUES} for task, result in results.items()
+            task: {name: _in_order(getattr(result, name), back, masked) for name in _VALUES}
+            for task, result in results.items()
         }
 
     def long(self) -> pa.Table:
@@ -369,9 +420,12 @@ class Predictions:
         return _table(self._city, about | numbers | quality, set(numbers), 1)
 
 
-def _in_order(values: Array | None, back: Array) -> list[float | None]:
-    """Numbers in the order of the input's rows; None for each where there are none."""
-    return [None] * len(back) if values is None else values[back].astype(np.float64).tolist()
+def _in_order(values: Array | None, back: Array, masked: Collection[int]) -> list[float | None]:
+    """Numbers in the order of the input's rows; None where there is none, and in masked rows."""
+    numbers: list[float | None] = [None] * len(back) if values is None else values[back].astype(np.float64).tolist()
+    for row in masked:
+        numbers[row] = None
+    return numbers
 
 
 def _table(city: City, columns: dict[str, list[Any]], numbers: set[str], repeat: int) -> pa.Table:

@@ -3,10 +3,11 @@
 Facts of the run live here and not in the output, so that the same input gives the same output bytes.
 """
 
+import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,6 @@ import onnxruntime as ort
 import pyarrow as pa
 
 from topt_deploy import __version__
-from topt_deploy.fileio import sha256_file, write_json
 
 from .predictor import PRECISION, Predictor
 
@@ -42,29 +42,47 @@ def receipt_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.receipt.json")
 
 
-def write_receipt(
+def read_receipt(output: Path) -> dict[str, Any] | None:
+    """The receipt of an output; None where there is none, or it is no receipt."""
+    try:
+        record = json.loads(receipt_path(output).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    sound = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("output", "set_aside"))
+    return record if sound else None
+
+
+def make_receipt(
     output: Path,
+    sha256: str,
     *,
-    inputs: dict[str, Path | None],
+    key: str,
+    inputs: Mapping[str, tuple[Path | str, str]],
     predictor: Predictor,
     predictions: pa.Table,
-    options: dict[str, Any],
+    aside: Mapping[str, tuple[Path, str, Mapping[str, int]]],
+    options: Mapping[str, Any],
     watch: Stopwatch,
 ) -> dict[str, Any]:
-    """Write the receipt of an output that already stands; return it.
+    """The receipt of an output.
 
     Args:
-        output: The predictions file.
-        inputs: The input files by role.
+        output, sha256: The predictions file and its hash.
+        key: The hash of everything that the output's bytes depend on.
+        inputs: The input files and their hashes, by role.
+        aside: The file that rows of a table went to that were set aside, its hash, and how many by reason code.
         options: The options that shaped the output.
     """
-    record = {
-        "output": {"file": output.name, "sha256": sha256_file(output), "rows": len(predictions)},
-        "inputs": {
-            role: {"file": str(path), "sha256": sha256_file(path)} for role, path in inputs.items() if path is not None
-        },
+    return {
+        "output": {"file": output.name, "sha256": sha256, "rows": len(predictions)},
+        "key": key,
+        "inputs": {role: {"file": str(path), "sha256": sha256} for role, (path, sha256) in inputs.items()},
         "bundle": {"file": str(predictor.bundle.path), "sha256": predictor.bundle.sha256},
-        "options": options | {"coverage": {t: predictor.coverage(t, options["coverage"]) for t in options["tasks"]}},
+        "options": {**options, "coverage": {t: predictor.coverage(t, options["coverage"]) for t in options["tasks"]}},
+        "set_aside": {
+            table: {"file": path.name, "sha256": hashed, "rows": dict(codes)}
+            for table, (path, hashed, codes) in aside.items()
+        },
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
         "encoder": predictor.encoded,
         "provider": predictor.provider,
@@ -79,5 +97,3 @@ def write_receipt(
         "started": watch.started.isoformat(timespec="seconds"),
         "seconds": watch.seconds,
     }
-    write_json(receipt_path(output), record)
-    return record

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.bundle import SCHEMA_VERSION, open_sealed
-from topt_deploy.encoder.bundle import open_encoder_bundle
+from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.encoder.golden import read_golden, reproduce
 
-from .encoder import load_encoder, locate
+from .encoder import encoder_of, find_encoder, load_encoder, locate
 from .predictor import load
 
 
@@ -24,21 +24,22 @@ class Done:
     facts: tuple[dict[str, Any], ...]
 
 
-def selftests(path: Path, *, device: str, engine: str) -> Iterator[Done]:
+def selftests(path: Path, *, device: str, engine: str, key: Path | None = None) -> Iterator[Done]:
     """Test a city's bundle, its prompt encoder where there is one, or an encoder's bundle.
 
     Args:
         path: The bundle.
         device: What runs the city's model.
         engine: What runs the encoder.
+        key: The public key that must have signed the bundle; None asks for no signature.
 
     Raises:
         BadBundle: If this machine's values are further from the exporter's than the bundle's tolerance.
     """
     if open_sealed(path, SCHEMA_VERSION).is_encoder:
-        yield _encoder(path, "", engine)
+        yield _encoder(find_encoder(path, key), engine)
         return
-    predictor = load(path, device=device)
+    predictor = load(path, device=device, key=key)
     checks = predictor.selftest()
     yield Done(
         engine=predictor.provider,
@@ -46,13 +47,12 @@ def selftests(path: Path, *, device: str, engine: str) -> Iterator[Done]:
         facts=tuple({"city": c.city, "regions": c.regions, "worst": c.worst} for c in checks),
     )
     if predictor.bundle.manifest.encoder is not None:
-        place, inside = locate(predictor.bundle)
+        place, _ = locate(predictor.bundle)
         if place.exists():
-            yield _encoder(place, inside, engine)
+            yield _encoder(encoder_of(predictor.bundle), engine)
 
 
-def _encoder(path: Path, inside: str, engine: str) -> Done:
-    bundle = open_encoder_bundle(path, inside)
+def _encoder(bundle: EncoderBundle, engine: str) -> Done:
     opened = load_encoder(bundle, engine=engine, threads=1)
     bundle.verify(skip=opened.checked)
     regions, expected = read_golden(bundle)
@@ -62,7 +62,7 @@ def _encoder(path: Path, inside: str, engine: str) -> Done:
         prompt = opened.encoder.prompt(region.text, region.images, questions)
         cosine, difference = reproduce(
             opened.encoder.backend, prompt, np.stack([vectors[i] for vectors in expected.values()]),
-            bundle.manifest.tolerance, file=path,
+            bundle.manifest.tolerance, file=bundle.path,
             failed=f"self-test failed on {region.name}: this machine does not reproduce the exporter's vectors",
             fix="export with another --encoder-precision, or report it with the processor's name",
         )  # fmt: skip

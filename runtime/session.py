@@ -1,7 +1,6 @@
 """The one place that knows ONNX Runtime: which provider runs a graph, and a session that really uses it."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from topt_deploy.errors import BadBundle, CannotCreate, NoDevice, ToptError
+from topt_deploy.errors import BadBundle, NoDevice, ToptError
+from topt_deploy.fileio import scratch_folder, writing
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +47,7 @@ class Session:
     ) -> None:
         check_device(device)
         self.provider = PROVIDERS[device]
+        self._source = source
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
@@ -85,8 +86,12 @@ class Session:
         self.outputs = tuple(output.name for output in self._session.get_outputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
-        return dict(zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True))
+        """Compute the named outputs.
+
+        Raises:
+            BadBundle: If ONNX Runtime cannot.
+        """
+        return _run(self._session, inputs, outputs, self._source)
 
 
 class MappedSession:
@@ -104,6 +109,7 @@ class MappedSession:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        self._source = graph
         try:
             self._session = ort.InferenceSession(graph, options, providers=[PROVIDERS["cpu"]])
         except Exception as error:
@@ -111,29 +117,34 @@ class MappedSession:
         self.inputs = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
-        return dict(zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True))
+        """Compute the named outputs.
+
+        Raises:
+            BadBundle: If ONNX Runtime cannot.
+        """
+        return _run(self._session, inputs, outputs, self._source)
+
+
+def _run(
+    session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Sequence[str], source: object
+) -> dict[str, Array]:
+    try:
+        return dict(zip(outputs, session.run(list(outputs), dict(inputs)), strict=True))
+    except Exception as error:  # as above; memory that cannot be had is one of them
+        raise BadBundle(
+            f"ONNX Runtime cannot run the graph ({error})", file=source,
+            fix="run topt-run selftest; where that passes, this city needs more memory than there is",
+        ) from error  # fmt: skip
 
 
 @contextmanager
 def _empty_weights() -> Iterator[str]:
-    """A private folder with an empty weights file (by hand: importing tempfile takes 4 ms and 1 MB)."""
-    folder = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"topt-{os.urandom(8).hex()}")
-    try:
-        os.mkdir(folder, 0o700)
-    except OSError as error:
-        raise CannotCreate(
-            f"no folder for temporary files ({error.strerror})",
-            file=folder,
-            fix="set TMPDIR to one that can be written to",
-        ) from error
-    file = os.path.join(folder, WEIGHTS)
-    try:
-        open(file, "xb").close()
-        yield folder
-    finally:
-        os.unlink(file)
-        os.rmdir(folder)
+    """A private folder with an empty weights file."""
+    with scratch_folder() as folder:
+        file = folder / WEIGHTS
+        with writing(file):
+            file.touch(exist_ok=False)
+        yield str(folder)
 
 
 def check_device(device: str) -> None:

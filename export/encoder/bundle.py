@@ -214,7 +214,7 @@ def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidat
     """What the gate checks.
 
     Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
-    second copy; ``topt-run selftest --engine openvino`` checks it on the target.
+    second copy; ``topt-run selftest --encoder-engine openvino`` checks it on the target.
     """
 
     def files(form: str) -> dict[str, Path]:

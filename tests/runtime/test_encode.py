@@ -48,7 +48,7 @@ def test_vectors_are_pytorchs(topt_run, pictured, tmp_path, engine):
         pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
     shutil.copytree(pictured / "images", tmp_path / "images")
     regions = shutil.copy(pictured / "regions.parquet", tmp_path)
-    said = topt_run("encode", regions, "--bundle", pictured / "encoder.topt", "--engine", engine, "--batch", 2)
+    said = topt_run("encode", regions, "--bundle", pictured / "encoder.topt", "--encoder-engine", engine, "--batch", 2)
     assert said.code == 0, said
     expected, found = read_parquet(pictured / "prompts.parquet"), read_parquet(tmp_path / "prompts.parquet")
     assert found.column_names == expected.column_names
@@ -64,8 +64,8 @@ def test_vectors_of_one_engine_are_not_taken_for_anothers(topt_run, bundle, regi
     pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
     arguments = ("encode", regions, "--bundle", bundle, "--task", "none")
     assert "5 regions encoded" in topt_run(*arguments).out
-    assert "5 regions encoded" in topt_run(*arguments, "--engine", "openvino").out
-    assert "5 as they were" in topt_run(*arguments, "--engine", "openvino").out
+    assert "5 regions encoded" in topt_run(*arguments, "--encoder-engine", "openvino").out
+    assert "5 as they were" in topt_run(*arguments, "--encoder-engine", "openvino").out
 
 
 def test_a_citys_bundle_lends_its_encoder(topt_run, prompted, tmp_path):

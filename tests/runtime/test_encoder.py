@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import asdict
 
@@ -18,7 +20,7 @@ from topt_deploy.encoder.templates import load_templates
 from topt_deploy.errors import BadBundle, NoDevice, NoInput, UsageError
 from topt_deploy.export.encoder.gate import TOLERANCE
 from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
-from topt_deploy.runtime import encoder as runtime
+from topt_deploy.runtime import session
 from topt_deploy.runtime.encoder import ENGINES, open_encoder
 
 QUESTIONS = [load_templates().question("crime"), "", "How many check-ins?", "How many check-ins are there?"]
@@ -116,6 +118,44 @@ def test_lower_precisions_are_within_their_tolerance_and_no_better_than_they_can
     assert worst < at_most[precision], "the weights are not rounded at all"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_read_can_be_continued_again_and_otherwise(opened, engine):
+    encoder = opened("text", "fp32", engine)
+    backend, sequence = encoder.backend, asked(encoder, "a long text", "text").sequences[0]
+
+    def read(state, start, stop):
+        at = slice(start, stop)
+        return backend.decode(state, backend.embed(sequence.ids[at])[None], sequence.positions[:, None, at], None)
+
+    first, begun = read(backend.start([], 1), 0, 40)
+    once, read_on = read(begun, 40, 60)
+    other, _ = read(begun, 60, 75)
+    behind, _ = read(read_on, 60, 75)
+    again, _ = read(begun, 40, 60)
+    assert np.array_equal(once, again)
+    assert np.abs(other - behind).max() > 1e-3, "what stands between is not read"
+    whole, _ = read(backend.start([], 1), 0, 75)
+    assert np.abs(whole - np.concatenate([first, once, behind], axis=1)).max() < 1e-5
+
+
+def test_token_embeddings_are_the_files_rows(encoders, opened):
+    shape = json.loads((encoders("text") / MANIFEST).read_text())["embedding"]["shape"]
+    table = np.fromfile(encoders("text") / "embedding.weights", np.float32).reshape(shape)
+    ids = np.array([7, len(table) - 1, 0, 7])
+    assert np.array_equal(opened("text", "fp32", "onnxruntime").backend.embed(ids), table[ids])
+
+
+def test_openvino_leaves_onnx_runtime_alone(encoders):
+    needs("openvino")
+    code = (
+        "import sys; from pathlib import Path; sys.modules['onnxruntime'] = None\n"
+        "from topt_deploy.runtime.encoder import open_encoder\n"
+        f"print(open_encoder(Path({str(encoders('text'))!r}), engine='openvino').encoder.runtime)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "openvino", done.stderr
+
+
 def test_images_change_vectors(opened):
     encoder = opened("qwen2_5_vl", "int8", "onnxruntime")
     one, other = (
@@ -173,13 +213,13 @@ class TestRefused:
             open_encoder(bundle)
 
     def test_a_file_that_changes_while_it_is_read(self, bundle, monkeypatch):
-        load = runtime.MappedSession
+        load = session.MappedSession
 
         def meanwhile(path, **settings):
             path.touch()
             return load(path, **settings)
 
-        monkeypatch.setattr(runtime, "MappedSession", meanwhile)
+        monkeypatch.setattr(session, "MappedSession", meanwhile)
         with pytest.raises(BadBundle, match="changed while they were read"):
             open_encoder(bundle)
 

@@ -23,13 +23,22 @@ def test_a_file_in_place_of_the_folder(desk, refused):
     refused(CANNOT_CREATE, "cannot create", arguments=("--out", desk.mobility / "predictions.parquet"))
 
 
-def test_a_folder_in_place_of_the_output(desk, refused):
-    refused(CANNOT_CREATE, "model.topt", "is a folder", arguments=("--out", desk.bundle))
+def test_a_folder_in_place_of_the_output(desk, topt_run):
+    desk.out.mkdir()
+    before = desk.state()
+    said = topt_run("predict", desk.regions)
+    assert said.code == CANNOT_CREATE
+    assert "predictions.parquet: cannot create this output (it is a folder)" in said.err
+    assert desk.state() == before
 
 
-@pytest.mark.parametrize(
-    "place", [".", "..", "/", "/proc", "/proc/x.parquet", "/sys/x.parquet", "/dev/null/x", "x" * 300, "loop/x"]
-)
+@pytest.mark.parametrize("place", ["", "/", "/predictions.parquet", "/golden/x", "/new/folder/"])
+def test_nothing_is_written_into_the_bundle(place, desk, refused):
+    """A file that its manifest does not list would make it unusable."""
+    refused(USAGE, "model.topt", "into the bundle", "--out", arguments=("--out", f"{desk.bundle}{place}"))
+
+
+@pytest.mark.parametrize("place", ["/proc/x.parquet", "/sys/x.parquet", "/dev/null/x", "x" * 300, "loop/x"])
 def test_any_impossible_output_is_no_bug(place, desk, refused, monkeypatch):
     monkeypatch.chdir(desk.folder)
     (desk.folder / "loop").symlink_to("loop")

@@ -204,6 +204,14 @@ class TestPlaces:
         predicted("--bundle", desk.folder / "bundle.zip")
         assert desk.out.read_bytes() == before
 
+    def test_a_folder_is_the_regions_in_it(self, desk, predicted, topt_run):
+        before = predicted()
+        desk.out.unlink()
+        for out in ((), ("--out", desk.folder / "named.parquet")):
+            said = topt_run("predict", desk.folder, *out)
+            assert said.code == 0, said.err
+            assert pq.read_table(out[1] if out else desk.out).equals(before)
+
     def test_a_city_folder_names_the_city(self, desk, predicted):
         before = by_region(predicted())
         folder = desk.folder / "city=Oslo"
@@ -314,13 +322,16 @@ class TestReceipt:
         receipt = json.loads(desk.receipt.read_text())
         assert receipt["options"] == {
             "tasks": ["crime"], "wide": True, "id_col": "region_id", "coverage": {"crime": 0.9}, "device": "cpu",
+            "on_bad_row": "fail",
         }  # fmt: skip
+        assert receipt["set_aside"] == {}
+        assert len(receipt["key"]) == 64
         assert receipt["provider"] == "CPUExecutionProvider"
         assert receipt["precision"] == "fp32"
         assert receipt["versions"]["onnxruntime"] == onnxruntime.__version__
         assert receipt["versions"]["pyarrow"] == pa.__version__
         assert receipt["versions"]["numpy"] == np.__version__
-        assert set(receipt["seconds"]) == {"open", "predict", "write"}
+        assert set(receipt["seconds"]) == {"open", "hash", "predict", "write"}
         assert sum(receipt["status"].values()) == 77
 
     def test_names_that_are_not_utf_8(self, desk, predicted, topt_run):

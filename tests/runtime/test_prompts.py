@@ -4,10 +4,13 @@ import json
 import shutil
 import zipfile
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import Desk
+from PIL import Image
 
+from topt_deploy.encoder.bundle import open_encoder_bundle
 from topt_deploy.errors import BadData
 from topt_deploy.runtime import load
 
@@ -83,7 +86,7 @@ def test_on_openvino(desk, predicted):
     pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
     predicted("model.topt")
     ours = pq.read_table(desk.out).column("prediction").to_numpy()
-    _, receipt = predicted("model.topt", "--engine", "openvino")
+    _, receipt = predicted("model.topt", "--encoder-engine", "openvino")
     assert receipt["encoder"]["engine"] == "openvino"
     assert receipt["encoder"]["encoded"] == 20, "vectors of one engine are not taken for another's"
     assert pq.read_table(desk.out).column("prediction").to_numpy() == pytest.approx(ours, rel=1e-4)
@@ -200,3 +203,37 @@ def test_a_bundle_without_an_encoder_says_what_is_missing(demo_bundle):
     with pytest.raises(BadData) as refused:
         load(demo_bundle).predict(regions.drop_columns(prompts), mobility)
     assert refused.value.column == prompts[0] or "prompt" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "statuses"), [("fail", BAD_DATA, None), ("quarantine", 3, [19, 0]), ("mask", 3, [20, 1])]
+)
+def test_an_unreadable_image(topt_run, desk, reseal, encoders, policy, code, statuses):
+    encoder = open_encoder_bundle(encoders("qwen2_5_vl"))
+    shutil.copytree(encoder.path, desk.folder / "seeing.topt")
+
+    def see(record):  # a tiny model that sees has vectors of the same width
+        record["encoder"] = {"identity": encoder.spec.identity, "sha256": encoder.sha256, "bundle": "seeing.topt"}
+        for facts in record["prompts"].values():
+            facts["encoder"], facts["precision"] = encoder.spec.identity, "fp32"
+
+    reseal(desk.folder / "beside.topt", see)
+    Image.new("RGB", (40, 30), "red").save(desk.folder / "sound.png")
+    (desk.folder / "broken.png").write_bytes((desk.folder / "sound.png").read_bytes()[:60])
+    table = pq.read_table(desk.regions)
+    images = [["sound.png"], ["sound.png", "broken.png"]] + [[]] * 18
+    pq.write_table(table.append_column("images", pa.array(images, pa.list_(pa.string()))), desk.regions)
+    said = topt_run("predict", desk.regions, "--bundle", desk.folder / "beside.topt", "--on-bad-row", policy)
+    assert said.code == code, said.err
+    region = table.column("region_id")[1].as_py()
+    if statuses is None:
+        assert "broken.png" in said.err
+        assert region in said.err
+        assert not desk.out.exists()
+        return
+    rows = pq.read_table(desk.out).to_pylist()
+    mine = [row for row in rows if row["task"] == "crime"]
+    assert [len(mine), sum(row["status"] == "masked" for row in mine)] == statuses
+    assert [row["prediction"] for row in mine if row["region_id"] == region] == [None] * statuses[1]
+    (aside,) = pq.read_table(desk.folder / "predictions.quarantine.parquet").to_pylist()
+    assert (aside["region_id"], aside["row"], aside["reason_code"]) == (region, 1, "bad_image")

@@ -27,7 +27,7 @@ def encoder(encoders, tmp_path):
 def test_a_citys_bundle_tests_its_encoder_too(topt_run, city, name, engine):
     if engine == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
-    said = topt_run("selftest", city / name, "--engine", engine, "--log-format", "json")
+    said = topt_run("selftest", city / name, "--encoder-engine", engine, "--log-format", "json")
     assert said.code == 0, said.err
     checks = json.loads(said.out)["checks"]
     assert [check.get("city") or check["region"] for check in checks] == [

@@ -1,0 +1,151 @@
+"""Which cities a batch has: files, folders, globs and URIs in, one job per city out."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from topt_deploy.errors import NoInput, UsageError
+from topt_deploy.fileio import reading
+from topt_deploy.table import hive_city
+
+from ..city import Job
+from .remote import is_uri, joined, listing, sizes
+
+REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
+OURS = ("predictions", "prompts", "mobility")
+"""What files that are no regions tables are called, up to the first dot."""
+
+
+def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
+    """The jobs of a batch, the largest first: what takes longest must not be left for the end.
+
+    Args:
+        inputs: Regions tables; folders of any depth, Hive partitions ``city=…`` among them; globs; or URIs of either.
+        out: The folder, or URI, that every city gets a folder ``city=…`` below.
+        mobility: Whether flows are read: ``NAME.mobility.parquet`` beside ``NAME.parquet``, or ``mobility.parquet``.
+
+    Raises:
+        NoInput: If an input is not there, or a folder holds no regions table.
+        UsageError: If two cities have one name.
+    """
+    jobs: dict[str, Job] = {}
+    for given in inputs:
+        for regions, siblings in _tables(given):
+            name = _city(regions)
+            if name in jobs and jobs[name].regions == regions:
+                continue
+            if name in jobs:
+                raise UsageError(
+                    f"two inputs are the city {name!r}", file=regions, found=jobs[name].regions,
+                    fix="rename a file or its folder; folders city=NAME say it best",
+                )  # fmt: skip
+            size, flows = siblings[_last(regions)], None
+            if mobility:
+                flows = next((f for f in (f"{_stem(regions)}.{MOBILITY}", MOBILITY) if f in siblings), None)
+                size += siblings.get(flows or "", 0)
+            jobs[name] = Job(
+                name=name,
+                regions=regions,
+                mobility=None if flows is None else regions.removesuffix(_last(regions)) + flows,
+                out=joined(out, f"city={_escaped(name)}/{PREDICTIONS}"),
+                size=size,
+            )
+    return sorted(jobs.values(), key=lambda job: (-job.size, job.name))
+
+
+def alone(inputs: Sequence[str], out: str | None) -> Path | None:
+    """The regions table, where a command line names just one and its output is to be a file; else None."""
+    if len(inputs) != 1 or is_uri(inputs[0]) or (out is not None and (out.endswith("/") or is_uri(out))):
+        return None
+    given = Path(inputs[0])
+    if os.path.isdir(given):  # unlike pathlib's, no error for a name that is too long
+        given /= REGIONS
+        if not os.path.exists(given):
+            return None
+    elif not os.path.exists(given) and glob.has_magic(inputs[0]):
+        return None
+    return None if out is not None and os.path.isdir(out) else given
+
+
+def _tables(given: str) -> Iterator[tuple[str, dict[str, int]]]:
+    """Regions tables, each with the sizes of files in its folder, its flows' among them."""
+    found: dict[str, int] = {}
+    if is_uri(given):
+        found = listing(given)
+    else:
+        for place in sorted(glob.glob(given, recursive=True)) if not os.path.exists(given) else [given]:
+            found |= _walk(place)
+    folders: dict[str, dict[str, int]] = {}
+    for file, size in found.items():
+        folders.setdefault(file.removesuffix(_last(file)), {})[_last(file)] = size
+    count = 0
+    for folder, files in sorted(folders.items()):
+        tables = [REGIONS] if REGIONS in files else [f for f in sorted(files) if _is_table(f) or folder + f == given]
+        for file in tables:
+            count += 1
+            yield folder + file, files if is_uri(given) and folder + file != given else _beside(folder + file)
+    if not count:
+        raise NoInput(
+            "no regions table here", file=given, expected=f"{REGIONS}, or other Parquet files, in it or below",
+            fix="name files or folders that exist",
+        )  # fmt: skip
+
+
+def _walk(place: str) -> dict[str, int]:
+    """Parquet files and their sizes, at or below a place. Hidden folders and links to others are not followed."""
+    if os.path.isfile(place):
+        return _sizes([place])
+    found: list[str] = []
+    for folder, folders, files in os.walk(place, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        found += [os.path.join(folder, file) for file in files if _is_parquet(file)]
+    return _sizes(found)
+
+
+def _refuse(error: OSError) -> None:
+    """Of a folder that cannot be listed: its cities must not be left out in silence."""
+    with reading(Path(error.filename)):
+        raise error
+
+
+def _sizes(files: Iterable[str]) -> dict[str, int]:
+    """Of what is no file, a link to nowhere, too: that is refused where it is read, and the other cities go on."""
+    return {file: os.path.getsize(file) if os.path.isfile(file) else 0 for file in files}
+
+
+def _beside(file: str) -> dict[str, int]:
+    """The table's size, and those of the flows that may lie beside it; a folder of thousands is not listed for each."""
+    folder = file.removesuffix(_last(file))
+    places = [folder + name for name in (_last(file), f"{_stem(file)}.{MOBILITY}", MOBILITY)]
+    found = sizes(places) if is_uri(file) else _sizes(p for p in places if p == file or os.path.lexists(p))
+    return {_last(place): size for place, size in found.items()}
+
+
+def _is_parquet(name: str) -> bool:
+    return name.endswith(".parquet") and not name.startswith((".", "_"))
+
+
+def _is_table(name: str) -> bool:
+    return _is_parquet(name) and name.partition(".")[0] not in OURS and not name.endswith(f".{MOBILITY}")
+
+
+def _city(regions: str) -> str:
+    """The name of a Hive partition, else of the file, else of the folder that its regions.parquet is in."""
+    path = Path(unquote(regions)) if is_uri(regions) else Path(regions).absolute()
+    return hive_city(path) or (path.parent.name if path.name == REGIONS else path.stem)
+
+
+def _escaped(name: str) -> str:
+    """The name in a folder's, as Hive and Spark escape it: what a path or a partition's reader takes for its own."""
+    return re.sub(r"[\x00-\x1f\x7f\"#%'*/:=?\\{\[\]^]", lambda found: f"%{ord(found[0]):02X}", name)
+
+
+def _last(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def _stem(file: str) -> str:
+    return _last(file).removesuffix(".parquet")

@@ -1,0 +1,79 @@
+"""Many cities on a Ray cluster: one item per city, and actors that open the bundle once."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from topt_deploy.errors import NoDevice
+
+from ..city import Job
+from .work import ATTEMPTS, Result, Setting, lost_result, work
+
+
+class _Worker:
+    """An actor of Ray Data: a bundle, opened once for all the cities that it gets. Jobs and results travel as text:
+    in Arrow's columns every result would have the keys of all."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting, self._predictor = setting, setting.open()
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        return {"result": json.dumps(asdict(work(Job(**json.loads(item["job"])), self._predictor, self._setting)))}
+
+
+def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
+    """Do every job on the cluster that ``RAY_ADDRESS`` names, or on a local one; results come as they are made.
+
+    Ray starts an actor anew that was lost, and tries its city :data:`.work.ATTEMPTS` times: to the same bytes.
+
+    Args:
+        jobs: In the order that they are begun in.
+        setting: What they have in common; every node must see the same paths.
+        workers: How many actors; by default as many as the cluster has processors.
+
+    Raises:
+        NoDevice: If Ray is not installed.
+    """
+    # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
+    try:
+        import ray
+        import ray.data
+        from ray.util.annotations import RayDeprecationWarning
+    except ImportError as error:
+        raise NoDevice(
+            f"Ray cannot be imported ({error})", expected="ray", fix="pip install 'topt-deploy[ray]'"
+        ) from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.max_errored_blocks = -1  # a city that is lost does not end the others
+        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        lost = {job.name: job for job in jobs}
+        cities = ray.data.from_items([{"job": json.dumps(asdict(job))} for job in jobs], override_num_blocks=len(jobs))
+        with warnings.catch_warnings():  # the ways to say how often are to go in 2.64: then no end of trying is left
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            done = cities.map(
+                _Worker,  # type: ignore[arg-type]  # a class is what the documentation says
+                fn_constructor_args=(setting,),
+                compute=ray.data.ActorPoolStrategy(size=min(count, len(jobs)), max_tasks_in_flight_per_actor=1),
+                max_restarts=-1,
+                max_task_retries=ATTEMPTS - 1,
+            )
+        for row in done.iter_rows():
+            result = Result(**json.loads(row["result"]))
+            del lost[result.city]
+            yield result
+        for job in lost.values():
+            yield lost_result(job, "see Ray's logs")
+    finally:
+        if started:
+            ray.shutdown()

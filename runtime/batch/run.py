@@ -1,0 +1,90 @@
+"""A batch from its command line to its summary: plan, engine, results as they come."""
+
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import overload
+
+from topt_deploy.errors import UsageError
+
+from ..city import Job, check_outside
+from ..pandas import with_pandas
+from .local import run_local, usable_cpus
+from .plan import plan
+from .remote import is_uri
+from .summary import Summary
+from .work import Result, Setting, work
+
+ENGINES = LOCAL, RAY, SPARK = "local", "ray", "spark"
+
+
+def run_batch(
+    inputs: Sequence[str],
+    out: str,
+    setting: Setting,
+    summary: Summary,
+    *,
+    engine: str = LOCAL,
+    workers: int | None = None,
+    told: Callable[[Result, int, int], None] = lambda result, done, total: None,
+) -> None:
+    """Predict many cities.
+
+    Args:
+        inputs, out: Of :func:`.plan.plan`.
+        setting: What they have in common.
+        summary: Where results are counted.
+        engine: One of :data:`ENGINES`.
+        workers: How many cities at once; by default one per processor that may be used, or the cluster's choice.
+        told: Each result as it comes, how many there are by now, and of how many.
+
+    Raises:
+        ToptError: If nothing can begin: no bundle, no input, no engine.
+    """
+    predictor = setting.open()
+    for task in setting.options.tasks:
+        if task not in predictor.tasks:
+            raise UsageError(
+                f"the bundle does not predict {task!r}", file=setting.bundle,
+                expected=f"one of {', '.join(predictor.tasks)}", fix="choose one of these, or train the task",
+            )  # fmt: skip
+    if not is_uri(out):
+        check_outside(Path(out), Path(setting.bundle))
+    jobs = plan(inputs, out, mobility=predictor.bundle.manifest.mobility)
+    if engine == LOCAL:
+        _ = predictor.parts  # read and checked once, here, for all workers
+        results = run_local(jobs, partial(work, predictor=predictor, setting=setting), workers=workers or usable_cpus())
+    else:
+        everywhere = replace(setting, bundle=_absolute(setting.bundle), encoder=_absolute(setting.encoder))
+        results = _cluster(engine)([_anywhere(job) for job in jobs], everywhere, workers=workers)
+    with closing(results):
+        for done, result in enumerate(results, start=1):
+            summary.add(result)
+            told(result, done, len(jobs))
+
+
+def _anywhere(job: Job) -> Job:
+    """The job for a process in whatever folder."""
+    return replace(job, regions=_absolute(job.regions), mobility=_absolute(job.mobility), out=_absolute(job.out))
+
+
+@overload
+def _absolute(place: str) -> str: ...
+@overload
+def _absolute(place: str | None) -> str | None: ...
+def _absolute(place: str | None) -> str | None:
+    return place if place is None or is_uri(place) else os.path.abspath(place)
+
+
+def _cluster(engine: str) -> Callable[..., Generator[Result]]:
+    with_pandas()
+    if engine == RAY:
+        from .ray import run_ray
+
+        return run_ray
+    from .spark import run_spark
+
+    return run_spark

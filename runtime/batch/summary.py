@@ -1,0 +1,103 @@
+"""What is said of a whole batch: its exit code, its record ``_run.json``, and metrics for Prometheus."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from topt_deploy.errors import Exit
+from topt_deploy.fileio import write_text
+
+from ..city import DONE, PARTIAL, SKIPPED
+from .remote import is_uri, put_text
+from .work import FAILED, Result
+
+RECORD = "_run.json"
+"""Beside the cities' folders; readers of Hive partitions pass over names with an underscore."""
+AGAIN = (Exit.IO_ERROR, Exit.TRY_AGAIN)
+"""Codes of failures that are the machine's and not the data's: the same command with ``--resume`` may succeed."""
+
+
+class Summary:
+    """Counts of a batch; memory grows with the number of failures, not of cities."""
+
+    def __init__(self) -> None:
+        self._began = time.time()
+        self.cities: Counter[str] = Counter()
+        self.regions: Counter[str] = Counter()
+        self.set_aside: Counter[tuple[str, str]] = Counter()
+        self.failures: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        """Count a city."""
+        self.cities[result.status] += 1
+        self.regions.update(result.regions)
+        for table, codes in result.set_aside.items():
+            self.set_aside.update({(table, code): rows for code, rows in codes.items()})
+        if result.status == FAILED:
+            self.failures.append(result)
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is done; 3 if something was set aside or some cities failed; a failure's own code if all did.
+
+        Failures that are the machine's, a full disk or a lost worker, come before the data's: trying again helps.
+        """
+        codes = [int(result.error["exit_code"]) for result in self.failures if result.error]
+        if again := [code for code in codes if code in AGAIN]:
+            return again[0]
+        if codes and len(codes) == self.cities.total():
+            return codes[0] if len(set(codes)) == 1 else int(Exit.BAD_DATA)
+        return int(Exit.PARTIAL if codes or self.set_aside else Exit.DONE)
+
+    def record(self) -> dict[str, Any]:
+        """Everything, in plain values."""
+        return {
+            "exit_code": self.exit_code,
+            "cities": dict(sorted(self.cities.items())),
+            "regions": dict(sorted(self.regions.items())),
+            "set_aside": {f"{table} {code}": rows for (table, code), rows in sorted(self.set_aside.items())},
+            "seconds": round(time.time() - self._began, 3),
+            "failed": [{"city": r.city, "output": r.file, **(r.error or {})} for r in self.failures],
+        }
+
+    def text(self) -> str:
+        """The same for people."""
+        told = [f"{self.cities[status]} {status}" for status in (DONE, PARTIAL, SKIPPED, FAILED) if self.cities[status]]
+        rows = self.set_aside.total()
+        return f"{self.cities.total()} cities: {', '.join(told)}" + (f"; {rows} rows set aside" if rows else "")
+
+    def metrics(self, exit_code: int) -> str:
+        """For the textfile collector of Prometheus' node_exporter, in its text format."""
+        cities = {status: self.cities[status] for status in (DONE, PARTIAL, SKIPPED, FAILED)}
+        aside = {f'{{table="{table}",code="{code}"}}': n for (table, code), n in sorted(self.set_aside.items())}
+        families: list[tuple[str, str, Mapping[str, float]]] = [
+            ("exit_code", "Exit code of the last run.", {"": exit_code}),
+            ("finished_timestamp_seconds", "When it ended, in seconds since 1970.", {"": time.time()}),
+            ("duration_seconds", "How long it took.", {"": time.time() - self._began}),
+            ("cities", "Cities by what became of them.", {f'{{status="{s}"}}': n for s, n in cities.items()}),
+            ("regions", "Predictions by status.", {f'{{status="{s}"}}': n for s, n in sorted(self.regions.items())}),
+            ("set_aside_rows", "Rows set aside, by table and reason.", aside),
+        ]
+        lines = []
+        for name, told, values in families:
+            lines += [f"# HELP topt_run_{name} {told}", f"# TYPE topt_run_{name} gauge"]
+            lines += [f"topt_run_{name}{labels} {value:.15g}" for labels, value in values.items()]
+        return "\n".join(lines) + "\n"
+
+
+def write_record(out: str, summary: Summary) -> None:
+    """Write :data:`RECORD` into the batch's folder."""
+    text = json.dumps(summary.record(), indent=2) + "\n"
+    place = f"{out.rstrip('/')}/{RECORD}"
+    if is_uri(out):
+        put_text(place, text)
+    else:
+        write_text(Path(place), text)
+
+
+def write_metrics(path: Path, text: str) -> None:
+    """Write the metrics whole: a collector that comes in between sees the old ones."""
+    write_text(path, text)

@@ -1,0 +1,34 @@
+"""Options that several commands of ``topt-run`` have."""
+
+from pathlib import Path
+
+import click
+
+from topt_deploy.commandline import LOG_FORMATS
+
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="Messages as text or JSON.",
+)
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+)
+encoder_engine_option = click.option(
+    "--encoder-engine",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the prompt encoder; an absent one is an error.",
+)
+signature_option = click.option(
+    "--require-signature",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="KEY",
+    help="Refuse a bundle that the holder of this key (public, PEM) did not sign.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model."
+)

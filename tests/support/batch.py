@@ -1,0 +1,115 @@
+"""Several cities for a batch, and what a batch leaves behind. Imports no torch."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from commands import environment
+
+NAMES = "ABCDEF"
+
+
+def write_cities(folder: Path, demo: Path, names: Sequence[str] = NAMES, *, regions: int = 9) -> None:
+    """Parts of the demo as cities of their own, ``city=NAME/``: the first has ``regions``, every other three more."""
+    table, flows = (pq.read_table(demo / f"{name}.parquet").drop_columns("city_id") for name in ("regions", "mobility"))
+    for number, name in enumerate(names):
+        part = table.slice(number, regions + 3 * number % 60)
+        ids = set(part.column("region_id").to_pylist())
+        ends = zip(flows.column("origin_id").to_pylist(), flows.column("dest_id").to_pylist(), strict=True)
+        city = folder / f"city={name}"
+        city.mkdir(parents=True)
+        pq.write_table(part, city / "regions.parquet")
+        pq.write_table(flows.filter(pa.array([{a, b} <= ids for a, b in ends])), city / "mobility.parquet")
+
+
+def spoil(city: Path) -> None:
+    """Make one count of a city negative."""
+    table = pq.read_table(city / "regions.parquet")
+    column = table.column("poi_food").to_pylist()
+    column[2] = -1
+    place = table.schema.get_field_index("poi_food")
+    pq.write_table(table.set_column(place, "poi_food", pa.array(column)), city / "regions.parquet")
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Hashes of all that a batch has written for its cities, but for receipts, which tell the time."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".json"
+    }
+
+
+def done(folder: Path) -> int:
+    """How many cities have their receipt, which is written last."""
+    return len(list(folder.glob("city=*/*.receipt.json")))
+
+
+def start(arguments: Sequence[object], folder: Path, **more: str) -> subprocess.Popen[str]:
+    """A command in a process group of its own, going on while the test does."""
+    return subprocess.Popen(
+        [str(argument) for argument in arguments],
+        cwd=folder,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that are still there."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return [child for child in found if alive(child)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(true: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        time.sleep(0.002)
+
+
+def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to a process that the test has started."""
+    os.kill(pid, how)
+
+
+def holder(place: Path) -> int | None:
+    """The process that has a file open, if there is one."""
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with suppress(OSError):
+            if any(os.readlink(link) == str(place) for link in folder.iterdir()):
+                return int(folder.parent.name)
+    return None
+
+
+def kill_at_work(out: Path, times: int = 1, still: Callable[[], bool] = lambda: True) -> list[int]:
+    """Kill whichever process is at work on an output, so many times over; who they were."""
+    lock, killed = out.with_name(f".{out.name}.lock"), []
+    while len(killed) < times and still():
+        if lock.exists() and (pid := holder(lock)) is not None and pid not in killed:
+            with suppress(ProcessLookupError):
+                kill(pid)
+                killed.append(pid)
+    return killed

@@ -1,0 +1,151 @@
+"""Kill -9: a command and all its processes at an instant of its run, what stands then, and whether it goes on."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+from commands import Said, environment, shell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A command to be killed.
+
+    Attributes:
+        command: What is run in a folder of inputs.
+        resume: What goes on with it.
+        results: How names of files end that must be those of an uninterrupted run, byte for byte.
+        earlier: A command that has made older results, which must stand, whole, until new ones do.
+    """
+
+    command: str
+    resume: str
+    results: tuple[str, ...]
+    earlier: str | None = None
+
+
+class Trials:
+    """Trials of one target.
+
+    Args:
+        inputs: The folder to run it in; it is copied for every trial.
+        scratch: Where copies go, and TMPDIR lies.
+
+    Attributes:
+        seconds: What an uninterrupted run takes.
+        kills: How many there were so far.
+        torn: How many of them found something to go on with, be it a temporary file.
+    """
+
+    def __init__(self, target: Target, inputs: Path, scratch: Path) -> None:
+        self.target, self._scratch = target, scratch
+        self.kills = self.torn = 0
+        (scratch / "tmp").mkdir(parents=True)
+        self._before = scratch / "before"
+        shutil.copytree(inputs, self._before)
+        if target.earlier is not None:
+            self._run(target.earlier, self._before)
+        done = scratch / "done"
+        for _ in range(2):  # the first time for the system's caches
+            shutil.rmtree(done, ignore_errors=True)
+            shutil.copytree(self._before, done)
+            began = time.perf_counter()
+            self._run(target.command, done)
+            self.seconds = time.perf_counter() - began
+        self._old, self._new = self._results(self._before), self._results(done)
+        self._names = names(done)
+        assert self._new
+        assert set(self._old) <= set(self._new)
+        assert not self._old or self._old != self._new
+
+    def __call__(self, rng: Random) -> None:
+        """Kill a run, or a run and those that go on with it a few times over, and then let it end.
+
+        Raises:
+            AssertionError: If something is torn, is left over, or differs from the uninterrupted run's.
+        """
+        place = self._scratch / "trial"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(self._before, place)
+        command = self.target.command
+        for _ in range(rng.choice((1, 1, 1, 3))):
+            if self._killed(command, place, rng.uniform(0, self.seconds)):
+                self.kills += 1
+                self.torn += names(place) != names(self._before)
+            self._check_whole(place)
+            command = self.target.resume
+        self._run(command, place)
+        assert self._results(place) == self._new
+        assert names(place) == self._names
+
+    def left(self) -> list[str]:
+        """What killed processes left in TMPDIR: a day later, and after one more run."""
+        for entry in (self._scratch / "tmp").iterdir():
+            os.utime(entry, (0, 0))
+        place = self._scratch / "trial"
+        shutil.rmtree(place)
+        shutil.copytree(self._before, place)
+        self._run(self.target.command, place)
+        return names(self._scratch / "tmp")
+
+    def _environment(self) -> dict[str, str]:
+        return {"TMPDIR": str(self._scratch / "tmp"), "OMP_NUM_THREADS": "1"}
+
+    def _run(self, command: str, place: Path) -> None:
+        said: Said = shell(command, place, **self._environment())
+        assert said.code == 0, said
+
+    def _killed(self, command: str, place: Path, after_s: float) -> bool:
+        """Whether it was still running by then."""
+        process = subprocess.Popen(
+            command, shell=True, cwd=place, start_new_session=True, env=environment(**self._environment()),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            process.wait(after_s)
+            return False
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return True
+
+    def _results(self, place: Path) -> dict[str, str]:
+        return {name: _hash(place / name) for name in names(place) if name.endswith(self.target.results)}
+
+    def _check_whole(self, place: Path) -> None:
+        """What has its final name is whole, the old or the new, and a receipt vouches for nothing that is not there."""
+        found = self._results(place)
+        for name, hashed in found.items():
+            assert hashed in (self._old.get(name), self._new[name]), f"{name} is neither the old one nor the new one"
+        assert set(self._old) <= set(found)
+        for name in names(place):
+            file = place / name
+            if file.name.startswith("."):
+                continue
+            if file.suffix == ".parquet":
+                pq.read_table(file)
+            if file.suffix == ".safetensors":
+                from safetensors.numpy import load_file
+
+                load_file(file)
+            if file.suffix == ".json":
+                said = json.loads(file.read_text())
+                if file.name.endswith(".receipt.json") and said["output"]["sha256"] in self._new.values():
+                    assert said["output"]["sha256"] == _hash(file.with_name(said["output"]["file"]))
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def names(place: Path) -> list[str]:
+    """Everything below a folder."""
+    return sorted(path.relative_to(place).as_posix() for path in place.rglob("*"))
