@@ -212,9 +212,8 @@ The dotted line is what a single N × N matrix of float32 would take, the dashed
 similarities and flows are computed a tile of rows at a time (topt_deploy/model/tiles.py): in training, in prediction
 with PyTorch and, as an ONNX Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
 
-N × N in memory all the same: in training of preset `default`, the Gaussian processes' covariance of the labelled
-regions (topt_deploy/model/kernel.py); the evaluation's other methods (`topt-deploy evaluate`), which reproduce
-published code; a report's attention and Moran's I (`topt-deploy report`), which are about pairs of regions.
+N × N in memory all the same: the evaluation's other methods (`topt-deploy evaluate`), which reproduce published code,
+and a report's attention and Moran's I (`topt-deploy report`), which are about pairs of regions.
 """
 
 

@@ -210,8 +210,14 @@ def _maximise(phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps
 
 
 def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
-    """Coefficients (ΣK) of one training set: the posterior mean, w Φᵀ (Φ w Φᵀ + σ²I)⁻¹ y over its regions."""
+    """Coefficients (ΣK) of one training set: the posterior mean, w Φᵀ (Φ w Φᵀ + σ²I)⁻¹ y over its n regions, and for
+    more regions than features the same as √w (√w ΦᵀΦ √w + σ²I)⁻¹ √w Φᵀ y: nothing is n × n then."""
     seen = phi[known]
+    if len(seen) > seen.shape[1]:
+        root = weights.sqrt()
+        scaled = seen * root
+        precision = scaled.T @ scaled + noise * torch.eye(len(root), dtype=phi.dtype, device=phi.device)
+        return root * torch.linalg.solve(precision, scaled.T @ y[known])
     scaled = seen * weights
     covariance = seen @ scaled.T + noise * torch.eye(len(seen), dtype=phi.dtype, device=phi.device)
     return scaled.T @ torch.linalg.solve(covariance, y[known])
