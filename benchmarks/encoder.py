@@ -196,7 +196,9 @@ def main() -> None:
         f"`python benchmarks/encoder.py SMOLLM2_DIR`, {date.today()}, {processor()}, one thread, one process a "
         f"figure, best of {REPEATS} runs. One region with a geo-text of {TOKENS:,} tokens and three tasks. "
         "*published*: three full passes of transformers in float32 with logits and all hidden states; *torch*: ours, "
-        "the common beginning once, no logits. OpenVINO computes in bfloat16 where the processor has it, but for fp32.",
+        "the common beginning once, no logits. OpenVINO computes in bfloat16 where the processor has it, but for fp32. "
+        "Peak memory counts pages of mapped files, on either side; OpenVINO's of the weights are given back after the "
+        "first run, which has made a rearranged copy of them.",
         "",
     ]
     for model in (arguments.smollm2, small):

@@ -40,6 +40,9 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 @click.option("--encoder-only", is_flag=True, help="Make the --encoder-bundle, and export no run.")
 @click.option("--templates", type=click.Path(path_type=Path), help="TOML file that prompts were encoded with.")
 @click.option("--max-pixels", type=click.IntRange(min=1), help="As of topt-deploy encode.")
+@click.option(
+    "--mlflow", type=click.Path(path_type=Path), help="Also write an MLflow model with the bundle in it: a new folder."
+)
 def export(
     run: Path | None,
     form: str,
@@ -51,6 +54,7 @@ def export(
     encoder_only: bool,
     templates: Path | None,
     max_pixels: int | None,
+    mlflow: Path | None,
 ) -> None:
     """Export RUN as a bundle that topt-run predicts with. RUN is the newest finished one under ./runs."""
     from topt_deploy.errors import UsageError
@@ -61,6 +65,8 @@ def export(
     if encoder_only:
         if encoder_bundle is None:
             raise UsageError("--encoder-only makes a bundle of the encoder's own", fix="name it with --encoder-bundle")
+        if mlflow is not None:
+            raise UsageError("--encoder-only exports no run, and --mlflow needs one", fix="leave out one of them")
         made = _encoder(prompt_encoder, encoder_bundle, **made_with)
         click.echo(f"encoder {made.path}: {made.spec.identity}, {made.manifest.precision}")
         return
@@ -70,8 +76,11 @@ def export(
         out = (folder.parent if folder.name == RUNS_DIR else folder) / DEFAULT_OUT
 
     from .bundle import check_place, export_bundle
+    from .mlflow import check_mlflow_place, write_mlflow
 
     check_place(out, as_zip)
+    if mlflow is not None:
+        check_mlflow_place(mlflow)
     with ExitStack() as stack:
         encoder, inside = None, encoder_bundle is None
         if encoder_bundle is not None:
@@ -81,6 +90,9 @@ def export(
             encoder = _encoder(prompt_encoder, beside / f"encoder{SUFFIX}", **made_with)
         done = export_bundle(opened, out, say=_say, as_zip=as_zip, encoder=encoder, inside=inside)
     click.echo(f"bundle {done.path}: {done.bytes / 1e6:.1f} MB, parity passed on {len(done.parity)} cities")
+    if mlflow is not None:
+        write_mlflow(mlflow, done.path)
+        click.echo(f"mlflow {mlflow}: mlflow.pyfunc.load_model({str(mlflow)!r})")
     regions = out.with_name("regions.parquet")
     found = regions.exists() and out.name == DEFAULT_OUT
     click.echo(f"next: topt-run predict {regions}" if found else f"next: topt-run predict REGIONS --bundle {out}")

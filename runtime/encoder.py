@@ -74,6 +74,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 M_MMAP_THRESHOLD, BLOCK_BYTES = -3, 1 << 16
 """glibc's number of the parameter, and the size from which a block is the system's own."""
+MADV_DONTNEED = 4
 
 
 class _OpenVino:
@@ -84,11 +85,12 @@ class _OpenVino:
 
     Args:
         path: The graph, beside its weights.
+        weights: The weights. OpenVINO maps them, and rearranges them to a copy of its own in the first run.
         threads: Threads within an operator; 0 leaves the choice to OpenVINO.
         exact: Whether to compute in float32, where OpenVINO would take bfloat16 on processors that are fast at it.
     """
 
-    def __init__(self, path: Path, *, threads: int, exact: bool) -> None:
+    def __init__(self, path: Path, *, weights: Path, threads: int, exact: bool) -> None:
         openvino = import_openvino()
         _free_at_once()
         core = openvino.Core()
@@ -110,6 +112,7 @@ class _OpenVino:
         compiled = core.compile_model(typed.build(), "CPU", settings)
         self.inputs = tuple(port.any_name for port in compiled.inputs)
         self._request = compiled.create_infer_request()
+        self._unread: Path | None = weights
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
         """Compute the named outputs."""
@@ -121,6 +124,9 @@ class _OpenVino:
             else:
                 self._request.set_tensor(name, self._tensor(value, shared_memory=True))
         self._request.infer(share_outputs=True)  # else every output would be copied, for a result that nobody reads
+        if self._unread is not None:
+            _let_go(self._unread)
+            self._unread = None
         found: dict[str, Any] = {}
         for name in outputs:
             output = self._request.get_tensor(name)
@@ -140,6 +146,16 @@ class _OpenVino:
             np.concatenate([part.data for part in parts], axis=2, out=whole.data)
             parts[:] = [whole]
         return parts[0]
+
+
+def _let_go(path: Path) -> None:
+    """Take a mapped file's pages out of this process's memory; whoever touches one gets it from the file again."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        ends, rights, *_, name = line.split(maxsplit=5)
+        if name == str(path.resolve()) and rights.startswith("r--"):  # never written to: nothing is lost
+            start, stop = (int(end, 16) for end in ends.split("-"))
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
 
 
 def _new_alone(model: Any) -> None:
@@ -320,7 +336,9 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int) -> OpenedE
 
                 networks[name] = MappedSession(folder / graph, threads=threads)
             else:
-                networks[name] = _OpenVino(folder / graph, threads=threads, exact=m.precision == "fp32")
+                weights = folder / m.networks[name]["weights"]
+                exact = m.precision == "fp32"
+                networks[name] = _OpenVino(folder / graph, weights=weights, threads=threads, exact=exact)
     encoder = PooledEncoder(
         spec=bundle.spec,
         precision=m.precision,

@@ -92,22 +92,22 @@ def predict(
     from .batch.work import Setting
     from .city import Options
 
-    regions = alone(inputs, out)
-    if regions is not None:
-        check_file(regions)
-    setting = Setting(
-        bundle=str(bundle or _default_bundle(regions or Path(inputs[0]))),
-        device=device,
-        threads=threads,
-        encoder=None if encoder_bundle is None else str(encoder_bundle),
-        engine=encoder_engine,
-        key=None if require_signature is None else str(require_signature),
-        options=Options(tasks=tasks, id_col=id_col, wide=wide, coverage=coverage, on_bad_row=on_bad_row),
-        resume=resume,
-        cache=not no_cache,
-    )
     log = Log(log_format)
     with _measured(metrics_file) as measure:
+        regions = alone(inputs, out)
+        if regions is not None:
+            check_file(regions)
+        setting = Setting(
+            bundle=str(bundle or _default_bundle(regions or Path(inputs[0]))),
+            device=device,
+            threads=threads,
+            encoder=None if encoder_bundle is None else str(encoder_bundle),
+            engine=encoder_engine,
+            key=None if require_signature is None else str(require_signature),
+            options=Options(tasks=tasks, id_col=id_col, wide=wide, coverage=coverage, on_bad_row=on_bad_row),
+            resume=resume,
+            cache=not no_cache,
+        )
         if regions is not None:
             return _predict_one(regions, setting, measure, log, mobility=mobility, out=out, geo=geo)
         for option, given in (("--mobility", mobility), ("--geo", geo)):

@@ -181,7 +181,7 @@ def sweep_folder(folder: Path) -> None:
 
 
 def _sweep(folder: Path, stem: str, suffix: str) -> None:
-    left = re.compile(rf"\.{stem}\.[0-9a-f]{{12}}{suffix}(-journal)?\Z")  # SQLite's, of a map
+    left = re.compile(rf"\.{stem}\.[0-9a-f]{{12}}{suffix}\Z")
     with suppress(OSError):
         for entry in os.scandir(folder):
             if left.match(entry.name):

@@ -5,6 +5,7 @@ the ``geo`` extra are imported where they are used, for most predictions need on
 """
 
 import importlib
+import io
 import json
 import struct
 from collections.abc import Iterable
@@ -174,17 +175,18 @@ def write_geo(path: Path, table: pa.Table, *, layer: str | None = None) -> None:
                 flat[f"{field.name}_{item}"] = pa.array(entries, field.type.value_type)
         elif field.name != GEOMETRY:
             flat[field.name] = column
+    data = io.BytesIO()  # for GDAL's own errors of a full disk are as many as its formats
+    pyogrio.write_arrow(
+        pa.table({**flat, GEOMETRY: wkb}),
+        data,
+        driver=driver,
+        layer=layer or path.stem,
+        geometry_name=GEOMETRY,
+        geometry_type=types[0] if len(types) == 1 else "Unknown",
+        crs="EPSG:4326",
+    )
     with atomic_file(path) as temporary:
-        temporary.unlink()  # GDAL takes an existing empty file for a broken one
-        pyogrio.write_arrow(
-            pa.table({**flat, GEOMETRY: wkb}),
-            temporary,
-            driver=driver,
-            layer=layer or path.stem,
-            geometry_name=GEOMETRY,
-            geometry_type=types[0] if len(types) == 1 else "Unknown",
-            crs="EPSG:4326",
-        )
+        temporary.write_bytes(data.getbuffer())
 
 
 def geo_library(module: str) -> Any:

@@ -99,7 +99,7 @@ class ParquetFile:
         """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
         try:
             yield
-        except (pa.ArrowException, EOFError, OSError, ValueError, MemoryError) as error:
+        except (pa.ArrowException, EOFError, OSError, ValueError, MemoryError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 with reading(Path(self.name)):
                     raise

@@ -282,7 +282,12 @@ def _city_id(source: Source) -> str | None:
 def hive_city(file: Path) -> str | None:
     """The city that a Hive partition, a folder ``city=…`` above the file, is of."""
     names = (part.removeprefix("city=") for part in reversed(file.parent.parts) if part.startswith("city="))
-    return next(names, None)
+    name = next(names, None)
+    if name is not None and "%" in name:  # as Hive escapes what a folder's name cannot hold
+        from urllib.parse import unquote
+
+        name = unquote(name)
+    return name
 
 
 def _lonlat(source: Source, ids: Array) -> Array:

@@ -78,8 +78,6 @@ def train(
         settings = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
         config = load_config(preset=preset, file=file, tasks=tasks, overrides=settings)
         out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
-        if out.exists():
-            raise UsageError("the run folder exists", file=out, fix="name another with --out, or go on with --resume")
 
     import torch
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from topt_deploy.fileio import write_text
+from topt_deploy.fileio import write_text, writing
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, one line at least this many seconds apart."""
@@ -60,7 +60,7 @@ class Reporter:
     def record(self, **facts: Any) -> None:
         """One line for machines."""
         if self.metrics is not None:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
 
     def rewind(self, stage: str, epoch: int) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.config import Config
-from topt_deploy.errors import BadConfig
+from topt_deploy.errors import BadConfig, UsageError
 from topt_deploy.features import features, range_columns
-from topt_deploy.fileio import sha256_file, write_error
+from topt_deploy.fileio import sha256_file, sweep_folder, writing
 from topt_deploy.intervals import scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
@@ -85,11 +85,20 @@ class Outcome:
 
 
 def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
-    """Create a run folder and record what the run depends on."""
-    try:
-        out.mkdir(parents=True, exist_ok=False)
-    except OSError as error:
-        raise write_error(out, error) from error
+    """Create a run folder and record what the run depends on.
+
+    Raises:
+        UsageError: If there is something in it already, other than what a process left that was killed here.
+    """
+    there = UsageError("the run folder exists", file=out, fix="name another with --out, or go on with --resume")
+    with writing(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # and no folder
+            raise there from None
+        sweep_folder(out)
+        if any(out.iterdir()):
+            raise there
     run = Run(
         path=out,
         config=config,
@@ -131,7 +140,10 @@ def train_run(
         f"{run.regions_sha256}{run.mobility_sha256}{config.views}{config.mobility}{engine.precision}".encode()
     ).hexdigest()
     checkpoints = run.path / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
+    with writing(checkpoints):
+        checkpoints.mkdir(exist_ok=True)
+    for folder in (run.path, checkpoints):
+        sweep_folder(folder)
     place = Workplace(engine=engine, reporter=reporter, identity=identity, checkpoints=checkpoints)
 
     embeddings: dict[str, Tensor] = {}

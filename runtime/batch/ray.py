@@ -11,6 +11,7 @@ from typing import Any
 from topt_deploy.errors import NoDevice
 
 from ..city import Job
+from .quiet import quiet
 from .work import ATTEMPTS, Result, Setting, lost_result, work
 
 
@@ -36,7 +37,7 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
         workers: How many actors; by default as many as the cluster has processors.
 
     Raises:
-        NoDevice: If Ray is not installed.
+        NoDevice: If Ray is not installed, or its cluster does not answer.
     """
     # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -51,7 +52,16 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
         ) from error
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        try:
+            with quiet():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            place = os.environ.get("RAY_ADDRESS", "a local one")
+            raise NoDevice(
+                f"Ray's cluster does not answer ({error})",
+                expected=place,
+                fix="see RAY_ADDRESS, RAY_AUTH_TOKEN",
+            ) from error
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False

@@ -1,14 +1,18 @@
 """Many cities on Spark: one city per task, and a bundle that every Python worker opens once."""
 
 import os
+import warnings
 from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from functools import cache
 
 from topt_deploy.errors import NoDevice
 
 from ..city import Job
 from ..predictor import Predictor
-from .work import Result, Setting, work
+from .quiet import quiet
+from .work import ATTEMPTS, Result, Setting, lost_result, work
 
 
 @cache
@@ -18,39 +22,62 @@ def _opened(setting: Setting) -> Predictor:
 
 
 def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
-    """Do every job on the session that there is, on ``spark-submit``'s, or else on a local one.
+    """Do every job on the session that there is, on ``spark-submit``'s, or else on a local one; results come as they
+    are made.
+
+    Every city is a Spark job of its own, of one task: one that takes its workers down with it, time and again, fails
+    alone.
 
     Args:
-        jobs: One task each.
+        jobs: In the order that they are begun in.
         setting: What they have in common; every node must see the same paths.
         workers: Processors of a local session, where no other is set.
 
     Raises:
         NoDevice: If Spark or its Java is not installed.
     """
-    try:
-        from pyspark.errors import PySparkException
-        from pyspark.sql import SparkSession
-    except ImportError as error:
-        raise NoDevice(
-            f"Spark cannot be imported ({error})", expected="pyspark ≥ 4", fix="pip install 'topt-deploy[spark]'"
-        ) from error
-    there = SparkSession.getActiveSession()
-    builder = SparkSession.builder.appName("topt-run predict")
-    if there is None and "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit has its own settings
-        builder = builder.master(f"local[{workers or '*'}]").config("spark.ui.enabled", "false")
-    try:
-        session = there or builder.getOrCreate()
-    except (PySparkException, OSError) as error:
-        raise NoDevice(
-            f"Spark does not start ({error})", expected="Java 17 or later", fix="install it; set JAVA_HOME"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of pandas, which is not used
+        try:
+            from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+            from pyspark.errors import PySparkException
+            from pyspark.sql import SparkSession
+        except ImportError as error:
+            raise NoDevice(
+                f"Spark cannot be imported ({error})", expected="pyspark ≥ 4", fix="pip install 'topt-deploy[spark]'"
+            ) from error
+        there = SparkSession.getActiveSession()
+        builder = SparkSession.builder.appName("topt-run predict")
+        ours = there is None and "PYSPARK_GATEWAY_PORT" not in os.environ  # spark-submit has its own settings
+        if ours:
+            builder = builder.master(f"local[{workers or '*'},{ATTEMPTS}]")
+            builder = builder.config("spark.ui.enabled", "false").config("spark.ui.showConsoleProgress", "false")
+        try:
+            with quiet() if ours else nullcontext():
+                session = there or builder.getOrCreate()
+        except (PySparkException, Py4JError, OSError) as error:
+            raise NoDevice(
+                f"Spark does not start ({error})", expected="Java 17 or later", fix="install it; set JAVA_HOME"
+            ) from error
+    context = session.sparkContext
 
     def task(items: Iterable[Job]) -> Iterable[Result]:
         return (work(job, _opened(setting), setting) for job in items)
 
+    def run(job: Job) -> Result:
+        try:
+            (result,) = context.parallelize([job], 1).mapPartitions(task).collect()
+        except (PySparkException, Py4JError) as error:
+            return lost_result(
+                job, next((line for line in str(error).splitlines() if "failed" in line), "see Spark's logs")
+            )
+        return result
+
+    pool = ThreadPoolExecutor(context.defaultParallelism)
     try:
-        yield from session.sparkContext.parallelize(jobs, len(jobs)).mapPartitions(task).collect()
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            yield future.result()
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         if there is None:
             session.stop()

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def write_record(out: str, summary: Summary) -> None:
     if is_uri(out):
         put_text(place, text)
     else:
+        with suppress(OSError):  # said by the next line, with its code
+            Path(out).mkdir(parents=True, exist_ok=True)
         write_text(Path(place), text)
 
 

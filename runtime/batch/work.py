@@ -88,7 +88,7 @@ def lost_result(job: Job, how: str) -> Result:
     facts = {
         "error": "WorkerLost",
         "exit_code": int(Exit.TRY_AGAIN),
-        "message": f"the worker died, {ATTEMPTS} times over ({how})",
+        "message": f"the worker died, and that of the next try too ({how})",
         "file": job.regions,
         "to_do": "give it more memory, or fewer --workers, and go on with --resume",
     }

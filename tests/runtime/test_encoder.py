@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,26 @@ def test_token_embeddings_are_the_files_rows(encoders, opened):
     table = np.fromfile(encoders("text") / "embedding.weights", np.float32).reshape(shape)
     ids = np.array([7, len(table) - 1, 0, 7])
     assert np.array_equal(opened("text", "fp32", "onnxruntime").backend.embed(ids), table[ids])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory is looked up where Linux tells it")
+def test_openvino_lets_go_of_the_weights_that_it_has_rearranged(encoders):
+    needs("openvino")
+    encoder = open_encoder(encoders("text"), engine="openvino", threads=1).encoder
+    weights = str(encoders("text").resolve() / "decoder.weights")
+
+    def resident():
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        mapped = [next(line for line in lines if line.startswith("Rss:")) for line in lines if line.endswith(weights)]
+        return [int(line.split()[1]) for line in mapped]
+
+    assert sum(resident()) > 0
+    before = len(resident())
+    embeds = encoder.backend.embed(np.arange(9))[None]
+    first, _ = encoder.backend.decode(encoder.backend.start([], 1), embeds, np.arange(9)[None, None], None)
+    assert resident() == [0] * before, "mapped, and not in memory"
+    again, _ = encoder.backend.decode(encoder.backend.start([], 1), embeds, np.arange(9)[None, None], None)
+    assert np.array_equal(first, again)
 
 
 def test_openvino_leaves_onnx_runtime_alone(encoders):

@@ -52,7 +52,7 @@ def test_many_cities(network_calls, desk: Desk):
 
 def test_encode(network_calls, pictured: Path, tmp_path: Path):
     shutil.copytree(pictured, tmp_path / "city")
-    assert network_calls("topt-run encode . --encoder-bundle encoder.topt --no-cache", tmp_path / "city") == []
+    assert network_calls("topt-run encode . --bundle encoder.topt --no-cache", tmp_path / "city") == []
 
 
 def test_a_process_that_stays(network_calls, desk: Desk):

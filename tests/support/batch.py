@@ -38,6 +38,12 @@ def spoil(city: Path) -> None:
     pq.write_table(table.set_column(place, "poi_food", pa.array(column)), city / "regions.parquet")
 
 
+def slow(city: Path, rows: int = 400_000) -> None:
+    """Make a city take a second: flows of so many rows, time enough to kill whoever is at work on it."""
+    table = pq.read_table(city / "mobility.parquet", partitioning=None)
+    pq.write_table(pa.concat_tables([table] * (rows // len(table))), city / "mobility.parquet")
+
+
 def outputs(folder: Path) -> dict[str, str]:
     """Hashes of all that a batch has written for its cities, but for receipts, which tell the time."""
     return {
@@ -95,21 +101,19 @@ def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
     os.kill(pid, how)
 
 
-def holder(place: Path) -> int | None:
-    """The process that has a file open, if there is one."""
-    for folder in Path("/proc").glob("[0-9]*/fd"):
-        with suppress(OSError):
-            if any(os.readlink(link) == str(place) for link in folder.iterdir()):
-                return int(folder.parent.name)
-    return None
-
-
 def kill_at_work(out: Path, times: int = 1, still: Callable[[], bool] = lambda: True) -> list[int]:
-    """Kill whichever process is at work on an output, so many times over; who they were."""
+    """Kill whichever process is at work on an output, so many times over; who they were.
+
+    Each time another process has to hold the output's lock, as /proc/locks says.
+    """
     lock, killed = out.with_name(f".{out.name}.lock"), []
     while len(killed) < times and still():
-        if lock.exists() and (pid := holder(lock)) is not None and pid not in killed:
-            with suppress(ProcessLookupError):
-                kill(pid)
-                killed.append(pid)
+        with suppress(OSError):
+            file = f":{lock.stat().st_ino} "
+            held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if file in line]
+            for pid in (int(words[4]) for words in held if words[1] == "FLOCK"):
+                if pid > 0 and pid not in killed:
+                    kill(pid)
+                    killed.append(pid)
+        time.sleep(0.001)
     return killed

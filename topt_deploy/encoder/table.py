@@ -168,6 +168,8 @@ def merge_prompts(regions: pa.Table, prompts: pa.Table, *, id_col: str = REGION_
 def _ids(table: pa.Table, id_col: str, role: str) -> dict[str | None, int]:
     """Rows by region id."""
     source = Source(table, role)
+    if not source.has(id_col):
+        raise BadData("the region ids are absent", file=source.name, column=id_col, found=some(source.everything))
     ids = strings(source, id_col, fix="encode again")
     rows = {region: row for row, region in enumerate(ids)}
     if len(rows) < len(ids):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from batch import NAMES, outputs, write_cities
+from batch import NAMES, outputs, slow, write_cities
 from commands import Said, shell
 
 
@@ -26,6 +26,18 @@ def apart(shared: Path, once: Callable[..., Said], cities: Path, demo_bundle: Pa
     ]
     once("apart", lambda folder: shell(" && ".join(commands), folder))
     return outputs(shared / "apart")
+
+
+@pytest.fixture(scope="session")
+def one_slow(shared: Path, once: Callable[..., Said], cities: Path, demo_bundle: Path) -> tuple[Path, dict[str, str]]:
+    """The six cities with much to do in C, and what the local engine makes of them."""
+
+    def make(folder: Path) -> Said:
+        slow(Path(shutil.copytree(cities, folder / "slow")) / "city=C")
+        return shell(f"topt-run predict slow --bundle {demo_bundle} --out slow-local", folder)
+
+    once("slow", make)
+    return shared / "slow", outputs(shared / "slow-local")
 
 
 @pytest.fixture

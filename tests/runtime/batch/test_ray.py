@@ -1,13 +1,13 @@
 """The batch on a real Ray cluster of this machine: the same bytes, and nothing lost with a worker that is killed."""
 
 import json
+import secrets
 import subprocess
 import sys
-import threading
 from importlib.util import find_spec
 
 import pytest
-from batch import kill_at_work, outputs, spoil, start, write_cities
+from batch import kill_at_work, outputs, spoil, start
 from commands import environment, shell
 
 pytestmark = [
@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="no Ray here: pip install 'topt-deploy[ray]'"),
 ]
 DONE, PARTIAL, BAD_DATA, NO_DEVICE, TRY_AGAIN = 0, 3, 65, 69, 75
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 CLUSTER = """\
 import sys, ray
 ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
@@ -30,7 +31,7 @@ def cluster(tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
         cwd=tmp_path_factory.mktemp("ray"),
-        env=environment(),
+        env=environment(**TOKEN),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -48,7 +49,7 @@ def on_ray(cluster, demo_bundle, tmp_path):
 
     def call(*inputs):
         command = ["topt-run", "predict", *inputs, "--bundle", demo_bundle, "--out", "out", "--engine", "ray"]
-        return start([*command, "--workers", "2", "--log-format", "json"], tmp_path, RAY_ADDRESS=cluster)
+        return start([*command, "--workers", "2", "--log-format", "json"], tmp_path, RAY_ADDRESS=cluster, **TOKEN)
 
     return call
 
@@ -56,13 +57,15 @@ def on_ray(cluster, demo_bundle, tmp_path):
 def ended(process):
     """Its code, its cities by name, its last line, and what it said besides."""
     out, err = process.communicate(timeout=120)
-    *lines, last = [json.loads(line) for line in out.splitlines()]
+    # Of a killed worker Ray itself tells on standard output.
+    *lines, last = [json.loads(line) for line in out.splitlines() if "(raylet)" not in line]
     assert len({line["city"] for line in lines}) == len(lines), "each city once"
     return process.returncode, {line["city"]: line for line in lines}, last, err
 
 
 def test_the_same_bytes_and_only_our_lines(on_ray, cities, apart, tmp_path):
-    code, found, last, err = ended(on_ray(cities))
+    process = on_ray(cities)
+    code, found, last, err = ended(process)
     assert code == DONE, err
     assert outputs(tmp_path / "out") == apart
     assert {line["status"] for line in found.values()} == {"done"}
@@ -83,45 +86,29 @@ def test_bad_cities_among_good_ones(on_ray, mine, apart, tmp_path):
     assert outputs(tmp_path / "out") == {k: v for k, v in apart.items() if k[5] in "ACEF"}
 
 
-@pytest.fixture(scope="module")
-def some(shared, once, demo_city, demo_bundle):
-    """Twenty cities, and what they are on the local engine."""
-    names = [f"{n:02d}" for n in range(20)]
-    once("some", lambda folder: write_cities(folder / "some", demo_city, names, regions=12))
-    once("some-local", lambda folder: shell(f"topt-run predict some --bundle {demo_bundle} --out some-local", folder))
-    return shared / "some", outputs(shared / "some-local")
-
-
-def test_a_killed_worker_loses_nothing(on_ray, some, tmp_path):
-    cities, expected = some
+def test_a_killed_worker_loses_nothing(on_ray, one_slow, tmp_path):
+    cities, expected = one_slow
     process = on_ray(cities)
-    killed = kill_at_work(tmp_path / "out/city=05/predictions.parquet", 1, lambda: process.poll() is None)
+    killed = kill_at_work(tmp_path / "out/city=C/predictions.parquet", 1, lambda: process.poll() is None)
     code, found, _, err = ended(process)
     assert len(killed) == 1
     assert code == DONE, err
-    assert len(found) == 20
+    assert len(found) == 6
     assert outputs(tmp_path / "out") == expected
 
 
-def test_a_city_that_kills_its_workers_fails_alone(on_ray, cities, apart, tmp_path):
+def test_a_city_that_kills_its_workers_fails_alone(on_ray, one_slow, tmp_path):
+    cities, expected = one_slow
     process = on_ray(cities)
-    killed = []
-    watch = threading.Thread(
-        target=lambda: killed.extend(
-            kill_at_work(tmp_path / "out/city=C/predictions.parquet", 99, lambda: process.poll() is None)
-        )
-    )
-    watch.start()
+    killed = kill_at_work(tmp_path / "out/city=C/predictions.parquet", 2, lambda: process.poll() is None)
     code, found, last, err = ended(process)
-    watch.join()
     assert len(killed) == 2
     assert code == TRY_AGAIN, err
     assert found["C"]["error"]["exit_code"] == TRY_AGAIN
     assert last["cities"] == {"done": 5, "failed": 1}
-    assert outputs(tmp_path / "out").keys() >= apart.keys() - {"city=C/predictions.parquet"}
     again = on_ray(cities, "--resume")
     assert ended(again)[2]["cities"] == {"done": 1, "skipped": 5}
-    assert outputs(tmp_path / "out") == apart
+    assert outputs(tmp_path / "out") == expected
 
 
 def test_a_local_cluster_of_its_own(cities, apart, demo_bundle, tmp_path):
@@ -130,6 +117,14 @@ def test_a_local_cluster_of_its_own(cities, apart, demo_bundle, tmp_path):
     assert outputs(tmp_path / "out") == apart
     assert said.out.splitlines()[0] == "6 cities: 6 done"
     assert [line for line in said.err.splitlines() if "cities," not in line] == []
+
+
+def test_a_cluster_that_does_not_let_us_in(cluster, cities, demo_bundle, tmp_path):
+    command = f"topt-run predict {cities} --bundle {demo_bundle} --out out --engine ray"
+    said = shell(command, tmp_path, RAY_ADDRESS=cluster, **TOKEN | {"RAY_AUTH_TOKEN": "0" * 64})
+    assert said.code == NO_DEVICE, said
+    assert said.err.startswith("error: Ray's cluster does not answer")
+    assert cluster in said.err
 
 
 def test_without_ray_it_is_said(cities, demo_bundle, tmp_path):

@@ -1,0 +1,80 @@
+"""The batch on a real local Spark session: the same bytes, and nothing lost with a worker that is killed."""
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import pytest
+from batch import kill_at_work, outputs, spoil, start
+from commands import shell
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(find_spec("pyspark") is None, reason="no Spark here: pip install 'topt-deploy[spark]'"),
+    pytest.mark.skipif(shutil.which("java") is None, reason="no Java here: apt-get install openjdk-17-jre-headless"),
+]
+DONE, PARTIAL, BAD_DATA, NO_DEVICE, TRY_AGAIN = 0, 3, 65, 69, 75
+
+
+@pytest.fixture
+def on_spark(demo_bundle, tmp_path):
+    """Predict these inputs on Spark: a process that is under way."""
+
+    def call(*inputs):
+        command = ["topt-run", "predict", *inputs, "--bundle", demo_bundle, "--out", "out", "--engine", "spark"]
+        return start([*command, "--workers", "2", "--log-format", "json"], tmp_path)
+
+    return call
+
+
+def ended(process):
+    """Its code, its cities by name, its last line, and what it said besides."""
+    out, err = process.communicate(timeout=120)
+    assert out, err
+    *lines, last = [json.loads(line) for line in out.splitlines()]
+    assert len({line["city"] for line in lines}) == len(lines), "each city once"
+    return process.returncode, {line["city"]: line for line in lines}, last, err
+
+
+def test_the_same_bytes_with_a_bad_city_and_a_killed_worker(on_spark, one_slow, tmp_path):
+    given, expected = one_slow
+    cities = shutil.copytree(given, tmp_path / "cities")
+    spoil(cities / "city=B")
+    (cities / "city=D/regions.parquet").write_bytes(b"no Parquet")
+    process = on_spark("cities")
+    killed = kill_at_work(tmp_path / "out/city=C/predictions.parquet", 1, lambda: process.poll() is None)
+    code, found, last, err = ended(process)
+    assert len(killed) == 1
+    assert code == PARTIAL, err
+    assert {name: line["status"] for name, line in found.items()} == {
+        "A": "done", "B": "failed", "C": "done", "D": "failed", "E": "done", "F": "done",
+    }  # fmt: skip
+    assert all(found[name]["error"]["exit_code"] == BAD_DATA for name in "BD")
+    assert last["cities"] == {"done": 4, "failed": 2}
+    assert outputs(tmp_path / "out") == {k: v for k, v in expected.items() if k[5] in "ACEF"}
+    assert [line for line in err.splitlines() if "cities," not in line] == []
+
+
+def test_a_city_that_kills_its_workers_fails_alone(on_spark, one_slow, demo_bundle, tmp_path):
+    cities, expected = one_slow
+    process = on_spark(cities)
+    killed = kill_at_work(tmp_path / "out/city=C/predictions.parquet", 2, lambda: process.poll() is None)
+    code, found, last, err = ended(process)
+    assert len(killed) == 2
+    assert code == TRY_AGAIN, err
+    assert found["C"]["error"]["exit_code"] == TRY_AGAIN
+    assert last["cities"] == {"done": 5, "failed": 1}
+    said = shell(f"topt-run predict {cities} --bundle {demo_bundle} --out out --resume", tmp_path)
+    assert said.out.splitlines()[0] == "6 cities: 1 done, 5 skipped"
+    assert outputs(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("lacking", ["pyspark", "java"])
+def test_without_it_it_is_said(lacking, cities, demo_bundle, tmp_path):
+    (tmp_path / "pyspark.py").write_text("raise ImportError('none here')")
+    more = {"PYTHONPATH": str(tmp_path)} if lacking == "pyspark" else {"JAVA_HOME": "/nonexistent"}
+    command = f"topt-run predict {cities} --bundle {demo_bundle} --out out --engine spark"
+    said = shell(command, tmp_path, **more)
+    assert said.code == NO_DEVICE, said
+    assert ("topt-deploy[spark]" if lacking == "pyspark" else "Java 17") in said.err
+    assert said.err.startswith("error: ")

@@ -1,0 +1,79 @@
+"""What a fuzz target may do, and the two that feed it: hypothesis, and atheris in a process of its own.
+
+A target is a module of tests/fuzz with ``seeds()``, sound inputs as bytes, and ``target(data)``, which may raise a
+:class:`~topt_deploy.errors.ToptError` and nothing else. ``python fuzzing.py FILE SECONDS`` runs atheris on one.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SECONDS = int(os.environ.get("TOPT_FUZZ_SECONDS", "2"))
+"""Of atheris per target; ``make fuzz`` gives it a minute."""
+MEMORY_MB = 2048
+
+
+def contained(target: Callable[[bytes], object], data: bytes) -> None:
+    """Call a target; only the documented errors may leave it."""
+    from topt_deploy.errors import Exit, ToptError
+
+    try:
+        target(data)
+    except ToptError as error:
+        if error.exit_code in (Exit.BUG, Exit.DONE) or not str(error):
+            raise AssertionError("no error for a user") from error
+
+
+def mutations(seeds: Sequence[bytes]) -> Any:
+    """Strategy: a seed with a few of its bytes overwritten, taken out or put in."""
+    from hypothesis import strategies as st
+
+    def edited(seed: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+        data = bytearray(seed)
+        for position, length, new in edits:
+            start = position % (len(data) + 1)
+            data[start : start + length] = new
+        return bytes(data)
+
+    edit = st.tuples(st.integers(0, 1 << 20), st.integers(0, 8), st.binary(max_size=8))
+    return st.builds(edited, st.sampled_from(list(seeds)), st.lists(edit, max_size=4))
+
+
+def guided(file: str) -> None:
+    """Run atheris on a target's file, as long as the environment says."""
+    import pytest
+
+    pytest.importorskip("atheris", reason="atheris is not installed (wheels for Linux only)")
+    done = subprocess.run(
+        [sys.executable, __file__, file, str(SECONDS)], capture_output=True, text=True, timeout=SECONDS + 240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def main(file: str, seconds: str) -> None:
+    """Atheris, with the target's package instrumented."""
+    import atheris
+
+    with atheris.instrument_imports(include=["topt_deploy"]):
+        spec = importlib.util.spec_from_file_location("fuzzed", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, seed in enumerate(module.seeds()):
+            (Path(folder) / str(number)).write_bytes(seed)
+        options = [f"-max_total_time={seconds}", f"-rss_limit_mb={MEMORY_MB}", "-timeout=20", "-max_len=65536"]
+        atheris.Setup(
+            [sys.argv[0], folder, *options, f"-artifact_prefix={folder}/"], lambda data: contained(module.target, data)
+        )
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
