@@ -8,7 +8,7 @@ TARGET ?= runtime train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install demo test lint types check-install benchmark results clean
+.PHONY: install demo test lint types check-install benchmark results reliability batch fuzz clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -57,6 +57,17 @@ PROMPT4RE ?= ../shared/data/Prompt4RE
 
 benchmark: install
 	$(BIN)/python benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
+
+# Into docs/reliability.md: kills and full disks at length (an hour), and many small cities (half an hour, quiet).
+reliability: install
+	$(BIN)/python benchmarks/reliability.py
+
+batch: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch.py
+
+# Every night: 60 seconds a target.
+fuzz: install
+	TOPT_FUZZ_SECONDS=60 $(BIN)/pytest --timeout=0 tests/fuzz
 
 # docs/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install

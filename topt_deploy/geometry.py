@@ -28,7 +28,7 @@ LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
 NESTING_LIMIT = 16
 """Of collections in a geometry."""
-_POINT, _POLYGON, _LINES = 1, 3, {2, 8, 13}  # WKB's codes; 8 and 13 are a line of arcs and one of a curve
+_POINT, _LINE, _POLYGON, _COLLECTION = 1, 2, 3, 7  # WKB's codes; what is above is a curve, or none
 _SIMPLE = {struct.pack(f"{order}BI", order == "<", kind) for order in "<>" for kind in (1, 2, 3)}
 """How what cannot nest begins."""
 
@@ -268,7 +268,7 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array
         raise BadData("not a geometry", file=name, column=label, expected="binary (WKB)", found=column.type)
     shapes = _decode(column.to_numpy())
     kinds = (
-        ("null or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
+        ("null, a curve or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
         ("empty", shapely.is_empty(shapes), "add the missing shapes"),
         ("invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
     )
@@ -283,7 +283,7 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array
 
 
 def _decode(wkb: Array) -> Array:
-    """WKB, bytes (N,), as shapes; None for what is null, no WKB, or nested deeper than :data:`NESTING_LIMIT`.
+    """WKB, bytes (N,), as shapes; None for what is null, no WKB, a curve, or nested deeper than :data:`NESTING_LIMIT`.
 
     GEOS reads a collection within a collection by calling itself, and ends the process at some ten thousand of them.
     """
@@ -292,7 +292,8 @@ def _decode(wkb: Array) -> Array:
 
 
 def _shallow(wkb: bytes) -> bool:
-    """Whether collections are nested no deeper than the limit, up to where the bytes end or make no sense."""
+    """Whether there is no curve, and collections are nested no deeper than the limit, up to where the bytes end or make
+    no sense."""
     if wkb[:5] in _SIMPLE:
         return True
     position, left = 0, [1]  # geometries still to come, per level
@@ -307,6 +308,8 @@ def _shallow(wkb: bytes) -> bool:
             order = "<" if wkb[position] else ">"
             (code,) = struct.unpack_from(f"{order}I", wkb, position + 1)
             kind, iso = (code & 0xFFFF) % 1000, (code & 0xFFFF) // 1000
+            if kind > _COLLECTION:
+                return False
             solid, measured = code >> 31 or iso in (1, 3), code >> 30 & 1 or iso in (2, 3)
             width = 8 * (2 + bool(solid) + bool(measured))
             position += 9 if code >> 29 & 1 else 5
@@ -315,7 +318,7 @@ def _shallow(wkb: bytes) -> bool:
                 continue
             (count,) = struct.unpack_from(f"{order}I", wkb, position)
             position += 4
-            if kind in _LINES:
+            if kind == _LINE:
                 position += count * width
             elif kind == _POLYGON:
                 for _ in range(count):

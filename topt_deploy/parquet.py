@@ -15,7 +15,7 @@ from pyarrow._parquet import ParquetReader, ParquetWriter
 
 from .errors import BadData
 from .fileio import atomic_file, check_file, reading
-from .parquetpages import memory
+from .parquetpages import memory, read_footer
 
 COLUMN_LIMIT = 10_000
 FOOTER_LIMIT_BYTES = 8 << 20
@@ -71,11 +71,11 @@ class ParquetFile:
             raise self._too_large("bytes that describe the columns", FOOTER_LIMIT_BYTES, length)
 
     def _check_memory(self, indices: Sequence[int]) -> None:
-        kinds = {field.name: field.type for field in self.schema}
+        kinds, footer = {field.name: field.type for field in self.schema}, read_footer(self._file)
         limit, total = max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size()), 0
         for index in indices:
             kind = kinds[self._reader.column_paths[index][0]]
-            total += memory(self._file, self._reader.metadata, index, kind, limit)
+            total += memory(self._file, footer, index, kind, limit)
             if total > limit:
                 raise self._too_large("bytes of memory", limit, total)
 

@@ -2,7 +2,8 @@
 
 A page of fifty bytes can stand for two billion numbers: one value and how often it is repeated. What the file's footer
 says of that need not be true, and Arrow decodes by what the pages say; so their headers are read, all of them, which
-are a few bytes in every megabyte (format: parquet.thrift, in Thrift's compact protocol).
+are a few bytes in every megabyte (format: parquet.thrift, in Thrift's compact protocol). Where the pages lie is read
+from the footer here, too: pyarrow ends the process when it is asked that of a damaged one.
 """
 
 import struct
@@ -13,8 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
-TEXT = "BYTE_ARRAY"
+WIDTHS = (1, 4, 8, 12, 4, 8)
+"""In bytes, of Parquet's types by number: boolean, int32, int64, int96, float, double."""
+TEXT, FIXED = 6, 7
+"""Numbers of the types BYTE_ARRAY and FIXED_LEN_BYTE_ARRAY."""
 TEXT_BYTES = 64
 """A text's memory besides its characters, once it is Python's."""
 PAGE_BYTES = 1 << 10
@@ -45,12 +48,49 @@ class _Page:
     encoding: int
 
 
-def memory(file: pa.NativeFile, metadata: Any, column: int, kind: pa.DataType, limit: int) -> int:
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A column in a row group: type, number of values and of rows, where its pages are."""
+
+    physical: int
+    values: int
+    rows: int
+    start: int
+    end: int
+
+
+Footer = tuple[list[list[_Chunk]], list[int]]
+"""Columns of every row group, and the lengths of the leaves' values, where a type has one."""
+
+
+def read_footer(file: pa.NativeFile) -> Footer:
+    """Where a file's columns are.
+
+    Raises:
+        ValueError: If the footer says it in no way that makes sense.
+    """
+    size = file.size()
+    length = int.from_bytes(file.read_at(4, size - 8), "little")
+    try:
+        told, _ = _struct(file.read_at(length, size - 8 - length), 0, DEPTH_LIMIT)
+        groups = [[_chunk(column[3], group[3]) for column in group[1]] for group in told[4]]
+        return groups, [leaf.get(2, 0) for leaf in told[2][1:] if not leaf.get(5)]
+    except (IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError("the footer cannot be read") from error
+
+
+def _chunk(facts: dict[int, Any], rows: int) -> _Chunk:
+    start, dictionary = facts[9], facts.get(11, 0)
+    start = dictionary if 0 < dictionary < start else start
+    return _Chunk(physical=facts[1], values=facts[5], rows=rows, start=start, end=start + facts[7])
+
+
+def memory(file: pa.NativeFile, footer: Footer, column: int, kind: pa.DataType, limit: int) -> int:
     """Bytes that reading a column takes, at most; not counted further where they are above the limit.
 
     Args:
         file: The file.
-        metadata: Its metadata, pyarrow's.
+        footer: Its footer (:func:`read_footer`).
         column: Number of the column among the leaves of the schema.
         kind: Arrow's type of what it is, or is a part of.
         limit: In bytes.
@@ -60,15 +100,17 @@ def memory(file: pa.NativeFile, metadata: Any, column: int, kind: pa.DataType, l
     """
     repeat, only_fixed = _places(kind)
     total = 0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        if column >= group.num_columns:
+    groups, lengths = footer
+    for group in groups:
+        if column >= min(len(group), len(lengths)):
             raise ValueError("a row group lacks columns")
-        chunk = group.column(column)
-        if chunk.num_values == 0:  # Arrow reads none of its pages
+        chunk = group[column]
+        if chunk.values == 0:  # Arrow reads none of its pages
             continue
-        physical, longest, values = chunk.physical_type, 0, 0
-        width = metadata.schema.column(column).length if physical not in {TEXT, *WIDTHS} else WIDTHS.get(physical, 0)
+        physical, longest, values = chunk.physical, 0, 0
+        if not 0 <= physical <= FIXED:
+            raise ValueError("a column has no type")
+        width = WIDTHS[physical] if physical < TEXT else lengths[column] if physical == FIXED else 0
         for page in _pages(file, chunk):
             total += PAGE_BYTES + page.unpacked
             if page.dictionary:
@@ -90,7 +132,7 @@ def memory(file: pa.NativeFile, metadata: Any, column: int, kind: pa.DataType, l
             if total > limit:
                 return total
         # A null in a list of fixed size takes as many places as a list does.
-        places = max(values, group.num_rows * repeat) if only_fixed else values * repeat
+        places = max(values, chunk.rows * repeat) if only_fixed else values * repeat
         total += (places - values) * (width or TEXT_BYTES)
         if total > limit:
             return total
@@ -108,12 +150,9 @@ def _places(kind: pa.DataType) -> tuple[int, bool]:
     return repeat, only_fixed and (pa.types.is_struct(kind) or not kind.num_fields)
 
 
-def _pages(file: pa.NativeFile, chunk: Any) -> Iterator[_Page]:
-    position = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < position:
-        position = chunk.dictionary_page_offset
-    end = position + chunk.total_compressed_size
-    while position < end:
+def _pages(file: pa.NativeFile, chunk: _Chunk) -> Iterator[_Page]:
+    position = chunk.start
+    while position < chunk.end:
         header, length = _header(file, position)
         unpacked, packed = header.get(2, -1), header.get(3, -1)
         # Data of version 1, of a dictionary, of version 2: number of values and encoding.
@@ -160,11 +199,40 @@ def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int
         elif kind == 8:
             length, position = _varint(data, position)
             position += length
+        elif kind == 9 and depth:
+            fields[number], position = _list(data, position, depth - 1)
         elif kind == 12 and depth:
             fields[number], position = _struct(data, position, depth - 1)
         else:
             raise ValueError("a page's header is none")
     return fields, position + 1
+
+
+def _list(data: bytes, position: int, depth: int) -> tuple[list[Any], int]:
+    """A list, of which structures are kept, and nothing else is asked for."""
+    byte = data[position]
+    count, kind, position = byte >> 4, byte & 15, position + 1
+    if count == 15:
+        count, position = _varint(data, position)
+    kept = []
+    for _ in range(count):
+        if position >= len(data):
+            raise ValueError("a list is cut off")
+        if kind == 12 and depth:
+            fields, position = _struct(data, position, depth)
+            kept.append(fields)
+        elif kind in (1, 2, 3):
+            position += 1
+        elif kind in (4, 5, 6):
+            _, position = _varint(data, position)
+        elif kind == 7:
+            position += 8
+        elif kind == 8:
+            length, position = _varint(data, position)
+            position += length
+        else:
+            raise ValueError("a list of what no footer has")
+    return kept, position
 
 
 def _integer(data: bytes, position: int) -> tuple[int, int]:

@@ -1,0 +1,79 @@
+"""The reliability tests at full length, and what they counted: ``make reliability``. An hour on a quiet machine.
+
+The tests are those of the suite, with many more kill points and a finer grid of free space; the tables go into
+docs/reliability.md. benchmarks/batch.py writes its own section there with :func:`write_section`.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+PAGE = ROOT / "docs" / "reliability.md"
+TESTS = ("tests/runtime/test_crash.py", "tests/train/test_crash.py", "tests/runtime/test_disk_full.py",
+         "tests/export/test_disk_full.py")  # fmt: skip
+
+
+def machine() -> str:
+    """Where and when a figure was measured."""
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"{date.today()}, {os.cpu_count()} cores ({names[0] if names else '?'}), Python {platform.python_version()}"
+
+
+def write_section(name: str, text: str) -> None:
+    """Put ``text`` between the page's comments ``<!-- name -->`` and ``<!-- /name -->``."""
+    page = PAGE.read_text(encoding="utf-8")
+    found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not found.search(page):
+        raise SystemExit(f"{PAGE} has no place for {name}")
+    PAGE.write_text(found.sub(lambda m: f"{m[1]}{text.strip()}\n{m[2]}", page), encoding="utf-8")
+
+
+def main() -> None:
+    """Run the tests, then write the sections."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "figures.jsonl"
+        environment = os.environ | {"TOPT_RELIABILITY_FIGURES": str(file), "OMP_NUM_THREADS": "1"}
+        subprocess.run([BIN / "pytest", "--timeout=0", *TESTS], cwd=ROOT, env=environment, check=True)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+    write_section("kill", kills([line for line in lines if line["part"] == "kill"]))
+    write_section("disk", disks([line for line in lines if line["part"] == "disk full"]))
+
+
+def kills(lines: list[dict]) -> str:
+    """The table of kill points."""
+    rows = [
+        f"| `{line['command']}` | {'yes' if line['again'] else 'no'} | {line['seconds']:.1f} s |"
+        f" {line['kills']} | {line['begun']} |"
+        for line in lines
+    ]
+    total = {key: sum(line[key] for line in lines) for key in ("kills", "begun")}
+    return f"""`make reliability`; {machine()}.
+
+| command | older output | uninterrupted | kills | of which after something was begun |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+| all | | | {total["kills"]} | {total["begun"]} |
+"""
+
+
+def disks(lines: list[dict]) -> str:
+    """The table of full disks."""
+    rows = [f"| {line['command']} | {'yes' if line['again'] else 'no'} | {line['failures']} |" for line in lines]
+    return f"""`make reliability`; {machine()}.
+
+| command | older output | sizes of free space at which it failed |
+|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
