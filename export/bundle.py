@@ -166,6 +166,7 @@ def export_bundle(
         card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
         (folder / CARD).write_text(card, encoding="utf-8")
         seal_bundle(folder, manifest)
+        open_bundle(folder).verify()  # what no reader would take must not leave this machine
     size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return Exported(path=out, parity=parity, bytes=size)
 

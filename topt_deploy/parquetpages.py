@@ -74,15 +74,22 @@ def read_footer(file: pa.NativeFile) -> Footer:
     try:
         told, _ = _struct(file.read_at(length, size - 8 - length), 0, DEPTH_LIMIT)
         groups = [[_chunk(column[3], group[3]) for column in group[1]] for group in told[4]]
-        return groups, [leaf.get(2, 0) for leaf in told[2][1:] if not leaf.get(5)]
+        return groups, [_number(leaf.get(2, 0)) for leaf in told[2][1:] if not leaf.get(5)]
     except (IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError("the footer cannot be read") from error
 
 
 def _chunk(facts: dict[int, Any], rows: int) -> _Chunk:
-    start, dictionary = facts[9], facts.get(11, 0)
+    start, dictionary, packed = _number(facts[9]), _number(facts.get(11, 0)), _number(facts[7])
     start = dictionary if 0 < dictionary < start else start
-    return _Chunk(physical=facts[1], values=facts[5], rows=rows, start=start, end=start + facts[7])
+    physical, values = _number(facts[1]), _number(facts[5])
+    return _Chunk(physical=physical, values=values, rows=_number(rows), start=start, end=start + packed)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("the footer has something else where a number should be")
+    return value
 
 
 def memory(file: pa.NativeFile, footer: Footer, column: int, kind: pa.DataType, limit: int) -> int:

@@ -197,6 +197,7 @@ def export_encoder(
         golden=tuple(region.name for region in regions),
     )
     seal_bundle(folder, manifest)
+    open_encoder_bundle(folder).verify()  # what no reader would take must not leave this machine
     return manifest
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
+from topt_deploy.bundle import SUFFIX
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.fileio import reading
 from topt_deploy.table import hive_city
@@ -81,8 +82,11 @@ def _tables(given: str) -> Iterator[tuple[str, dict[str, int]]]:
     folders: dict[str, dict[str, int]] = {}
     for file, size in found.items():
         folders.setdefault(file.removesuffix(_last(file)), {})[_last(file)] = size
-    count = 0
+    count, city = 0, None
     for folder, files in sorted(folders.items()):
+        if (city is not None and folder.startswith(city)) or SUFFIX + "/" in folder:
+            continue  # what is below a city's own folder, its runs, or in a bundle, is no city
+        city = folder if REGIONS in files else city
         tables = [REGIONS] if REGIONS in files else [f for f in sorted(files) if _is_table(f) or folder + f == given]
         for file in tables:
             count += 1

@@ -1,6 +1,7 @@
 """Many cities on Spark: one city per task, and a bundle that every Python worker opens once."""
 
 import os
+import sys
 import warnings
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -47,6 +48,7 @@ def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> 
                 f"Spark cannot be imported ({error})", expected="pyspark ≥ 4", fix="pip install 'topt-deploy[spark]'"
             ) from error
         there = SparkSession.getActiveSession()
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else whatever python3 is, which may lack all of this
         builder = SparkSession.builder.appName("topt-run predict")
         ours = there is None and "PYSPARK_GATEWAY_PORT" not in os.environ  # spark-submit has its own settings
         if ours:

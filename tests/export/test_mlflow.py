@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from itertools import compress
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -220,6 +221,9 @@ def test_a_bundle_with_its_encoder_takes_texts(tmp_path, prompted):
     write_mlflow(tmp_path / "model", prompted / "model.topt")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     bare, flows = (pd.read_parquet(prompted / f"{name}.parquet") for name in ("bare", "mobility"))
-    alone = load(prompted / "model.topt").predict(prompted / "bare.parquet", prompted / "mobility.parquet")
+    tables = [
+        shutil.copy(prompted / f"{name}.parquet", tmp_path) for name in ("bare", "mobility")
+    ]  # a cache comes beside
+    alone = load(prompted / "model.topt").predict(*map(Path, tables))
     assert model.predict(with_flows(bare, flows)).prediction.tolist() == alone.column("prediction").to_pylist()
     assert "topt-deploy[cpu,encoder]==" in (tmp_path / "model/requirements.txt").read_text()

@@ -57,6 +57,11 @@ class TestInputs:
             "Bergen": ("a/b/c/Bergen/regions.parquet", "a/b/c/Bergen/mobility.parquet"),
         }
 
+    def test_what_lies_below_a_citys_own_folder_is_its_own(self, here):
+        here("d/Oslo/regions.parquet", "d/Oslo/runs/1/held_out.parquet", "d/Oslo2/regions.parquet")
+        here("d/Oslo/model.topt/golden/a.regions.parquet", "d/model.topt/golden/a.regions.parquet")
+        assert planned("d") == {"Oslo": ("d/Oslo/regions.parquet", None), "Oslo2": ("d/Oslo2/regions.parquet", None)}
+
     def test_hive_partitions(self, here):
         here("d/city=Oslo/regions.parquet", "d/city=Oslo/mobility.parquet", "d/country=NO/city=Bergen/part-0.parquet")
         assert planned("d") == {
