@@ -66,7 +66,7 @@ class OnHost:
 
     def sums(self, hidden: Array, ranges: Array) -> Array:
         """Sums over ranges of tokens."""
-        sums = [[h[start:stop].sum(axis=0, dtype=np.float64) for start, stop in of] for h, of in zip(hidden, ranges)]
+        sums = [[h[a:b].sum(axis=0, dtype=np.float64) for a, b in of] for h, of in zip(hidden, ranges, strict=True)]
         return np.array(sums)
 
 
