@@ -15,7 +15,7 @@ import onnxruntime as ort
 from topt_deploy.encoder.smallgraphs import DOUBLE, FLOAT, FLOAT16, join_graph, place_graph, sums_graph
 from topt_deploy.errors import BadBundle
 
-from .session import check_used, no_device, providers, session_options
+from .session import PROVIDERS, check_used, no_device, providers, session_options
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +85,7 @@ class BoundSession:
         check_used(self._session, device)
         self._kinds = {value.name: _TYPES[value.type] for value in self._session.get_inputs()}
         self._put_out = {value.name: _TYPES[value.type] for value in self._session.get_outputs()}
-        self.inputs = tuple(self._kinds)
+        self.inputs, self.outputs, self.provider = tuple(self._kinds), tuple(self._put_out), PROVIDERS[device]
         # Every pass has shapes of its own, and what one has left the next can seldom use: it is given back.
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENA[self._memory])
@@ -118,6 +118,10 @@ class BoundSession:
                 f"ONNX Runtime cannot run the graph ({error})", file=self._source,
                 fix="run topt-run selftest; where that passes, this input needs more memory than there is",
             ) from error  # fmt: skip
+
+    def host(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Array]:
+        """:meth:`run`, with outputs as arrays."""
+        return {name: held.value.numpy() for name, held in self.run(inputs, outputs).items()}
 
     def _held(self, name: str, value: Any) -> OnDevice:
         if isinstance(value, OnDevice):

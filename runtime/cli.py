@@ -94,12 +94,14 @@ def selftest(bundle: Path, device: str, encoder_engine: str, require_signature: 
     """Predict BUNDLE's golden cities on this machine and compare with the exporter's values; so too its encoder."""
     from .selftest import selftests
 
+    log = Log(log_format)
+    log.listen()
     lines: list[str] = []
     facts: list[dict[str, Any]] = []
     for done in selftests(bundle, device=device, engine=encoder_engine, key=require_signature):
         lines += [*done.lines, f"self-test passed on {done.engine}"]
         facts += done.facts
-    Log(log_format).result("\n".join(lines), event="selftest", checks=facts)
+    log.result("\n".join(lines), event="selftest", checks=facts)
 
 
 cli.add_command(predict)

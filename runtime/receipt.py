@@ -86,6 +86,7 @@ def make_receipt(
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
         "encoder": predictor.encoded,
         "provider": predictor.provider,
+        "device": predictor.chosen.as_dict(),
         "precision": PRECISION,
         "versions": {
             "topt-deploy": __version__,

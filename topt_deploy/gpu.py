@@ -21,6 +21,8 @@ KERNEL_MODULE = Path("/sys/module/nvidia/version")
 _MAJOR, _MINOR = 75, 76
 """CUDA's numbers of the two halves of the compute capability."""
 _NAME_BYTES = 256
+_RELEASE_THRESHOLD = 4
+"""CUDA's number of a memory pool's setting: how many bytes it keeps."""
 _FIX = "use --device cpu, or a machine with an NVIDIA GPU and its driver"
 _EXPLAINED = {
     2: "its memory is full",
@@ -80,6 +82,7 @@ class Driver:
         self._call("cuDeviceGet", byref(device), c_int(0))
         self._device = device
         self._context: c_void_p | None = None
+        self._stream: c_void_p | None = None
         self.gpu = self._describe()
 
     def _describe(self) -> Gpu:
@@ -109,16 +112,30 @@ class Driver:
         known = f"{(name.value or b'unknown').decode()} ({code})"
         return f"{known}: {_EXPLAINED[code]}" if code in _EXPLAINED else known
 
-    def enter(self) -> None:
-        """Have this thread use the GPU, in the context that CUDA's other libraries share."""
+    @property
+    def stream(self) -> int:
+        """The one stream of work that everything here is put on, and so done in order; made on first use.
+
+        Also makes this thread use the GPU, in the context that CUDA's other libraries share.
+
+        Raises:
+            NoDevice: If the driver refuses.
+        """
         if self._context is None:
-            context = c_void_p()
+            context, stream, pool = c_void_p(), c_void_p(), c_void_p()
             self._call("cuDevicePrimaryCtxRetain", byref(context), self._device)
-            self._context = context
+            self._call("cuCtxSetCurrent", context)
+            self._call("cuStreamCreate", byref(stream), c_uint(0))
+            # What is freed stays with this process for the next pass: asking the system takes as long as a small one.
+            self._call("cuDeviceGetDefaultMemPool", byref(pool), self._device)
+            self._call("cuMemPoolSetAttribute", pool, c_int(_RELEASE_THRESHOLD), byref(c_uint64(2**64 - 1)))
+            self._context, self._stream = context, stream
         self._call("cuCtxSetCurrent", self._context)
+        assert self._stream is not None
+        return self._stream.value or 0
 
     def allocate(self, size: int) -> "Memory":
-        """Memory of the GPU, freed when nothing refers to it any more.
+        """Memory of the GPU, given back when nothing refers to it any more.
 
         Args:
             size: In bytes.
@@ -126,34 +143,31 @@ class Driver:
         Raises:
             NoDevice: If there is not that much left.
         """
-        address = c_uint64()
-        self._call("cuMemAlloc_v2", byref(address), c_size_t(max(size, 1)))  # CUDA gives no memory of size 0
-        return Memory(address.value, size, lambda: self._cuda.cuMemFree_v2(c_uint64(address.value)))
+        address, stream = c_uint64(), c_void_p(self.stream)
+        self._call("cuMemAllocAsync", byref(address), c_size_t(max(size, 1)), stream)  # CUDA gives none of size 0
+        return Memory(address.value, size, lambda: self._cuda.cuMemFreeAsync(address, stream))
 
-    def upload(self, memory: "Memory", source: int, size: int) -> None:
-        """Copy bytes from an address of this process to the beginning of the GPU's memory."""
+    def upload(self, target: int, source: int, size: int) -> None:
+        """Copy bytes from an address of this process, where they must stay until :meth:`wait` is over, to the GPU."""
         if size:
-            self._call("cuMemcpyHtoD_v2", c_uint64(memory.address), c_void_p(source), c_size_t(size))
+            stream = c_void_p(self.stream)
+            self._call("cuMemcpyHtoDAsync_v2", c_uint64(target), c_void_p(source), c_size_t(size), stream)
 
-    def download(self, target: int, memory: "Memory", size: int) -> None:
-        """Copy bytes from the beginning of the GPU's memory to an address of this process."""
+    def download(self, target: int, source: int, size: int) -> None:
+        """Copy bytes from an address of the GPU to one of this process, where they are once :meth:`wait` is over."""
         if size:
-            self._call("cuMemcpyDtoH_v2", c_void_p(target), c_uint64(memory.address), c_size_t(size))
+            stream = c_void_p(self.stream)
+            self._call("cuMemcpyDtoHAsync_v2", c_void_p(target), c_uint64(source), c_size_t(size), stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy bytes from one address of the GPU to another."""
         if size:
-            self._call("cuMemcpyDtoD_v2", c_uint64(target), c_uint64(source), c_size_t(size))
+            stream = c_void_p(self.stream)
+            self._call("cuMemcpyDtoDAsync_v2", c_uint64(target), c_uint64(source), c_size_t(size), stream)
 
-    def stream(self) -> int:
-        """A stream of work, of this process's lifetime."""
-        stream = c_void_p()
-        self._call("cuStreamCreate", byref(stream), c_uint(0))
-        return stream.value or 0
-
-    def wait(self, stream: int) -> None:
-        """Wait for what a stream was given to do."""
-        self._call("cuStreamSynchronize", c_void_p(stream))
+    def wait(self) -> None:
+        """Wait until everything is done."""
+        self._call("cuStreamSynchronize", c_void_p(self.stream))
 
 
 class Memory:
