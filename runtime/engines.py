@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.bundle import Bundle
+from topt_deploy.bundle import Bundle, Sealed
 from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.encoder.graphs import DECODER, VISION, Between
 from topt_deploy.engine.build import build_engine
 from topt_deploy.engine.library import Library, find_library
-from topt_deploy.engine.profile import Profile, as_record, shapes
+from topt_deploy.engine.profile import Profile, as_record, read_profile, shapes
 from topt_deploy.errors import NoDevice
 from topt_deploy.gpu import Driver, driver
 from topt_deploy.graphcheck import graph_inputs
@@ -23,6 +23,7 @@ from topt_deploy.graphcheck import graph_inputs
 from .bound import BetweenBound, BoundSession
 from .device import reason
 from .enginecache import EngineCache, Fingerprint, cache_folder, cache_limit
+from .mapped import mapped
 from .session import check_device, no_device
 from .tensorrt import BetweenEngines, Engine
 
@@ -38,7 +39,8 @@ class Target:
         graph_sha256, weights_sha256: Of the two, as the manifest has them.
         precision: Of the weights.
         profile: Sizes of its free dimensions.
-        engines: Engines that were built ahead of time, checked too: file and library, by compute capability.
+        engines: Engines that were built ahead of time, checked too, by compute capability.
+        library: Name and version of what built them, which alone runs them.
     """
 
     graph: Path
@@ -46,21 +48,8 @@ class Target:
     weights_sha256: str
     precision: str
     profile: Profile
-    engines: Mapping[str, "Shipped"] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shipped:
-    """An engine of a bundle.
-
-    Attributes:
-        file: The engine.
-        flavour, version: The library that built it, which alone runs it.
-    """
-
-    file: Path
-    flavour: str
-    version: str
+    engines: Mapping[str, Path] = field(default_factory=dict)
+    library: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,14 +83,11 @@ class OwnRuntime:
         """
         gpu, source = self.driver.gpu, target.graph
         shipped = target.engines.get(gpu.capability)
+        if shipped is not None and target.library == self.library.title:
+            log.info("%s: the bundle's engine for compute capability %s", source.name, gpu.capability)
+            return Engine(self.library, shipped.read_bytes(), self.driver, source=shipped)
         if shipped is not None:
-            if (shipped.flavour, shipped.version) == (self.library.flavour, self.library.version):
-                log.info("%s: the bundle's engine for compute capability %s", source.name, gpu.capability)
-                return Engine(self.library, shipped.file.read_bytes(), self.driver, source=shipped.file)
-            log.info(
-                "%s: the bundle's engine is of %s %s, and here is %s",
-                source.name, shipped.flavour, shipped.version, self.library.title,
-            )  # fmt: skip
+            log.info("%s: the bundle's engine is for %s, not %s", source.name, target.library, self.library.title)
         fingerprint = Fingerprint(
             graph=target.graph_sha256,
             weights=target.weights_sha256,
@@ -178,24 +164,32 @@ def provider_shapes(target: Target) -> dict[str, str]:
     }
 
 
-def find_way(*, threads: int) -> OwnRuntime | Provider:
+def find_way(flavours: Sequence[str] = (), *, threads: int) -> OwnRuntime | Provider:
     """What runs TensorRT here.
+
+    Args:
+        flavours: Of the library that the bundle was exported for, which are taken before others.
+        threads: Of ONNX Runtime's sessions.
 
     Raises:
         NoDevice: If nothing does: no GPU, or neither package nor provider; each with the reason.
     """
     gpu_driver = driver()
-    try:
-        library = find_library()
-    except NoDevice as absent:
-        own = reason(absent)
-    else:
-        return OwnRuntime(library=library, driver=gpu_driver, how=f"{library.title} by its own Python package")
+    reasons: dict[str, None] = {}
+    for flavour in (*flavours, None):
+        try:
+            library = find_library(flavour)
+            return OwnRuntime(library=library, driver=gpu_driver, how=f"{library.title} by its own Python package")
+        except NoDevice as absent:
+            reasons[reason(absent)] = None
+    own = list(reasons)[-1]
     try:
         check_device("tensorrt")
     except NoDevice as refused:
-        raise no_device("tensorrt", f"{own}; ONNX Runtime's provider: {reason(refused)}") from refused
-    return Provider(how=f"ONNX Runtime's TensorRT provider, for its own package is not there: {own}", threads=threads)
+        raise no_device("tensorrt", f"{own}; ONNX Runtime's provider: {refused.found}") from refused
+    return Provider(
+        how=f"ONNX Runtime's TensorRT provider, for there is no package of TensorRT's own: {own}", threads=threads
+    )
 
 
 class HostSession:
@@ -204,10 +198,14 @@ class HostSession:
     Args:
         runner: The network on the GPU.
         how: Of the way that it was opened.
+        variant: Of the bundle's.
+        checked: The bundle's files that it took, which were the manifest's.
     """
 
-    def __init__(self, runner: Engine | BoundSession, how: str) -> None:
-        self._runner, self.how = runner, how
+    def __init__(
+        self, runner: Engine | BoundSession, how: str, *, variant: str = "", checked: frozenset[str] = frozenset()
+    ) -> None:
+        self._runner, self.how, self.variant, self.checked = runner, how, variant, checked
         self.provider, self.inputs, self.outputs = runner.provider, runner.inputs, runner.outputs
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
@@ -219,13 +217,46 @@ class HostSession:
         return self._runner.host(inputs, outputs)
 
 
-def model_target(bundle: Bundle) -> tuple[frozenset[str], Target]:
-    """The fused model for TensorRT, and the bundle's files that it needs.
+def open_model(bundle: Bundle, *, threads: int) -> HostSession:
+    """The fused model on TensorRT.
+
+    Args:
+        bundle: The city's.
+        threads: Of ONNX Runtime's sessions.
 
     Raises:
-        NoDevice: If the bundle was not exported for it.
+        NoDevice: If the bundle was not exported for it, or it is not here.
+        UsageError: If the bundle is a zip.
+        BadBundle: If a file is not the manifest's.
     """
-    raise no_variant("the bundle", bundle.path, ", ".join(bundle.manifest.variants))
+    variants = {name: facts for name, facts in bundle.manifest.variants.items() if "flavour" in facts}
+    if not variants:
+        raise no_variant("the bundle", bundle.path, ", ".join(bundle.manifest.variants))
+    way = find_way([facts["flavour"] for facts in variants.values()], threads=threads)
+    # Of several the one for the library that is here; TensorRT builds of the other one's graph too.
+    name = next((n for n, facts in variants.items() if facts["flavour"] == way.runtime), next(iter(variants)))
+    facts = variants[name]
+    files = frozenset([facts["graph"], facts["weights"], *facts["engines"].values()])
+    with mapped(bundle, files) as folder:
+        target = _target(bundle, folder, facts["graph"], facts["weights"], facts["precision"], facts)
+        session = HostSession(way.open(target), way.how, variant=name, checked=files)
+    return session
+
+
+def _target(
+    bundle: Sealed, folder: Path, graph: str, weights: str, precision: str, record: Mapping[str, Any]
+) -> Target:
+    """A network of a bundle; the record has its profile, and what was built of it."""
+    listed = bundle.record["files"]
+    return Target(
+        graph=folder / graph,
+        graph_sha256=listed[graph]["sha256"],
+        weights_sha256=listed[weights]["sha256"],
+        precision=precision,
+        profile=read_profile(record["profile"]),
+        engines={capability: folder / file for capability, file in record["engines"].items()},
+        library=record["library"],
+    )
 
 
 def encoder_targets(bundle: EncoderBundle) -> tuple[frozenset[str], dict[str, Target], int]:

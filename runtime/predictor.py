@@ -104,14 +104,11 @@ class Predictor:
             return self._session
 
     def _open_engine(self) -> "HostSession":
-        from .engines import HostSession, find_way, model_target
-        from .mapped import mapped
+        from .engines import open_model
 
-        files, target = model_target(self.bundle)
-        way = find_way(threads=self._threads)
-        with mapped(self.bundle, files):
-            session = HostSession(way.open(target), way.how)
+        session = open_model(self.bundle, threads=self._threads)
         self._check_names(session)
+        self.variant = self.bundle.manifest.variants[session.variant]
         return session
 
     def _open(self, device: str) -> Session:
@@ -128,7 +125,7 @@ class Predictor:
     def _check_names(self, session: "Session | HostSession") -> None:
         for side, names in (("inputs", self.bundle.manifest.inputs), ("outputs", self.tasks)):
             found = getattr(session, side)
-            if found != names:
+            if sorted(found) != sorted(names):  # an engine has them in an order of its own
                 raise BadBundle(
                     f"the graph's {side} are not the manifest's", file=self.bundle.path, expected=names, found=found
                 )
@@ -142,6 +139,11 @@ class Predictor:
     def provider(self) -> str:
         """What runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
         return PROVIDERS[CPU] if self._session is None else self._session.provider
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in."""
+        return str(self.variant.get("precision", PRECISION))
 
     @property
     def device(self) -> str:

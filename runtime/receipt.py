@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from topt_deploy import __version__
 
-from .predictor import PRECISION, Predictor
+from .predictor import Predictor
 
 
 class Stopwatch:
@@ -87,7 +87,7 @@ def make_receipt(
         "encoder": predictor.encoded,
         "provider": predictor.provider,
         "device": predictor.chosen.as_dict(),
-        "precision": PRECISION,
+        "precision": predictor.precision,
         "versions": {
             "topt-deploy": __version__,
             "onnxruntime": ort.__version__,
