@@ -220,6 +220,8 @@ def check_device(device: str) -> None:
         raise no_device(device, f"ONNX Runtime {ort.__version__} with {', '.join(available)}")
     if device == "cpu":
         return
+    if not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
+        raise no_device(device, f"ONNX Runtime {ort.__version__}, which does not tell where nodes run; 1.24 does")
     from topt_deploy.gpu import driver
 
     driver()
