@@ -20,7 +20,17 @@ from typing import Any
 from topt_deploy import __version__
 from topt_deploy.engine.build import Built
 from topt_deploy.errors import BadConfig, CannotCreate, TryAgain
-from topt_deploy.fileio import atomic_file, atomic_files, json_text, locked, sha256_bytes, sweep, write_error, writing
+from topt_deploy.fileio import (
+    atomic_file,
+    atomic_files,
+    json_text,
+    locked,
+    remove_folder,
+    sha256_bytes,
+    sweep,
+    write_error,
+    writing,
+)
 
 log = logging.getLogger(__name__)
 
@@ -255,6 +265,17 @@ class EngineCache:
         for suffix in (RECORD, ENGINE):
             with suppress(OSError):
                 self._path(key, suffix).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything that is kept here."""
+        for key in {path.name.partition(".")[0] for path in self.folder.iterdir() if not path.name.startswith(".")}:
+            self.remove(key)
+            for path in (self._path(key, TIMING), self._path(key, "")):
+                if path.is_dir() and not path.is_symlink():  # of ONNX Runtime's provider
+                    remove_folder(path)
+                else:
+                    with writing(path):
+                        path.unlink(missing_ok=True)
 
     def _make_room(self, keep: str) -> None:
         entries = self.entries()

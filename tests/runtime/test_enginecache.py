@@ -313,3 +313,19 @@ def test_its_place_and_limit_are_the_users_to_say(monkeypatch, tmp_path):
         monkeypatch.setenv(enginecache.LIMIT, wrong)
         with pytest.raises(BadConfig, match="TOPT_CACHE_GB"):
             cache_limit()
+
+
+def test_the_command_lists_and_clears(tmp_path, build, topt_run, monkeypatch):
+    monkeypatch.setenv(enginecache.PLACE, str(tmp_path))
+    assert "0 engines kept" in topt_run("cache").out
+    assert list(tmp_path.iterdir()) == [], "looking makes nothing"
+    cache = EngineCache(cache_folder(), GB)
+    cache.engine(MADE, build)
+    (cache.folder / ("0" * 64)).mkdir()
+    (cache.folder / ("0" * 64) / "of-onnxruntime.engine").touch()
+    said = topt_run("cache")
+    assert MADE.key[:16] in said.out
+    assert "1 engines kept" in said.out
+    told = json.loads(topt_run("cache", "--clear", "--log-format", "json").out)
+    assert [one["key"] for one in told["engines"]] == [MADE.key]
+    assert list(cache.folder.iterdir()) == []

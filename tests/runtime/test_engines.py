@@ -1,4 +1,4 @@
-"""Bundles on TensorRT, as far as that goes without a GPU: a made-up driver, and ONNX Runtime in the place of engines."""
+"""Bundles on TensorRT, as far as that goes without a GPU: a made-up driver, and ONNX Runtime in place of engines."""
 
 import json
 import logging
