@@ -183,6 +183,7 @@ def session_options(device: str, threads: int) -> ort.SessionOptions:
         options.add_session_config_entry(_RECORD, "1")
         # Weights are there for as long as the session is: outside of the arena, which grows and shrinks.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        options.enable_mem_pattern = False  # plans memory for shapes that come again, and here none does
     return options
 
 

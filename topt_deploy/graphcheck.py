@@ -86,7 +86,8 @@ def graph_inputs(data: bytes) -> dict[str, tuple[int | str | None, ...]]:
             places = [value]
             for step in _VALUE_TO_SIZES:
                 places = [inner for place in places for inner in _inner(data, place, step)]
-            found[_text(data, parts[_VALUE_NAME])] = tuple(_size(data, place) for place in places)
+            name = _text(data, parts[_VALUE_NAME]) if _VALUE_NAME in parts else ""
+            found[name] = tuple(_size(data, place) for place in places)
     return found
 
 

@@ -1,5 +1,6 @@
 """Encoders on a device, by I/O binding and by engines, give what they give on the host."""
 
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,8 @@ from topt_deploy.encoder.smallgraphs import DOUBLE, FLOAT, FLOAT16, join_graph, 
 from topt_deploy.engine.library import Library
 from topt_deploy.errors import BadBundle, BadData, NoDevice
 from topt_deploy.gpu import Driver
+from topt_deploy.runtime import bound as bound_module
+from topt_deploy.runtime import session
 from topt_deploy.runtime.bound import BetweenBound, BoundSession, OnDevice
 from topt_deploy.runtime.encoder import open_encoder
 from topt_deploy.runtime.engines import HostSession
@@ -209,3 +212,52 @@ class TestEngines:
         )
         assert "TensorRT-RTX 1" in done.stdout, done.stderr
         assert "does not run this engine here" in done.stdout
+
+
+class TestOnCuda:
+    """What opens an encoder on CUDA, with the CPU's provider and memory in place of CUDA's."""
+
+    @pytest.fixture(autouse=True)
+    def _cuda_is_the_cpu(self, monkeypatch):
+        monkeypatch.setitem(bound_module.MEMORY, "cuda", "cpu")
+        monkeypatch.setattr(bound_module, "providers", lambda device, **_: [("CPUExecutionProvider", {})])
+        monkeypatch.setattr(bound_module, "check_used", lambda made, device: None)
+        monkeypatch.setattr(session, "check_device", lambda device: None)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_an_encoder(self, family, encoders, host):
+        opened = open_encoder(encoders(family), device="cuda", threads=1)
+        assert opened.encoder.runtime == "onnxruntime-cuda"
+        assert (opened.device.used, opened.device.how) == ("cuda", "ONNX Runtime's CUDA provider")
+        prompts = [asked(opened.encoder, region, family) for region in REGIONS]
+        assert np.abs(opened.encoder.vectors(prompts) - host[family].vectors(prompts)).max() < 1e-5
+
+    def test_auto_takes_it_where_there_is_no_form_for_tensorrt(self, encoders):
+        opened = open_encoder(encoders("text", "int8"), device="auto", threads=1)
+        assert opened.device.used == "cuda"
+        assert list(opened.device.instead_of) == ["tensorrt"]
+
+    def test_the_self_test_runs_there(self, encoders, topt_run):
+        said = topt_run("selftest", encoders("qwen2_5_vl"), "--device", "cuda")
+        assert said.code == 0, said.err
+        assert "self-test passed on onnxruntime-cuda (fp32)" in said.out
+
+    def test_a_changed_byte_is_refused_there_too(self, encoders, tmp_path):
+        bundle = shutil.copytree(encoders("text"), tmp_path / "encoder.topt")
+        graph = bundle / "decoder.standard.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1])
+        with pytest.raises(BadBundle):
+            open_encoder(bundle, device="cuda")
+
+
+def test_a_bound_session_that_cannot_be_made_or_run(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no graph")
+    with pytest.raises(BadBundle, match="cannot load the graph") as caught:
+        BoundSession(tmp_path / "no.onnx", device="cpu", exact=True)
+    assert caught.value.file == str(tmp_path / "no.onnx")
+    joining = BoundSession(join_graph(FLOAT, 4), device="cpu", exact=True)
+    with pytest.raises(BadBundle, match="cannot run the graph"):
+        joining.run({"first": np.ones((1, 4)), "second": np.ones((1, 5))}, ["joined"])
+    assert np.array_equal(
+        joining.host({"first": np.ones((1, 4)), "second": np.ones((0, 4))}, ["joined"])["joined"], np.ones((1, 4))
+    )

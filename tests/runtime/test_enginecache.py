@@ -10,6 +10,8 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import engines
+import numpy as np
 import pytest
 
 from topt_deploy.engine.build import Built
@@ -245,9 +247,11 @@ assert bytes(engine) == ENGINE
 """
 
 
-def process(code, folder):
-    environment = os.environ | {"TESTS": str(Path(__file__).parent)}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment, stderr=subprocess.PIPE)
+def process(code, folder, *arguments):
+    here = Path(__file__).parent
+    environment = os.environ | {"TESTS": str(here), "PYTHONPATH": str(here.parent / "support")}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def test_processes_at_once_build_once(tmp_path):
@@ -329,3 +333,42 @@ def test_the_command_lists_and_clears(tmp_path, build, topt_run, monkeypatch):
     told = json.loads(topt_run("cache", "--clear", "--log-format", "json").out)
     assert [one["key"] for one in told["engines"]] == [MADE.key]
     assert list(cache.folder.iterdir()) == []
+
+
+BUILD = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+from topt_deploy.engine.build import build_engine
+from topt_deploy.engine.library import find_library
+from topt_deploy.engine.profile import Range
+from topt_deploy.fileio import sha256_file
+from topt_deploy.runtime.enginecache import EngineCache
+sys.path.insert(0, os.environ["TESTS"])
+from test_enginecache import MADE
+graph, library = Path(sys.argv[1]), find_library("rtx")
+def build(timing):
+    with open("built", "a") as file:
+        file.write("x")
+    return build_engine(library, graph, {"regions": Range(least=1, usual=7, most=100)}, capability="8.9")
+hashes = {"graph": sha256_file(graph), "weights": sha256_file(graph.with_name("weights.bin"))}
+print(len(EngineCache(Path("engines"), 10**9).engine(replace(MADE, **hashes), build)))
+"""
+
+
+def test_real_engines_are_built_once_by_processes_at_once_and_never_shared_between_weights(tmp_path):
+    engines.rtx()
+    text = "g (float[regions, 64] x, float[64, 64] w) => (float[regions, 64] y) { y = MatMul(x, w) }"
+    graphs = []
+    for name, value in (("one", 1.0), ("other", 2.0)):
+        (tmp_path / name).mkdir()
+        w = np.full((64, 64), value, np.float32)
+        graphs.append(engines.write_external(tmp_path / name / "graph.onnx", text, w=w))
+    assert graphs[0].read_bytes() == graphs[1].read_bytes(), "one graph, and other weights"
+    running = [process(BUILD, tmp_path, str(graph)) for graph in (*graphs, graphs[0])]
+    for one in running:
+        assert one.wait() == 0, one.stderr.read()
+    assert (tmp_path / "built").read_text() == "xx"
+    first, second = (path.read_bytes() for path in sorted((tmp_path / "engines").glob("*.engine")))
+    assert first != second
+    assert min(len(first), len(second)) > 4 * 64**2
