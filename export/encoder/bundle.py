@@ -31,6 +31,7 @@ from topt_deploy.errors import UsageError
 from topt_deploy.fileio import atomic_folder
 from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, quiet, torch_backend
 
+from ..engines import Target
 from .assemble import Assembled, assemble
 from .checkpoint import Recipe, Tensors, recipe
 from .gate import (
@@ -62,6 +63,7 @@ def make_encoder(
     templates: Path | None,
     max_pixels: int | None,
     say: Callable[[str], None],
+    target: Target | None = None,
 ) -> EncoderBundle:
     """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
 

@@ -19,11 +19,11 @@ from functools import cached_property
 
 import numpy as np
 
+from ..bits import BLOCK, in_4_bits, in_8_bits
 from .builder import INT4, MICROSOFT, Array, Builder
 
 ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-BLOCK = 32
 FAR = np.float32(-1e30)
 """What is added to a score where a query may not look; finite, so that looking nowhere is no NaN."""
 FLOAT = 1
@@ -52,26 +52,15 @@ class Linear:
         return self.load()
 
     @cached_property
-    def scale(self) -> Array:
-        """Of int8 codes, float32 (out,)."""
-        largest: Array = np.abs(self.weight).max(axis=1)
-        return np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(127)
-
-    def codes(self) -> Array:
-        """int8 (in, out)."""
-        return np.rint(self.weight / self.scale[:, None]).astype(np.int8).T
+    def in_8_bits(self) -> tuple[Array, Array]:
+        """int8 codes (in, out), and float32 scales (out,)."""
+        codes, scale = in_8_bits(self.weight, np.float32)
+        return codes.T, scale
 
     @cached_property
-    def blocks(self) -> tuple[Array, Array]:
-        """int4 codes as uint8 (out, blocks, 32), 8 standing for zero, and scales (out, blocks).
-
-        The largest magnitude of a block is code 0, exactly: its sign decides the scale's.
-        """
-        blocks = self.weight.reshape(len(self.weight), -1, BLOCK)
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-        scale = np.where(extreme == 0, 1, extreme / -8)
-        codes = np.clip(np.rint(blocks / scale) + 8, 0, 15).astype(np.uint8)
-        return codes, scale[..., 0].astype(np.float32)
+    def in_4_bits(self) -> tuple[Array, Array]:
+        """Codes of −8 to 7 (out, in), and float32 scales (out, blocks)."""
+        return in_4_bits(self.weight, np.float32)
 
 
 def linear(graph: Builder, x: str, layer: Linear, precision: str, form: str) -> str:
@@ -92,8 +81,8 @@ def _float16(graph: Builder, x: str, layer: Linear) -> str:
 
 
 def _int8(graph: Builder, layer: Linear) -> tuple[str, str]:
-    codes = graph.weight(f"{layer.name}.codes", layer.codes)
-    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.scale)
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
+    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.in_8_bits[1])
 
 
 def _int8_standard(graph: Builder, x: str, layer: Linear) -> str:
@@ -114,25 +103,20 @@ def _int8_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
 
 def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
     def packed() -> Array:
-        codes, _ = layer.blocks
+        codes = (layer.in_4_bits[0] + 8).astype(np.uint8).reshape(len(layer.weight), -1, BLOCK)
         pairs: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return pairs
 
     out, width = layer.weight.shape
     weight = graph.weight(f"{layer.name}.blocks", packed)
-    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.blocks[1])
+    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.in_4_bits[1])
     form = {"K": width, "N": out, "bits": 4, "block_size": BLOCK}
     return graph.node("MatMulNBits", [x, weight, scale], domain=MICROSOFT, **form)
 
 
 def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
-    def codes() -> Array:
-        unsigned, _ = layer.blocks
-        signed: Array = unsigned.reshape(len(unsigned), -1).T.astype(np.int8) - 8
-        return signed.astype(INT4)
-
-    weight = graph.weight(f"{layer.name}.int4", codes)
-    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.blocks[1].T)
+    weight = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.in_4_bits[1].T)
     return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
 
 

@@ -95,7 +95,7 @@ def build_engine(
         BadBundle: If the library cannot build the graph; names operators and nodes where the parser refuses them.
         NoDevice: If the library does not start here.
     """
-    target = None if capability is None else _target(library, capability)
+    target = None if capability is None else check_capability(library, capability)
     work = _parse(library, graph)
     trt = library.module
     config = work.builder.create_builder_config()
@@ -157,14 +157,23 @@ def _parse(library: Library, graph: Path) -> _Work:
 def _fault(fault: Any) -> str:
     """Operator, node, and the reason where the parser gives one."""
     name = fault.node_name()
-    reason = fault.desc()
+    reason = " ".join(line.strip() for line in fault.desc().splitlines() if not _harmless(line))
     return f"{fault.node_operator()} (node {name or f'number {fault.node()}'})" + (
         f": {reason}" if reason and reason != "false" else ""
     )
 
 
-def _target(library: Library, capability: str) -> Any:
-    """The library's name of a compute capability."""
+def _harmless(text: str) -> bool:
+    """Whether it is but the complaint that there is no driver, which all else than this is told with."""
+    return "cudaError 35" in text
+
+
+def check_capability(library: Library, capability: str) -> Any:
+    """The library's own name of a compute capability.
+
+    Raises:
+        UsageError: If it does not build for that one.
+    """
     if library.flavour != RTX:
         raise UsageError(
             "TensorRT builds for the GPU that it runs on", expected="no capability", found=capability,
@@ -222,7 +231,7 @@ def _logger(trt: Any, log: list[tuple[int, str]]) -> Any:
 
 def _errors(trt: Any, work: _Work) -> str:
     worst = int(trt.ILogger.ERROR)
-    return _shortened([text for severity, text in work.log if severity <= worst and "cudaError" not in text])
+    return _shortened([text for severity, text in work.log if severity <= worst and not _harmless(text)])
 
 
 def _messages(work: _Work) -> tuple[str, ...]:
