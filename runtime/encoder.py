@@ -26,8 +26,8 @@ from .mapped import mapped
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
-GPU_FORMS = ("standard",)
-"""Those that a GPU runs, the best first."""
+GPU_FORM = "standard"
+"""What CUDA runs."""
 GPU_CHUNK = 512
 CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 384}
 """Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache; OpenVINO's is fused,
@@ -370,13 +370,10 @@ class _Loaded:
     how: str = ""
 
 
-def _graphs(bundle: EncoderBundle, *forms: str) -> dict[str, str]:
-    """Each network's graph, of the first of these forms that it has."""
+def _graphs(bundle: EncoderBundle, form: str) -> dict[str, str]:
+    """Each network's graph in a form."""
     with well_formed(bundle.path):
-        return {
-            name: next(facts["graphs"][form] for form in forms if form in facts["graphs"])
-            for name, facts in bundle.manifest.networks.items()
-        }
+        return {name: facts["graphs"][form] for name, facts in bundle.manifest.networks.items()}
 
 
 def _needed(bundle: EncoderBundle, graphs: Mapping[str, str]) -> frozenset[str]:
@@ -413,7 +410,7 @@ def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
     from .session import check_device
 
     check_device(CUDA)
-    m, graphs = bundle.manifest, _graphs(bundle, *GPU_FORMS)
+    m, graphs = bundle.manifest, _graphs(bundle, GPU_FORM)
     files = _needed(bundle, graphs)
     with mapped(bundle, files) as folder:
         embedding = _embedding(bundle, folder)
