@@ -2,7 +2,9 @@
 
 A graph comes in two forms on one file of weights. ``onnxruntime`` uses ONNX Runtime's own operators and computes in
 8 bits where the weights are; ``standard`` has the standard's operators alone, with weights behind DequantizeLinear,
-which OpenVINO and TensorRT turn into kernels of their own.
+which OpenVINO turns into kernels of its own. ``tensorrt``, made where it is asked for, is ``standard`` with linear maps
+and attention in half, unless the weights are fp32: TensorRT takes the types that it is given. Softmax, norms and what
+else is between these is float32 there, too, and so are the network's inputs and outputs.
 
 - ``fp32``: MatMul.
 - ``fp16``: the weight in half precision, cast to float32 before it is used: half the file.
@@ -23,11 +25,12 @@ from ..bits import BLOCK, in_4_bits, in_8_bits
 from .builder import INT4, MICROSOFT, Array, Builder
 
 ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
+TENSORRT = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 FAR = np.float32(-1e30)
 """What is added to a score where a query may not look; finite, so that looking nowhere is no NaN."""
-FLOAT = 1
-"""ONNX's number of the type."""
+FLOAT, HALF = 1, 10
+"""ONNX's numbers of the types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,40 @@ def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
     return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
 
 
+def _product_in_half(graph: Builder, x: str, weight: str) -> str:
+    return graph.node("Cast", [graph.node("MatMul", [_half(graph, x), weight])], to=FLOAT)
+
+
+def _half(graph: Builder, x: str) -> str:
+    """A value in half; what reads it more than once shares this."""
+    if x not in graph.halves:
+        graph.halves[x] = graph.node("Cast", [x], to=HALF)
+    return graph.halves[x]
+
+
+def _float16_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    return _product_in_half(graph, x, graph.weight(f"{layer.name}.half", lambda: layer.weight.T.astype(np.float16)))
+
+
+def _int8_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
+    scale = graph.weight(f"{layer.name}.half_scale", lambda: _half_scale(layer.in_8_bits[1]))
+    return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=1))
+
+
+def _int4_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    codes = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_half_scale", lambda: _half_scale(layer.in_4_bits[1].T))
+    return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=0, block_size=BLOCK))
+
+
+def _half_scale(scale: Array) -> Array:
+    """A scale in half, and none of them nothing."""
+    half = scale.astype(np.float16)
+    some: Array = np.where(half == 0, np.finfo(np.float16).smallest_subnormal, half)
+    return some
+
+
 _LINEAR: dict[tuple[str, str], Callable[[Builder, str, Linear], str]] = {
     ("fp32", ONNXRUNTIME): _float32,
     ("fp32", STANDARD): _float32,
@@ -129,16 +166,31 @@ _LINEAR: dict[tuple[str, str], Callable[[Builder, str, Linear], str]] = {
     ("int8", STANDARD): _int8_standard,
     ("int4", ONNXRUNTIME): _int4_onnxruntime,
     ("int4", STANDARD): _int4_standard,
+    ("fp32", TENSORRT): _float32,
+    ("fp16", TENSORRT): _float16_tensorrt,
+    ("int8", TENSORRT): _int8_tensorrt,
+    ("int4", TENSORRT): _int4_tensorrt,
 }
 
 
 def attention(
-    graph: Builder, inputs: Sequence[str], form: str, *, scale: float, queries: int, keys: int, width: int
+    graph: Builder,
+    inputs: Sequence[str],
+    precision: str,
+    form: str,
+    *,
+    scale: float,
+    queries: int,
+    keys: int,
+    width: int,
 ) -> str:
     """Add nodes for :func:`.ops.attention`, whose attributes these are; the name of the result."""
-    add = _attention_onnxruntime if form == ONNXRUNTIME else _attention_standard
     mask = _far(graph, inputs[3]) if len(inputs) > 3 else None
-    return add(graph, inputs[:3], mask, scale, queries, keys, width)
+    if form == ONNXRUNTIME:
+        return _attention_onnxruntime(graph, inputs[:3], mask, scale, queries, keys, width)
+    if form == TENSORRT and precision != "fp32":
+        return _attention_in_half(graph, inputs[:3], mask, scale, queries, keys)
+    return _attention_standard(graph, inputs[:3], mask, scale, queries, keys)
 
 
 def _far(graph: Builder, allowed: str) -> str:
@@ -164,8 +216,25 @@ def _attention_onnxruntime(
     return graph.node("Reshape", [mixed, size])
 
 
+def _attention_in_half(
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int
+) -> str:
+    """The same with both products in half. Queries are scaled first: their products would leave half's range."""
+    q, k, v = inputs
+    k, v = (_half(graph, x) for x in (k, v))
+    if queries != keys:
+        k, v = (_every_query_its_own(graph, x, queries, keys) for x in (k, v))
+    q = graph.node("Cast", [graph.node("Mul", [q, graph.constant(np.float32(scale))])], to=HALF)
+    scores = graph.node("MatMul", [q, graph.node("Transpose", [k], perm=[0, 1, 3, 2])])
+    scores = graph.node("Cast", [scores], to=FLOAT)
+    if mask is not None:
+        scores = graph.node("Add", [scores, mask])
+    weights = graph.node("Cast", [graph.node("Softmax", [scores], axis=-1)], to=HALF)
+    return graph.node("Cast", [graph.node("MatMul", [weights, v])], to=FLOAT)
+
+
 def _attention_standard(
-    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int, width: int
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int
 ) -> str:
     """In the four dimensions and the order that compilers know as attention."""
     q, k, v = inputs
