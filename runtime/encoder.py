@@ -26,8 +26,8 @@ from .mapped import mapped
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
-GPU_FORM = "standard"
-"""What CUDA runs."""
+STANDARD, HALF = "standard", "tensorrt"
+"""What CUDA runs: the second form, where there is one, computes products in half where weights are in fp16."""
 GPU_CHUNK = 512
 CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 384}
 """Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache; OpenVINO's is fused,
@@ -410,7 +410,9 @@ def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
     from .session import check_device
 
     check_device(CUDA)
-    m, graphs = bundle.manifest, _graphs(bundle, GPU_FORM)
+    m = bundle.manifest
+    halved = m.precision == "fp16" and all(HALF in facts["graphs"] for facts in m.networks.values())
+    graphs = _graphs(bundle, HALF if halved else STANDARD)
     files = _needed(bundle, graphs)
     with mapped(bundle, files) as folder:
         embedding = _embedding(bundle, folder)
@@ -429,15 +431,17 @@ def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
 
 def _on_tensorrt(bundle: EncoderBundle, threads: int) -> _Loaded:
     """On TensorRT, in the form that was exported for it."""
-    from .engines import encoder_targets, find_way
+    from .engines import encoder_files, encoder_targets, find_way, tokens_at_once
 
-    files, targets, chunk = encoder_targets(bundle)
-    way = find_way(threads=threads)
-    files |= {EMBEDDING}
+    needed, flavours = encoder_files(bundle)
+    way = find_way(flavours, threads=threads)
+    files = needed | {EMBEDDING}
     with mapped(bundle, files) as folder:
         embedding = _embedding(bundle, folder)
+        targets = encoder_targets(bundle, folder)
         networks: dict[str, Runner] = {name: way.open(target) for name, target in targets.items()}
+        chunk = min(GPU_CHUNK, tokens_at_once(targets[DECODER]))
     return _Loaded(
-        runtime=way.runtime, networks=networks, embedding=embedding, chunk=min(chunk, GPU_CHUNK), files=files,
+        runtime=way.runtime, networks=networks, embedding=embedding, chunk=chunk, files=files,
         between=way.between(networks, bundle.spec.width), how=way.how,
     )  # fmt: skip

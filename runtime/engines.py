@@ -14,7 +14,7 @@ from topt_deploy.bundle import Bundle, Sealed
 from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.encoder.graphs import DECODER, VISION, Between
 from topt_deploy.engine.build import build_engine
-from topt_deploy.engine.library import Library, find_library
+from topt_deploy.engine.library import TENSORRT, Library, find_library
 from topt_deploy.engine.profile import Profile, as_record, read_profile, shapes
 from topt_deploy.errors import NoDevice
 from topt_deploy.gpu import Driver, driver
@@ -259,13 +259,36 @@ def _target(
     )
 
 
-def encoder_targets(bundle: EncoderBundle) -> tuple[frozenset[str], dict[str, Target], int]:
-    """An encoder's networks for TensorRT, the bundle's files that they need, and how many tokens they read at once.
+def encoder_files(bundle: EncoderBundle) -> tuple[frozenset[str], list[str]]:
+    """The files that an encoder's networks need on TensorRT, and the flavours that they were exported for.
 
     Raises:
-        NoDevice: If the bundle was not exported for it.
+        NoDevice: If they were not exported for it.
     """
-    raise no_variant("the prompt encoder", bundle.path, "none")
+    networks = bundle.manifest.networks
+    if not all(TENSORRT in facts for facts in networks.values()):
+        forms = {form for facts in networks.values() for form in facts["graphs"]}
+        raise no_variant("the prompt encoder", bundle.path, ", ".join(sorted(forms)))
+    files: set[str] = set()
+    for facts in networks.values():
+        files |= {facts["graphs"][TENSORRT], facts["weights"], *facts[TENSORRT]["engines"].values()}
+    return frozenset(files), [facts[TENSORRT]["flavour"] for facts in networks.values()]
+
+
+def encoder_targets(bundle: EncoderBundle, folder: Path) -> dict[str, Target]:
+    """An encoder's networks for TensorRT, in a folder whose files were checked."""
+    return {
+        name: _target(
+            bundle, folder, facts["graphs"][TENSORRT], facts["weights"], bundle.manifest.precision, facts[TENSORRT]
+        )
+        for name, facts in bundle.manifest.networks.items()
+    }
+
+
+def tokens_at_once(decoder: Target) -> int:
+    """How many tokens a decoder's profile lets it read at once."""
+    _, tokens, _ = graph_inputs(decoder.graph.read_bytes())["hidden"]
+    return decoder.profile[str(tokens)].most
 
 
 def no_variant(what: str, path: Path, found: Any) -> NoDevice:

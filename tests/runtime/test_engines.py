@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from encoder_regions import REGIONS, asked
 from fake_gpu import FAKE_TRT, fake_libcuda
 
 from topt_deploy import gpu
@@ -16,6 +17,7 @@ from topt_deploy.engine.profile import Range
 from topt_deploy.errors import BadBundle, BadData, NoDevice, UsageError
 from topt_deploy.graphcheck import graph_inputs
 from topt_deploy.runtime import engines, load, session
+from topt_deploy.runtime.encoder import open_encoder
 from topt_deploy.runtime.engines import Provider, Target, find_way, provider_shapes
 
 FAKE = Library(flavour="tensorrt", version="11.0", module=FAKE_TRT)
@@ -201,3 +203,53 @@ class TestWays:
         assert told.keys() == {"trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"}
         assert f"poi:77x{poi}" in told["trt_profile_opt_shapes"].split(",")
         assert [part.split(":")[0] for part in told["trt_profile_max_shapes"].split(",")] == names
+
+
+class TestEncoder:
+    """Its networks as engines, on a bundle whose form for TensorRT is a copy of the standard one."""
+
+    @pytest.fixture(params=["text", "qwen2_5_vl"])
+    def encoder(self, request, encoders, tmp_path, reseal):
+        folder = shutil.copytree(encoders(request.param), tmp_path / "encoder.topt")
+
+        def add(record):
+            for name, network in record["networks"].items():
+                graph = folder / network["graphs"]["standard"]
+                file = f"{name}.tensorrt.onnx"
+                shutil.copy(graph, folder / file)
+                sizes = {dim for dims in graph_inputs(graph.read_bytes()).values() for dim in dims}
+                profile = {dim: [1, 64, 300] for dim in sizes if isinstance(dim, str)}
+                network["graphs"]["tensorrt"] = file
+                network["tensorrt"] = {
+                    "flavour": "tensorrt", "profile": profile, "library": None, "engines": {}, "checked": [],
+                }  # fmt: skip
+                record["files"][file] = {"size": 0, "sha256": ""}
+
+        reseal(folder, add)
+        reseal(folder, lambda record: None)
+        return folder
+
+    def test_vectors_are_the_cpus(self, encoder, fake_gpu):
+        on_cpu, on_gpu = (open_encoder(encoder, device=device, threads=1) for device in ("cpu", "tensorrt"))
+        prompts = [asked(on_cpu.encoder, region, on_cpu.spec.family) for region in REGIONS]
+        found, expected = (opened.encoder.vectors(prompts) for opened in (on_gpu, on_cpu))
+        assert np.abs(found - expected).max() < 1e-5
+        assert on_gpu.encoder.runtime == "tensorrt"
+        assert on_gpu.encoder.backend.chunk == 300, "the profile's most"
+        assert (on_gpu.device.used, on_gpu.device.how) == ("tensorrt", "TensorRT 11.0 by its own Python package")
+        built = len(fake_gpu)
+        assert built == len(json.loads((encoder / "manifest.json").read_text())["networks"])
+        open_encoder(encoder, device="auto", threads=1)
+        assert len(fake_gpu) == built, "kept"
+
+    def test_a_changed_graph_is_refused(self, encoder, fake_gpu):
+        graph = encoder / "decoder.tensorrt.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1])
+        with pytest.raises(BadBundle):
+            open_encoder(encoder, device="tensorrt")
+        assert fake_gpu == []
+
+    def test_the_self_test_runs_there(self, encoder, fake_gpu, topt_run):
+        said = topt_run("selftest", encoder, "--device", "tensorrt")
+        assert said.code == 0, said.err
+        assert "self-test passed on tensorrt (fp32)" in said.out
