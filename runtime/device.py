@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from topt_deploy.errors import NoDevice, ToptError
+from topt_deploy.errors import NoDevice, ToptError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def choose(asked: str, ways: Mapping[str, Callable[[], T]], *, what: str) -> tup
     for device in BEST_FIRST:
         try:
             opened = ways[device]()
-        except NoDevice as error:
+        except (NoDevice, UsageError) as error:  # the latter of a zip, which engines are not built from
             if device == CPU:
                 raise
             reasons[device] = reason(error)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.encoder.graphs import OnHost
+from topt_deploy.engine.build import MESSAGES_SHOWN, keeping_logger
 from topt_deploy.engine.library import Library
 from topt_deploy.errors import BadBundle, BadData, NoDevice
 from topt_deploy.gpu import Driver, Memory
@@ -82,9 +83,9 @@ class Engine:
         trt = library.module
         self._driver, self._source, self._lock = driver, source, threading.Lock()
         self.provider = f"{library.title} on {driver.gpu}"
-        messages: list[str] = []
+        messages: list[tuple[int, str]] = []
         _ = driver.stream  # makes the context that the library is to use
-        self._logger = _keeping(trt, messages)
+        self._logger = keeping_logger(trt, messages)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         self._context: Any = None if self._engine is None else self._engine.create_execution_context()
@@ -93,7 +94,7 @@ class Engine:
                 f"{library.title} does not run this engine here",
                 file=source,
                 expected=f"an engine for {driver.gpu}, and memory for it",
-                found="; ".join(messages[-3:]) or "no reason given",
+                found="; ".join(text for _, text in messages[-MESSAGES_SHOWN:]) or "no reason given",
                 fix="delete it, so that it is built again (topt-run cache --clear), or export for this GPU",
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -215,17 +216,3 @@ class BetweenEngines:
     def sums(self, hidden: OnGpu, ranges: Array) -> Array:
         """Sums over ranges of tokens."""
         return OnHost().sums(download(self._driver, hidden), ranges)
-
-
-def _keeping(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors, and prints nothing."""
-
-    class Kept(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                messages.append(message)
-
-    return Kept()

@@ -151,6 +151,7 @@ def test_a_zip_is_to_be_unpacked(bundle, fake_gpu):
     packed = shutil.make_archive(str(bundle.with_name("packed")), "zip", bundle)
     with pytest.raises(UsageError, match="unzip"):
         load(packed, device="tensorrt")
+    assert "mapped, not unpacked" in load(packed, device="auto").chosen.instead_of["tensorrt"]
 
 
 class TestWays:

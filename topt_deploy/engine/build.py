@@ -126,7 +126,7 @@ def _parse(library: Library, graph: Path) -> _Work:
     trt = library.module
     log: list[tuple[int, str]] = []
     try:
-        builder = trt.Builder(_logger(trt, log))
+        builder = trt.Builder(keeping_logger(trt, log))
         # TensorRT 11 knows no other networks, and no flag for them.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if flag is None else 1 << int(flag))
@@ -215,7 +215,7 @@ def _listed(sizes: Mapping[str, Shapes]) -> str:
     return "; ".join(each) or "inputs of fixed size"
 
 
-def _logger(trt: Any, log: list[tuple[int, str]]) -> Any:
+def keeping_logger(trt: Any, log: list[tuple[int, str]]) -> Any:
     """A logger that keeps warnings and errors, and prints nothing."""
 
     class Kept(trt.ILogger):
