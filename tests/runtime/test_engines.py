@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import numpy as np
+import onnxruntime as ort
 import pyarrow.parquet as pq
 import pytest
 from encoder_regions import REGIONS, asked
@@ -204,6 +205,15 @@ class TestWays:
         assert told.keys() == {"trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"}
         assert f"poi:77x{poi}" in told["trt_profile_opt_shapes"].split(",")
         assert [part.split(":")[0] for part in told["trt_profile_max_shapes"].split(",")] == names
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mllama"])
+def test_dimensions_of_a_graph_are_what_onnx_runtime_says(family, encoders):
+    graphs = sorted(encoders(family).glob("*.standard.onnx"))
+    assert len(graphs) >= 2
+    for graph in graphs:
+        made = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        assert graph_inputs(graph.read_bytes()) == {value.name: tuple(value.shape) for value in made.get_inputs()}
 
 
 class TestEncoder:
