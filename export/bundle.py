@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from topt_deploy.bundle import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest
 from topt_deploy.columns import PROMPT_PREFIX
 from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.encoder.precision import comparable
+from topt_deploy.engine.profile import Profile, Range, parse_profile
 from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.features import POSITION, features
 from topt_deploy.fileio import atomic_file, atomic_folder, write_error
 from topt_deploy.intervals import SCALE
 from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.model.topt import TopT
 from topt_deploy.parquet import write_parquet
 from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.table import read_city
 
 from .card import model_card
+from .engines import Target, make_engines
 from .golden import SyntheticCity, synthetic_city
-from .graph import OPSET, WEIGHTS, export_graph
-from .parity import TOLERANCE, Parity, parity_gate, run_model
+from .graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
+from .parity import TOLERANCES, Parity, parity_gate, run_model
 
 GRAPH = "models/topt.onnx"
 WEIGHTS_FILE = f"models/{WEIGHTS}"
@@ -38,6 +41,8 @@ GOLDEN_SIZES = (7, 31)
 """Regions of the golden cities that travel with the bundle."""
 GATE_SIZES = (203,)
 """Regions of further cities that the parity gate sees, beside the golden ones and the training city."""
+PROFILE: Profile = {REGIONS_AXIS: Range(least=1, usual=256, most=4096)}
+"""Of an engine, where none is asked for: attention holds numbers for every pair of regions, a byte or four each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,36 @@ class Exported:
     bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """A graph for TensorRT, before its engines."""
+
+    target: Target
+    profile: Profile
+    graph: Graph
+    parity: tuple[Parity, ...]
+
+    def write(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        """Write graph and engines into a bundle's folder; what the manifest says of them."""
+        name = self.target.variant
+        place = folder / "models" / name / Path(GRAPH).name
+        place.parent.mkdir()
+        place.write_bytes(self.graph.model)
+        place.with_name(WEIGHTS).write_bytes(self.graph.weights)
+        made = make_engines(self.target, place, self.profile)
+        say(f"{name}: {made.told}")
+        return {
+            "graph": place.relative_to(folder).as_posix(),
+            "weights": place.with_name(WEIGHTS).relative_to(folder).as_posix(),
+            "initializers": {},
+            "providers": [],
+            "flavour": self.target.flavour,
+            "precision": self.target.precision,
+            "tolerance": TOLERANCES[self.target.precision],
+            "parity": [asdict(measured) for measured in self.parity],
+        } | made.as_record(self.profile, folder)
+
+
 def export_bundle(
     run: Run,
     out: Path,
@@ -57,6 +92,7 @@ def export_bundle(
     as_zip: bool = False,
     encoder: EncoderBundle | None = None,
     inside: bool = False,
+    target: Target | None = None,
 ) -> Exported:
     """Export ``run`` to ``out``; nothing stands under that name until all of it is right.
 
@@ -66,12 +102,18 @@ def export_bundle(
         say: Told what is being done.
         encoder: The prompt encoder that goes with it.
         inside: Whether a copy of that goes into the bundle; its own is referred to otherwise.
+        target: What TensorRT's engines are made for; they are one more variant, beside the portable one.
 
     Raises:
-        BadBundle: If the parity gate fails.
-        UsageError: If the run is not finished, ``out`` is something other than a bundle, or the encoder is not the one
-            that the run's prompts are from.
+        BadBundle: If the parity gate fails, or TensorRT cannot build the model.
+        UsageError: If the run is not finished, ``out`` is something other than a bundle, the encoder is not the one
+            that the run's prompts are from, or what is asked of engines does not go together.
+        NoDevice: If engines are asked of a library that is not here.
     """
+    profile = PROFILE
+    if target is not None:
+        target.check()
+        profile = parse_profile(target.profile, PROFILE, unnamed=REGIONS_AXIS)
     if not run.finished:
         raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
     check_place(out, as_zip)
@@ -103,6 +145,7 @@ def export_bundle(
     parity = tuple(parity_gate(model, graph, arrays))
     for measured in parity:
         say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
+    variant = None if target is None else _variant(target, profile, model, inputs, arrays, say)
     config = run.config
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -140,7 +183,7 @@ def export_bundle(
                 "weights": WEIGHTS_FILE,
                 "initializers": graph.initializers,
                 "providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
-                "tolerance": TOLERANCE,
+                "tolerance": TOLERANCES["fp32"],
                 "parity": [asdict(measured) for measured in parity],
             }
         },
@@ -163,12 +206,33 @@ def export_bundle(
             _write_golden(folder / "golden", name, city, pa.table(expected))
         if encoder is not None and inside:
             shutil.copytree(encoder.path, folder / ENCODER)
+        if variant is not None:
+            written = {variant.target.variant: variant.write(folder, say)}
+            manifest = replace(manifest, variants={**manifest.variants, **written})
         card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
         (folder / CARD).write_text(card, encoding="utf-8")
         seal_bundle(folder, manifest)
         open_bundle(folder).verify()  # what no reader would take must not leave this machine
     size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return Exported(path=out, parity=parity, bytes=size)
+
+
+def _variant(
+    target: Target,
+    profile: Profile,
+    model: TopT,
+    inputs: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> _Variant:
+    """The graph for TensorRT, behind the same gate on the same cities, its precision's tolerance apart."""
+    say(f"exporting the graph for {target.variant}")
+    most = profile[REGIONS_AXIS].most
+    graph = export_for_engine(model, inputs, precision=target.precision, most=most)
+    parity = tuple(parity_gate(model, graph, arrays, target.precision))
+    worst = max(measured.worst for measured in parity)
+    say(f"parity gate: {target.variant} on ONNX Runtime, largest relative difference {worst:.1e}")
+    return _Variant(target=target, profile=profile, graph=graph, parity=parity)
 
 
 def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mapping[str, Any]]) -> None:

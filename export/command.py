@@ -8,19 +8,43 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from topt_deploy.bundle import SUFFIX
+from topt_deploy.engine.library import FLAVOURS, TENSORRT
 from topt_deploy.runs import RUNS_DIR, newest_run, open_run
 
 if TYPE_CHECKING:
     from topt_deploy.encoder.bundle import EncoderBundle
 
+    from .engines import Target
+
 DEFAULT_OUT = f"model{SUFFIX}"
+ONNX, TRT = "onnx", "trt"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @click.command("export")
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), required=False)
 @click.option(
-    "--format", "form", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="What to export."
+    "--format",
+    "form",
+    type=click.Choice([ONNX, TRT]),
+    default=ONNX,
+    show_default=True,
+    help="trt: also what TensorRT builds engines of.",
+)
+@click.option(
+    "--flavour", type=click.Choice(FLAVOURS), default=TENSORRT, show_default=True, help="TensorRT, or TensorRT-RTX."
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True, help="Of --format trt's model."
+)
+@click.option(
+    "--profile",
+    multiple=True,
+    metavar="[DIM=]MIN,OPT,MAX",
+    help="Sizes that engines are made for; DIM is regions, or tokens with --encoder-only, where not named.",
+)
+@click.option(
+    "--capability", multiple=True, metavar="8.9", help="With --flavour rtx: build engines for this GPU, here and now."
 )
 @click.option("--out", type=click.Path(path_type=Path), help=f"Bundle [default: {DEFAULT_OUT} beside runs/].")
 @click.option("--zip", "as_zip", is_flag=True, help="Write the bundle as one zip file.")
@@ -46,6 +70,10 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 def export(
     run: Path | None,
     form: str,
+    flavour: str,
+    precision: str,
+    profile: tuple[str, ...],
+    capability: tuple[str, ...],
     out: Path | None,
     as_zip: bool,
     prompt_encoder: str | None,
@@ -61,7 +89,24 @@ def export(
 
     if as_zip and prompt_encoder and encoder_bundle is None:
         raise UsageError("an encoder's weights are mapped from a folder", fix="add --encoder-bundle, or leave --zip")
-    made_with = {"precision": encoder_precision, "templates": templates, "max_pixels": max_pixels}
+    target = encoder_target = None
+    if form == TRT:
+        target, encoder_target = _targets(
+            flavour,
+            (precision, encoder_precision),
+            profile,
+            capability,
+            encoded=prompt_encoder is not None,
+            only=encoder_only,
+        )
+    elif profile or capability:
+        raise UsageError("--profile and --capability are of engines", fix="add --format trt, or leave them out")
+    made_with = {
+        "precision": encoder_precision,
+        "templates": templates,
+        "max_pixels": max_pixels,
+        "target": encoder_target,
+    }
     if encoder_only:
         if encoder_bundle is None:
             raise UsageError("--encoder-only makes a bundle of the encoder's own", fix="name it with --encoder-bundle")
@@ -88,7 +133,7 @@ def export(
         elif prompt_encoder is not None:
             beside = Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")))
             encoder = _encoder(prompt_encoder, beside / f"encoder{SUFFIX}", **made_with)
-        done = export_bundle(opened, out, say=_say, as_zip=as_zip, encoder=encoder, inside=inside)
+        done = export_bundle(opened, out, say=_say, as_zip=as_zip, encoder=encoder, inside=inside, target=target)
     click.echo(f"bundle {done.path}: {done.bytes / 1e6:.1f} MB, parity passed on {len(done.parity)} cities")
     if mlflow is not None:
         write_mlflow(mlflow, done.path)
@@ -96,6 +141,35 @@ def export(
     regions = out.with_name("regions.parquet")
     found = regions.exists() and out.name == DEFAULT_OUT
     click.echo(f"next: topt-run predict {regions}" if found else f"next: topt-run predict REGIONS --bundle {out}")
+
+
+def _targets(
+    flavour: str,
+    precisions: tuple[str, str],
+    profile: tuple[str, ...],
+    capabilities: tuple[str, ...],
+    *,
+    encoded: bool,
+    only: bool,
+) -> tuple["Target", "Target"]:
+    """What engines of the model and of the encoder are made for; each has its own of the profile's dimensions."""
+    from .engines import Target
+    from .graph import REGIONS_AXIS
+
+    def of_the_model(text: str) -> bool:
+        return not only and (not encoded or text.partition("=")[0].strip() == REGIONS_AXIS or "=" not in text)
+
+    model, encoder = (
+        Target(
+            flavour=flavour,
+            precision=precision,
+            profile=tuple(text for text in profile if of_the_model(text) == own),
+            capabilities=capabilities,
+        )
+        for precision, own in zip(precisions, (True, False), strict=True)
+    )
+    model.check()
+    return model, encoder
 
 
 def _encoder(model: str | None, place: Path, **made_with: Any) -> "EncoderBundle":

@@ -15,8 +15,11 @@ from onnx.parser import parse_graph
 from torch import Tensor, nn
 
 from topt_deploy.model import tiles
-from topt_deploy.model.tiles import planned
+from topt_deploy.model.precision import halved, in_half, never_in_few_bits
+from topt_deploy.model.tiles import planned, whole
 from topt_deploy.model.topt import TopT
+
+from .quantise import quantise
 
 OPSET = 20
 REGIONS_AXIS = "regions"
@@ -59,6 +62,19 @@ class _ByPosition(nn.Module):
         return tuple(predictions.values())
 
 
+class _Whole(_ByPosition):
+    """The same in one tile, as engines have it; in half where asked."""
+
+    def __init__(self, model: TopT, half: bool) -> None:
+        super().__init__(model)
+        self.within = in_half if half else contextlib.nullcontext
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with whole(), self.within():
+            predictions = self.model(dict(zip(self.names, inputs, strict=True)))
+        return tuple(predictions.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """An ONNX model with its large initialisers as external data, the standard's own form.
@@ -66,7 +82,7 @@ class Graph:
     Attributes:
         model: The serialised model; it names :data:`WEIGHTS` beside it.
         weights: The external data.
-        initializers: Offset in bytes and shape of every external initialiser, all float32. ONNX Runtime takes them
+        initializers: Offset in bytes and shape of every external initialiser that is float32. ONNX Runtime takes them
             from a buffer of the caller's by this list: checked bytes, and one copy in memory instead of three.
     """
 
@@ -101,6 +117,36 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
     return _split(proto)
 
 
+def export_for_engine(model: TopT, sample: Mapping[str, Tensor], *, precision: str, most: int) -> Graph:
+    """Export as TensorRT's engines are best built from: no tiles, for an engine's size is bounded, and a Scan would
+    become a loop that nothing is fused across.
+
+    Args:
+        model: The trained model.
+        sample: Of :func:`export_graph`.
+        precision: Of the products: ``fp32``, ``fp16``, or the weights in ``int8`` or ``int4`` and the rest in half.
+        most: The largest number of regions.
+
+    Returns:
+        The checked graph, in standard operators; inputs and outputs are float32 whatever the precision.
+    """
+    half = precision != "fp32"
+    module = _Whole(halved(model) if half else model, half).eval()
+    axes = ({0: torch.export.Dim(REGIONS_AXIS, max=most)},) * len(module.names)
+    with torch.no_grad():
+        traced = torch.export.export(
+            module, tuple(sample[name] for name in module.names), dynamic_shapes=(axes,), strict=False
+        )
+        inputs, outputs = ([name + _OUTER for name in names] for names in (module.names, model.heads))
+        proto = translate(traced, inputs, outputs)
+    _name(proto)
+    _strip(proto)
+    if precision in ("int8", "int4"):
+        quantise(proto, precision, never_in_few_bits(module))
+    onnx.checker.check_model(proto, full_check=True)
+    return _split(proto, every_type=True)
+
+
 def translate(traced: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
     """What was traced as ONNX, inputs and outputs under these names, and nothing printed on the way."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everyone that torchvision is absent
@@ -119,14 +165,16 @@ def translate(traced: torch.export.ExportedProgram, inputs: Sequence[str], outpu
     return program.model_proto
 
 
-def _split(proto: onnx.ModelProto) -> Graph:
-    """Move the large initialisers out of the model."""
+def _split(proto: onnx.ModelProto, *, every_type: bool = False) -> Graph:
+    """Move the large initialisers out of the model: those of float32, or all."""
     weights = bytearray()
     initializers = {}
     for tensor in proto.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.raw_data) < EXTERNAL_FROM_BYTES:
+        float32 = tensor.data_type == onnx.TensorProto.FLOAT
+        if not (float32 or every_type) or len(tensor.raw_data) < EXTERNAL_FROM_BYTES:
             continue
-        initializers[tensor.name] = (len(weights), tuple(tensor.dims))
+        if float32:
+            initializers[tensor.name] = (len(weights), tuple(tensor.dims))
         data = tensor.raw_data
         set_external_data(tensor, WEIGHTS, offset=len(weights), length=len(data))
         tensor.data_location = onnx.TensorProto.EXTERNAL

@@ -17,10 +17,15 @@ from .graph import WEIGHTS, Graph
 
 Array = np.ndarray[Any, Any]
 
-TOLERANCE = 1e-4
-"""Largest accepted difference of a prediction, relative to itself, or to one count where it is smaller."""
-TIE = 1e-6
-"""Predictions of two regions closer than this, relatively, are a tie in float32 and have no order to keep."""
+TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
+"""Largest accepted difference of a prediction, relative to itself, or to one count where it is smaller.
+
+Half has 11 bits, 5e-4, and a score is cubed to a count, which trebles what the layers add up to. A weight in 8 bits is
+off by up to 4e-3 of the largest of its output, in 4 bits by 0.06 of that of its block: eight times and a hundred times
+half's, of which much averages out over the inputs. Beyond these a precision is of no use to a count."""
+TIES: Mapping[str, float] = {"fp32": 1e-6, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
+"""Predictions of two regions closer than this, relatively, are a tie and have no order to keep: what float32 cannot
+tell apart, and with fewer bits what these may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +45,8 @@ class Parity:
     swapped: int
 
 
-def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str) -> Parity:
-    """Compare predictions of all tasks, each (N,), by value and by ranking."""
+def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str, precision: str = "fp32") -> Parity:
+    """Compare predictions of all tasks, each (N,), by value and by ranking, :data:`TIES` of a precision apart."""
     worst, swapped = 0.0, 0
     for task, e in expected.items():
         a, b = e.astype(np.float64), found[task].astype(np.float64)
@@ -50,7 +55,7 @@ def compare(expected: Mapping[str, Array], found: Mapping[str, Array], city: str
             continue
         worst = max(worst, float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max()))
         ranked = a[np.argsort(b, kind="stable")]  # must not decrease, ties apart
-        swapped += int((ranked[:-1] - ranked[1:] > TIE * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
+        swapped += int((ranked[:-1] - ranked[1:] > TIES[precision] * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
     return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
 
 
@@ -74,19 +79,23 @@ def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return {task: predicted.numpy() for task, predicted in predict(model, tensors).items()}
 
 
-def parity_gate(model: TopT, graph: Graph, cities: Mapping[str, Mapping[str, Array]]) -> Sequence[Parity]:
+def parity_gate(
+    model: TopT, graph: Graph, cities: Mapping[str, Mapping[str, Array]], precision: str = "fp32"
+) -> Sequence[Parity]:
     """Compare on every city.
 
     Raises:
-        BadBundle: If any prediction differs by more than :data:`TOLERANCE`, or any ranking differs.
+        BadBundle: If any prediction differs by more than :data:`TOLERANCES` of the precision, or any ranking differs.
     """
-    measured = [compare(run_model(model, x), run_graph(graph, x), city) for city, x in cities.items()]
+    measured = [compare(run_model(model, x), run_graph(graph, x), city, precision) for city, x in cities.items()]
     for parity in measured:
-        if not parity.worst <= TOLERANCE or parity.swapped:
+        if not parity.worst <= TOLERANCES[precision] or parity.swapped:
             raise BadBundle(
-                f"parity gate failed on {parity.city} ({parity.regions} regions): no bundle was written",
-                expected=f"relative difference ≤ {TOLERANCE:g} and the same ranking as PyTorch",
+                f"parity gate failed on {parity.city} ({parity.regions} regions, {precision}): no bundle was written",
+                expected=f"relative difference ≤ {TOLERANCES[precision]:g} and the same ranking as PyTorch",
                 found=f"{parity.worst:.3g}, {parity.swapped} pairs in another order",
-                fix="this is a fault of the export; please report it with the run folder",
+                fix="this is a fault of the export; please report it with the run folder"
+                if precision == "fp32"
+                else "export with a higher --precision",
             )
     return measured

@@ -8,7 +8,7 @@ import click
 from topt_deploy.commandline import Lines, Log
 from topt_deploy.encoder.command import shared_options
 
-from .options import encoder_engine_option, log_format_option, signature_option, threads_option
+from .options import device_option, encoder_engine_option, log_format_option, signature_option, threads_option
 
 
 @click.command("encode")
@@ -18,6 +18,7 @@ from .options import encoder_engine_option, log_format_option, signature_option,
 )
 @shared_options
 @encoder_engine_option
+@device_option
 @signature_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Regions at once.")
 @threads_option
@@ -27,6 +28,7 @@ def encode(
     bundle: Path,
     templates: Path | None,
     encoder_engine: str,
+    device: str,
     require_signature: Path | None,
     batch: int,
     threads: int,
@@ -37,11 +39,14 @@ def encode(
     from topt_deploy.encoder.job import Job
     from topt_deploy.encoder.templates import load_templates
 
-    from .encoder import find_encoder, load_encoder
+    from .encoder import check_engine, find_encoder, load_encoder
 
-    job = Job(city=regions, **shared)
-    opened = load_encoder(find_encoder(bundle, require_signature), engine=encoder_engine, threads=threads)
     log = Log(log_format)
+    log.listen()
+    check_engine(encoder_engine, device)
+    job = Job(city=regions, **shared)
+    found = find_encoder(bundle, require_signature)
+    opened = load_encoder(found, engine=encoder_engine, device=device, threads=threads)
     asked = load_templates(templates) if templates else opened.templates
     done = job.run(opened.encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())
     log.result(job.summary(done), **job.facts(done))

@@ -4,8 +4,7 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,22 @@ import numpy as np
 from topt_deploy.bundle import ENCODER, Bundle, open_bundle, open_sealed, well_formed
 from topt_deploy.encoder.bundle import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.encoder.encode import PooledEncoder
-from topt_deploy.encoder.graphs import PAST, PRESENT, GraphBackend, Runner, import_openvino
+from topt_deploy.encoder.graphs import DECODER, PAST, PRESENT, VISION, Between, GraphBackend, Runner, import_openvino
 from topt_deploy.encoder.prompt import Array
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.encoder.templates import Templates
 from topt_deploy.errors import BadBundle, NoInput, UsageError
 from topt_deploy.signature import check_signature
 
+from .device import CPU, CUDA, TENSORRT, Chosen, choose
+from .mapped import mapped
+
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
+STANDARD, HALF = "standard", "tensorrt"
+"""What CUDA runs: the second form, where there is one, computes products in half where weights are in fp16."""
+GPU_CHUNK = 512
 CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 384}
 """Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache; OpenVINO's is fused,
 and with more tokens at once hardly faster, but in more memory."""
@@ -39,38 +44,19 @@ class OpenedEncoder:
         templates: Those that travel with it.
         sha256: Of its manifest.
         checked: Names of the files whose bytes were found to be the manifest's.
+        device: Where it runs, and why there.
     """
 
     encoder: PooledEncoder
     templates: Templates
     sha256: str
     checked: frozenset[str]
+    device: Chosen
 
     @property
     def spec(self) -> EncoderSpec:
         """What encoder it is."""
         return self.encoder.spec
-
-
-@contextmanager
-def _mapped(bundle: EncoderBundle, files: frozenset[str]) -> Iterator[Path]:
-    """The folder of files that are checked, and that something then maps instead of reading: they must not change."""
-    if not bundle.path.is_dir():
-        raise UsageError(
-            "an encoder's weights are mapped, not unpacked", file=bundle.path, expected="a folder",
-            found="a zip file", fix="unzip the bundle",
-        )  # fmt: skip
-    folder = bundle.path / bundle.inside
-    before = [_stamp(folder / file) for file in files]
-    bundle.verify(skip=frozenset(bundle.manifest.files) - files)
-    yield folder
-    if [_stamp(folder / file) for file in files] != before:
-        raise BadBundle("files changed while they were read", file=bundle.path, fix="nothing may write to a bundle")
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    facts = os.stat(path, follow_symlinks=False)
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 GROUP, MOST_SCALED_TOGETHER = 32, 256
@@ -302,44 +288,120 @@ def find_encoder(path: Path, key: Path | None = None) -> EncoderBundle:
     return encoder_of(city)
 
 
-def open_encoder(path: Path, *, inside: str = "", engine: str = ONNXRUNTIME, threads: int = 0) -> OpenedEncoder:
+def open_encoder(
+    path: Path, *, inside: str = "", engine: str = ONNXRUNTIME, device: str = CPU, threads: int = 0
+) -> OpenedEncoder:
     """Open an exported encoder and load it.
 
     Args:
         path: The encoder's bundle, or the city's that holds it.
         inside: The encoder's folder in a city's bundle (:data:`topt_deploy.bundle.ENCODER`), else "".
-        engine, threads: Of :func:`load_encoder`.
+        engine, device, threads: Of :func:`load_encoder`.
 
     Raises:
         NoInput, BadBundle: If there is none, or it is not sound.
-        NoDevice: If the engine is not installed.
-        UsageError: If the engine is unknown.
+        NoDevice: If the engine is not installed, or the device not there.
+        UsageError: If the engine is unknown, or is not for the device.
     """
-    return load_encoder(open_encoder_bundle(path, inside), engine=engine, threads=threads)
+    return load_encoder(open_encoder_bundle(path, inside), engine=engine, device=device, threads=threads)
 
 
-def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int) -> OpenedEncoder:
+def check_engine(engine: str, device: str) -> None:
+    """Refuse an engine that there is not, or not for the device.
+
+    Raises:
+        UsageError: Saying which there are.
+    """
+    if engine not in ENGINES:
+        raise UsageError("no such engine", expected=f"one of {', '.join(ENGINES)}", found=engine)
+    if engine == OPENVINO and device != CPU:
+        raise UsageError(
+            "OpenVINO runs the encoder on the CPU alone", expected="--device cpu", found=f"--device {device}",
+            fix="leave --encoder-engine out",
+        )  # fmt: skip
+
+
+def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: str = CPU) -> OpenedEncoder:
     """Load the networks of an exported encoder, checking every byte that is used.
 
     Args:
         bundle: The encoder's.
         engine: One of :data:`ENGINES`.
         threads: Threads within an operator; 0 leaves the choice to the engine.
+        device: One of :data:`.device.DEVICES`.
 
     Raises:
         BadBundle: If a file is not the manifest's.
-        NoDevice: If the engine is not installed.
-        UsageError: If the engine is unknown.
+        NoDevice: If the engine is not installed, or the device not there.
+        UsageError: If the engine is unknown, or is not for the device.
     """
-    if engine not in ENGINES:
-        raise UsageError("no such engine", expected=f"one of {', '.join(ENGINES)}", found=engine)
+    check_engine(engine, device)
+    ways = {
+        CPU: lambda: _on_cpu(bundle, engine, threads),
+        CUDA: lambda: _on_cuda(bundle, threads),
+        TENSORRT: lambda: _on_tensorrt(bundle, threads),
+    }
+    loaded, chosen = choose(device, ways, what="prompt encoder")
     m = bundle.manifest
+    encoder = PooledEncoder(
+        spec=bundle.spec,
+        precision=m.precision,
+        runtime=loaded.runtime,
+        sha256=bundle.sha256,
+        host=bundle.spec.host(bundle.read(TOKENIZER)),
+        backend=GraphBackend(
+            loaded.networks, embedding=loaded.embedding, past=m.past, spec=bundle.spec, chunk=loaded.chunk,
+            between=loaded.between,
+        ),
+    )  # fmt: skip
+    return OpenedEncoder(
+        encoder=encoder, templates=bundle.templates, sha256=bundle.sha256, checked=loaded.files | {TOKENIZER},
+        device=chosen,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Loaded:
+    """An encoder's networks, loaded.
+
+    Attributes:
+        runtime: What runs them: vectors of one are not taken for another's.
+        networks, embedding, chunk, between: Of :class:`.graphs.GraphBackend`.
+        files: That were checked.
+        how: For the log.
+    """
+
+    runtime: str
+    networks: Mapping[str, Runner]
+    embedding: _Embedding
+    chunk: int
+    files: frozenset[str]
+    between: Between | None = None
+    how: str = ""
+
+
+def _graphs(bundle: EncoderBundle, form: str) -> dict[str, str]:
+    """Each network's graph in a form."""
     with well_formed(bundle.path):
-        graphs = {name: facts["graphs"][FORMS[engine]] for name, facts in m.networks.items()}
-    files = frozenset([EMBEDDING, *graphs.values(), *(facts["weights"] for facts in m.networks.values())])
+        return {name: facts["graphs"][form] for name, facts in bundle.manifest.networks.items()}
+
+
+def _needed(bundle: EncoderBundle, graphs: Mapping[str, str]) -> frozenset[str]:
+    weights = (facts["weights"] for facts in bundle.manifest.networks.values())
+    return frozenset([EMBEDDING, *graphs.values(), *weights])
+
+
+def _embedding(bundle: EncoderBundle, folder: Path) -> _Embedding:
+    facts = bundle.manifest.embedding
+    return _Embedding(folder / EMBEDDING, dtype=facts["dtype"], width=facts["shape"][1])
+
+
+def _on_cpu(bundle: EncoderBundle, engine: str, threads: int) -> _Loaded:
+    m, graphs = bundle.manifest, _graphs(bundle, FORMS[engine])
+    files = _needed(bundle, graphs)
     networks: dict[str, Runner] = {}
-    with _mapped(bundle, files) as folder:
-        embedding = _Embedding(folder / EMBEDDING, dtype=m.embedding["dtype"], width=m.embedding["shape"][1])
+    with mapped(bundle, files) as folder:
+        embedding = _embedding(bundle, folder)
         for name, graph in graphs.items():
             if engine == ONNXRUNTIME:
                 from .session import MappedSession
@@ -348,12 +410,47 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int) -> OpenedE
             else:
                 weights = folder / m.networks[name]["weights"]
                 networks[name] = _OpenVino(folder / graph, weights=weights, threads=threads, precision=m.precision)
-    encoder = PooledEncoder(
-        spec=bundle.spec,
-        precision=m.precision,
-        runtime=engine,
-        sha256=bundle.sha256,
-        host=bundle.spec.host(bundle.read(TOKENIZER)),
-        backend=GraphBackend(networks, embedding=embedding, past=m.past, spec=bundle.spec, chunk=CHUNKS[engine]),
+    return _Loaded(runtime=engine, networks=networks, embedding=embedding, chunk=CHUNKS[engine], files=files)
+
+
+def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
+    """On ONNX Runtime's CUDA, which has kernels for the standard's operators, and for its own of 8 bits none."""
+    from .bound import BetweenBound, BoundSession
+    from .session import check_device
+
+    check_device(CUDA)
+    m = bundle.manifest
+    halved = m.precision == "fp16" and all(HALF in facts["graphs"] for facts in m.networks.values())
+    graphs = _graphs(bundle, HALF if halved else STANDARD)
+    files = _needed(bundle, graphs)
+    with mapped(bundle, files) as folder:
+        embedding = _embedding(bundle, folder)
+        networks = {
+            name: BoundSession(folder / graph, device=CUDA, threads=threads, exact=m.precision == "fp32")
+            for name, graph in graphs.items()
+        }
+    between = BetweenBound(
+        networks[DECODER], networks.get(VISION), width=bundle.spec.width, device=CUDA, threads=threads
     )
-    return OpenedEncoder(encoder=encoder, templates=bundle.templates, sha256=bundle.sha256, checked=files | {TOKENIZER})
+    return _Loaded(
+        runtime="onnxruntime-cuda", networks=networks, embedding=embedding, chunk=GPU_CHUNK, files=files,
+        between=between, how="ONNX Runtime's CUDA provider",
+    )  # fmt: skip
+
+
+def _on_tensorrt(bundle: EncoderBundle, threads: int) -> _Loaded:
+    """On TensorRT, in the form that was exported for it."""
+    from .engines import encoder_files, encoder_targets, find_way, tokens_at_once
+
+    needed, flavours = encoder_files(bundle)
+    way = find_way(flavours, threads=threads)
+    files = needed | {EMBEDDING}
+    with mapped(bundle, files) as folder:
+        embedding = _embedding(bundle, folder)
+        targets = encoder_targets(bundle, folder)
+        networks: dict[str, Runner] = {name: way.open(target) for name, target in targets.items()}
+        chunk = min(GPU_CHUNK, tokens_at_once(targets[DECODER]))
+    return _Loaded(
+        runtime=way.runtime, networks=networks, embedding=embedding, chunk=chunk, files=files,
+        between=way.between(networks, bundle.spec.width), how=way.how,
+    )  # fmt: skip

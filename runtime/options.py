@@ -14,7 +14,11 @@ log_format_option = click.option(
     help="Messages as text or JSON.",
 )
 device_option = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+    "--device",
+    type=click.Choice(["cpu", "cuda", "tensorrt", "auto"]),
+    default="cpu",
+    show_default=True,
+    help="An absent one is an error; auto takes the best that works, and says which and why.",
 )
 encoder_engine_option = click.option(
     "--encoder-engine",

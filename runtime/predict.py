@@ -93,6 +93,7 @@ def predict(
     from .city import Options
 
     log = Log(log_format)
+    log.listen()
     with _measured(metrics_file) as measure:
         regions = alone(inputs, out)
         if regions is not None:

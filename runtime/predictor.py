@@ -20,10 +20,12 @@ from topt_deploy.parquet import ParquetFile
 from topt_deploy.signature import check_signature
 from topt_deploy.table import City, hive_city
 
+from .device import CPU, CUDA, TENSORRT, choose
 from .quarantine import FAIL, Sieve
 from .session import PROVIDERS, Session, check_device
 
 if TYPE_CHECKING:
+    from .engines import HostSession
     from .prompts import PromptEncoder
 
 Array = np.ndarray[Any, Any]
@@ -50,19 +52,19 @@ class Predictor:
 
     Args:
         bundle: An opened bundle.
-        device: ``cpu`` or ``cuda``.
+        device: One of :data:`.device.DEVICES`.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder.
 
     Attributes:
+        chosen: Where the model runs, and why there.
         encoded: What the prompts of the last city were made with, where they were made here.
     """
 
     def __init__(
         self, bundle: Bundle, *, device: str, threads: int, encoder: Path | None = None, engine: str = "onnxruntime"
     ) -> None:
-        check_device(device)
         self.bundle = bundle
         if PRECISION not in bundle.manifest.variants:
             found = ", ".join(bundle.manifest.variants) or "none"
@@ -74,10 +76,17 @@ class Predictor:
                     "intervals are on another scale than this version's", file=bundle.path, column=task,
                     expected=SCALE, found=facts.get("scale"), fix="export again",
                 )  # fmt: skip
-        self.device, self._threads = device, threads
+        self._threads = threads
         self._lock = threading.Lock()
-        self._session: Session | None = None
-        self._place, self._engine = encoder, engine
+        self._session: Session | HostSession | None = None
+        self._place, self._engine, self._asked = encoder, engine, device
+        if device != CPU:
+            from .encoder import check_engine
+
+            check_engine(engine, device)
+        # Elsewhere the model is prepared at once: only then is it known to work there.
+        ways = {CPU: lambda: check_device(CPU), CUDA: lambda: self._open(CUDA), TENSORRT: self._open_engine}
+        self._session, self.chosen = choose(device, ways, what="the city's model")
         self._encoder: PromptEncoder | None = None
         self.encoded: dict[str, Any] | None = None
 
@@ -87,26 +96,39 @@ class Predictor:
         return self.bundle.read(self.variant["graph"]), self.bundle.read(self.variant["weights"])
 
     @property
-    def session(self) -> Session:
-        """The model, prepared on first use: a process that predicts once has read its input by then, and let it go."""
+    def session(self) -> "Session | HostSession":
+        """The model, on the CPU prepared on first use: who predicts once has read its input by then, and let it go."""
         with self._lock:
             if self._session is None:
-                self._session = Session(
-                    *self.parts,
-                    self.variant["initializers"],
-                    source=self.bundle.path,
-                    device=self.device,
-                    threads=self._threads,
-                )
-                promised = {"inputs": self.bundle.manifest.inputs, "outputs": self.tasks}
-                for side, names in promised.items():
-                    found = getattr(self._session, side)
-                    if found != names:
-                        raise BadBundle(
-                            f"the graph's {side} are not the manifest's", file=self.bundle.path,
-                            expected=names, found=found,
-                        )  # fmt: skip
+                self._session = self._open(CPU)
             return self._session
+
+    def _open_engine(self) -> "HostSession":
+        from .engines import open_model
+
+        session = open_model(self.bundle, threads=self._threads)
+        self._check_names(session)
+        self.variant = self.bundle.manifest.variants[session.variant]
+        return session
+
+    def _open(self, device: str) -> Session:
+        session = Session(
+            *self.parts,
+            self.variant["initializers"],
+            source=self.bundle.path,
+            device=device,
+            threads=self._threads,
+        )
+        self._check_names(session)
+        return session
+
+    def _check_names(self, session: "Session | HostSession") -> None:
+        for side, names in (("inputs", self.bundle.manifest.inputs), ("outputs", self.tasks)):
+            found = getattr(session, side)
+            if sorted(found) != sorted(names):  # an engine has them in an order of its own
+                raise BadBundle(
+                    f"the graph's {side} are not the manifest's", file=self.bundle.path, expected=names, found=found
+                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -115,8 +137,18 @@ class Predictor:
 
     @property
     def provider(self) -> str:
-        """The execution provider that runs the model."""
-        return PROVIDERS[self.device]
+        """What runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
+        return PROVIDERS[CPU] if self._session is None else self._session.provider
+
+    @property
+    def precision(self) -> str:
+        """What the model computes in."""
+        return str(self.variant.get("precision", PRECISION))
+
+    @property
+    def device(self) -> str:
+        """Where the model runs: never ``auto``."""
+        return self.chosen.used
 
     def predict(
         self,
@@ -257,7 +289,9 @@ class Predictor:
             if self._encoder is None:
                 from .prompts import PromptEncoder
 
-                self._encoder = PromptEncoder(self.bundle, self._place, engine=self._engine, threads=self._threads)
+                self._encoder = PromptEncoder(
+                    self.bundle, self._place, engine=self._engine, device=self._asked, threads=self._threads
+                )
             made = self._encoder.add(
                 sieve.regions, missing, home=home, id_col=id_col,
                 on_bad_image="fail" if sieve.policy == FAIL else "skip", cache=cache, progress=progress,
@@ -333,7 +367,8 @@ def load(
 
     Args:
         bundle: The bundle folder or zip.
-        device: ``cpu`` or ``cuda``; an absent one is an error.
+        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/devices.md); an absent one is an error, and
+            ``auto`` takes the best that works: ``chosen`` and the log of ``topt_deploy`` say which and why.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.

@@ -39,16 +39,16 @@ class PromptEncoder:
     Args:
         bundle: The city's bundle, whose manifest names an encoder.
         place: The encoder's own bundle; None looks inside, or beside, the city's.
-        engine, threads: Of :func:`.encoder.load_encoder`.
+        engine, device, threads: Of :func:`.encoder.load_encoder`.
 
     Raises:
         NoInput: If the encoder's bundle is not there.
         BadBundle: If it is not sound, or not the one that the bundle goes with.
     """
 
-    def __init__(self, bundle: Bundle, place: Path | None, *, engine: str, threads: int) -> None:
+    def __init__(self, bundle: Bundle, place: Path | None, *, engine: str, device: str, threads: int) -> None:
         found = encoder_of(bundle, place)
-        self._opened = load_encoder(found, engine=engine, threads=threads)
+        self._opened = load_encoder(found, engine=engine, device=device, threads=threads)
 
     def add(
         self,
@@ -88,6 +88,7 @@ class PromptEncoder:
             "identity": self._opened.spec.identity,
             "precision": encoder.precision,
             "engine": encoder.runtime,
+            "device": self._opened.device.as_dict(),
             "encoded": done.encoded,
             "cached": done.cached,
         }

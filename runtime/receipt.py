@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from topt_deploy import __version__
 
-from .predictor import PRECISION, Predictor
+from .predictor import Predictor
 
 
 class Stopwatch:
@@ -86,7 +86,8 @@ def make_receipt(
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
         "encoder": predictor.encoded,
         "provider": predictor.provider,
-        "precision": PRECISION,
+        "device": predictor.chosen.as_dict(),
+        "precision": predictor.precision,
         "versions": {
             "topt-deploy": __version__,
             "onnxruntime": ort.__version__,

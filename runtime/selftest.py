@@ -11,7 +11,7 @@ from topt_deploy.bundle import SCHEMA_VERSION, open_sealed
 from topt_deploy.encoder.bundle import EncoderBundle
 from topt_deploy.encoder.golden import read_golden, reproduce
 
-from .encoder import encoder_of, find_encoder, load_encoder, locate
+from .encoder import check_engine, encoder_of, find_encoder, load_encoder, locate
 from .predictor import load
 
 
@@ -29,15 +29,16 @@ def selftests(path: Path, *, device: str, engine: str, key: Path | None = None) 
 
     Args:
         path: The bundle.
-        device: What runs the city's model.
+        device: Where both run.
         engine: What runs the encoder.
         key: The public key that must have signed the bundle; None asks for no signature.
 
     Raises:
         BadBundle: If this machine's values are further from the exporter's than the bundle's tolerance.
     """
+    check_engine(engine, device)
     if open_sealed(path, SCHEMA_VERSION).is_encoder:
-        yield _encoder(find_encoder(path, key), engine)
+        yield _encoder(find_encoder(path, key), engine, device)
         return
     predictor = load(path, device=device, key=key)
     checks = predictor.selftest()
@@ -49,11 +50,11 @@ def selftests(path: Path, *, device: str, engine: str, key: Path | None = None) 
     if predictor.bundle.manifest.encoder is not None:
         place, _ = locate(predictor.bundle)
         if place.exists():
-            yield _encoder(encoder_of(predictor.bundle), engine)
+            yield _encoder(encoder_of(predictor.bundle), engine, device)
 
 
-def _encoder(bundle: EncoderBundle, engine: str) -> Done:
-    opened = load_encoder(bundle, engine=engine, threads=1)
+def _encoder(bundle: EncoderBundle, engine: str, device: str) -> Done:
+    opened = load_encoder(bundle, engine=engine, device=device, threads=1)
     bundle.verify(skip=opened.checked)
     regions, expected = read_golden(bundle)
     questions = [bundle.templates.question(task) for task in expected]
@@ -68,4 +69,6 @@ def _encoder(bundle: EncoderBundle, engine: str) -> Done:
         )  # fmt: skip
         lines.append(f"{region.name}: {len(region.images)} images, cosine {cosine:.6f}, difference {difference:.1e}")
         facts.append({"region": region.name, "cosine": cosine, "difference": difference})
-    return Done(engine=f"{engine} ({bundle.manifest.precision})", lines=tuple(lines), facts=tuple(facts))
+    return Done(
+        engine=f"{opened.encoder.runtime} ({bundle.manifest.precision})", lines=tuple(lines), facts=tuple(facts)
+    )

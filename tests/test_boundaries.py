@@ -20,11 +20,14 @@ STAGES = PACKAGES.keys() - {"topt_deploy"}
 # What predicts may import this and nothing else, so that the runtime image stays as small as it is promised.
 SERVING = sys.stdlib_module_names | {"topt_deploy", "numpy", "pyarrow", "click"}
 SERVING_EXTRAS = {
-    "onnxruntime", "openvino", "tensorrt", "tokenizers", "PIL", "shapely", "pyogrio", "pyproj", "cryptography", "ray",
-    "pyspark", "py4j",
+    "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "tokenizers", "PIL", "shapely", "pyogrio", "pyproj",
+    "cryptography", "ray", "pyspark", "py4j",
 }  # fmt: skip
 # Nobody who has no geometries, or whose prompts are encoded, should need these, nor wait for them to load.
-ONLY_IN_FUNCTIONS = {"shapely", "pyogrio", "pyproj", "openvino", "tokenizers", "PIL", "cryptography", "ray", "pyspark"}
+ONLY_IN_FUNCTIONS = {
+    "shapely", "pyogrio", "pyproj", "openvino", "tensorrt", "tensorrt_rtx", "tokenizers", "PIL", "cryptography", "ray",
+    "pyspark",
+}  # fmt: skip
 
 
 class Import(NamedTuple):

@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 PAGES = (
     "README.md",
     *("docs/configuration.md", "docs/operations.md", "docs/chicago.md", "docs/evaluation.md", "docs/report.md"),
-    *("docs/encoder.md", "docs/batch.md", "docs/security.md"),
+    *("docs/encoder.md", "docs/batch.md", "docs/security.md", "docs/devices.md"),
 )
 BY_CI = {"make demo", "make test"}
 """Run by .ci/run, whole; not from inside the suite."""
@@ -84,6 +84,8 @@ def test_commands_of_the_page_run(page: str, folder: Path, request: pytest.Fixtu
         shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")
         for line in re.findall("^openssl .*$", (ROOT / page).read_text(), re.MULTILINE):
             subprocess.run(shlex.split(line), cwd=folder, check=True, capture_output=True)
+    if page == "docs/devices.md":  # begins where a bundle is there
+        shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")
     if page == "docs/batch.md":  # begins where a run and a bundle are there
         with_cities(folder)
         shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from .engine.library import FLAVOURS
+from .engine.profile import read_profile
 from .errors import BadBundle, NoInput
 from .features import all_widths
 from .fileio import reading, sha256_bytes, write_text
@@ -37,6 +39,8 @@ ENCODER = "encoder/"
 """The folder of a prompt encoder inside a city's bundle: a sealed folder of its own."""
 GRAPH_SUFFIX = ".onnx"
 """Of every graph, so that none is opened that was not looked through."""
+ENGINE_SUFFIX = ".engine"
+"""Of what TensorRT or TensorRT-RTX built of a graph."""
 MANIFEST_LIMIT_BYTES = 16 << 20
 SEAL_LIMIT_BYTES = 200
 """Of seal and signature."""
@@ -69,8 +73,10 @@ class Manifest:
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
-        variants: By precision: graph, weights and where each initialiser lies in them, providers, tolerance and
-            what the parity gate measured.
+        variants: By name: graph, weights and where each initialiser lies in them, providers, tolerance and what the
+            parity gate measured. One of TensorRT's (docs/tensorrt.md) has ``flavour``, ``precision``, ``profile``
+            (:mod:`topt_deploy.engine.profile`), ``library`` and ``engines`` by compute capability where they were
+            built, and ``checked``, what looked through the graph.
         golden: Base names of the golden cities under ``golden/``.
         encoder: The prompt encoder that goes with it, if any: ``identity``, ``sha256`` of its manifest, and ``bundle``,
             the name of its own bundle, or null where it is inside.
@@ -370,6 +376,30 @@ def _check_form(manifest: Manifest) -> None:
         for place in variant["initializers"].values():
             require(isinstance(place, list) and len(place) == 2 and size(place[0]), "variants")
             require(isinstance(place[1], list) and all(size(n) for n in place[1]), "variants")
+        if "flavour" in variant:
+            require(isinstance(variant.get("precision"), str), "variants")
+            check_engines(variant, manifest.files, "variants")
+
+
+def check_engines(record: Mapping[str, Any], files: Mapping[str, Any], key: str) -> None:
+    """Refuse what a manifest says of engines where it is not of the kinds that its readers rely on.
+
+    Args:
+        record: With flavour, profile, library, engines and checked.
+        files: The bundle's.
+        key: Of the manifest, for the error.
+
+    Raises:
+        TypeError: Naming the key.
+    """
+    require(record.get("flavour") in FLAVOURS, key)
+    require(isinstance(record.get("profile"), dict) and bool(read_profile(record["profile"])), key)
+    require(record.get("library") is None or isinstance(record["library"], str), key)
+    require(isinstance(record.get("checked"), list) and all(isinstance(by, str) for by in record["checked"]), key)
+    engines = record.get("engines")
+    require(isinstance(engines, dict) and set(engines.values()) <= set(files), key)
+    require(all(name.endswith(ENGINE_SUFFIX) for name in record["engines"].values()), key)
+    require(not engines or record["library"] is not None, key)
 
 
 class _Files:

@@ -35,6 +35,21 @@ class Log:
         """Say what went wrong."""
         click.echo(json.dumps(error.as_dict()) if self.json else f"error: {error}", err=True)
 
+    def listen(self) -> None:
+        """From now on also say what our modules log, on standard error."""
+        import logging
+
+        log = self
+
+        class Said(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                text = record.getMessage()
+                click.echo(json.dumps({"event": "log", "message": text}) if log.json else printable(text), err=True)
+
+        ours = logging.getLogger("topt_deploy")
+        ours.handlers = [Said()]
+        ours.setLevel(logging.INFO)
+
 
 def decimal(value: float | None, digits: int = 3) -> str:
     """A figure, or a dash where there is none (R² of labels that do not vary)."""

@@ -236,7 +236,7 @@ def scratch_folder() -> Iterator[Path]:
                 facts = entry.stat(follow_symlinks=False)  # another user's could lead elsewhere by now
                 ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
                 if ours and time.time() - facts.st_mtime > SCRATCH_KEPT_S:
-                    _remove_folder(entry.path)
+                    remove_folder(entry.path)
     folder = os.path.join(parent, f"topt-{os.urandom(8).hex()}")
     try:
         os.mkdir(folder, 0o700)
@@ -247,10 +247,11 @@ def scratch_folder() -> Iterator[Path]:
     try:
         yield Path(folder)
     finally:
-        _remove_folder(folder)
+        remove_folder(folder)
 
 
-def _remove_folder(folder: str) -> None:
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder and what is in it, as far as that can be done (by hand: importing shutil costs a start)."""
     with suppress(OSError):
         for place, _, files in os.walk(folder, topdown=False):
             for file in files:

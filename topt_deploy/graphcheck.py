@@ -46,6 +46,8 @@ _ATTRIBUTE_TENSORS = {5, 10}
 _ATTRIBUTE_BODY = 6
 _ATTRIBUTE_REFUSED = {11: "bodies", 22: "sparse weights", 23: "sparse weights"}
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
+_GRAPH_INPUT, _VALUE_NAME, _VALUE_TO_SIZES = 11, 1, (2, 1, 2, 1)
+_SIZE_VALUE, _SIZE_NAME = 1, 2
 
 _Range = tuple[int, int]
 
@@ -69,6 +71,38 @@ def check_graph(data: bytes, beside: Mapping[str, int]) -> None:
             _check_nodes(data, _message(value), beside)
     if graphs != 1:
         raise ValueError(f"it has {graphs} graphs")
+
+
+def graph_inputs(data: bytes) -> dict[str, tuple[int | str | None, ...]]:
+    """Dimensions of each of a graph's inputs, by its name: a number, the name of a free one, or None.
+
+    Args:
+        data: A serialised ONNX model that :func:`check_graph` has passed.
+    """
+    found: dict[str, tuple[int | str | None, ...]] = {}
+    for graph in _inner(data, (0, len(data)), _MODEL_GRAPH):
+        for value in _inner(data, graph, _GRAPH_INPUT):
+            parts = dict(_fields(data, value))
+            places = [value]
+            for step in _VALUE_TO_SIZES:
+                places = [inner for place in places for inner in _inner(data, place, step)]
+            name = _text(data, parts[_VALUE_NAME]) if _VALUE_NAME in parts else ""
+            found[name] = tuple(_size(data, place) for place in places)
+    return found
+
+
+def _size(data: bytes, where: _Range) -> int | str | None:
+    for number, value in _fields(data, where):
+        if number == _SIZE_VALUE and isinstance(value, int):
+            return value
+        if number == _SIZE_NAME:
+            return _text(data, value)
+    return None
+
+
+def _inner(data: bytes, where: _Range, number: int) -> list[_Range]:
+    """Where the messages of a field are."""
+    return [_message(value) for field, value in _fields(data, where) if field == number]
 
 
 def _check_nodes(data: bytes, graph: _Range, beside: Mapping[str, int], depth: int = 0) -> None:

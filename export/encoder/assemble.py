@@ -1,6 +1,6 @@
 """A network's graph, put together layer by layer: no more than one weight is in memory at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,8 +42,9 @@ def assemble(
     kept: Mapping[str, str],
     precision: str,
     folder: Path,
+    forms: Sequence[str] = FORMS,
 ) -> Assembled:
-    """Write a network as ONNX, in every form, with external weights that the forms share.
+    """Write a network as ONNX, in several forms, with external weights that the forms share.
 
     Args:
         network: The network.
@@ -51,11 +52,12 @@ def assemble(
         kept: Precision of linear layers that have one of their own, by the checkpoint's name.
         precision: Of all others (:mod:`.lower`).
         folder: Where ``<network>.weights`` and ``<network>.<form>.onnx`` are written.
+        forms: Which forms (:mod:`.lower`).
     """
     traced: dict[str, Traced] = {}
-    names = {form: {name: name for name in network.inputs} for form in FORMS}
+    names = {form: {name: name for name in network.inputs} for form in forms}
     with Weights(folder / f"{network.name}.weights") as weights:
-        builders = {form: Builder(weights) for form in FORMS}
+        builders = {form: Builder(weights) for form in forms}
         for use in network.uses:
             if use.piece.name not in traced:
                 traced[use.piece.name] = trace(use.piece)
@@ -105,7 +107,7 @@ class _Layers:
     """
 
     def __init__(self, use: Use, load: Callable[[str], Tensor], kept: Mapping[str, str], precision: str) -> None:
-        self._use, self._load, self._kept, self._precision = use, load, kept, precision
+        self._use, self._load, self._kept, self.general = use, load, kept, precision
         self._linear: dict[str, Linear] = {}
 
     def linear(self, slot: str, bias: bool, rank: int) -> Linear:
@@ -124,7 +126,7 @@ class _Layers:
 
     def precision(self, name: str) -> str:
         """A linear layer's precision, by the checkpoint's name."""
-        return self._kept.get(name, self._precision)
+        return self._kept.get(name, self.general)
 
     def parameter(self, name: str) -> tuple[str, Callable[[], Array]]:
         """A small parameter's name in the checkpoint, and what reads it."""
@@ -159,7 +161,7 @@ def _add(
             layer = layers.linear(attributes["slot"].decode(), bool(attributes["bias"]), attributes["rank"])
             results = [linear(builder, given[0], layer, layers.precision(layer.name), form)]
         elif node.domain == DOMAIN and node.op_type == ATTENTION:
-            results = [attention(builder, given, form, **attributes)]
+            results = [attention(builder, given, layers.general, form, **attributes)]
         else:
             first = builder.node(node.op_type, given, domain=node.domain, outputs=len(node.output), **attributes)
             results = [first, *(f"{first}/{i}" for i in range(1, len(node.output)))]

@@ -87,6 +87,8 @@ class Builder:
         """Of what layers give, by name: a graph has to say it of its outputs."""
         self.far: dict[str, str] = {}
         """What is added to scores where a mask forbids to look, by the mask's name."""
+        self.halves: dict[str, str] = {}
+        """Values in half precision, by the names of what they are in float32."""
         self._count = 0
 
     def node(self, kind: str, inputs: Sequence[str], *, domain: str = "", outputs: int = 1, **attributes: Any) -> str:

@@ -1,9 +1,10 @@
 """Export a prompt encoder: networks shard by shard, parity gate, golden regions, and last of all the manifest."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -27,11 +28,14 @@ from topt_deploy.encoder.graphs import VISION, GraphBackend
 from topt_deploy.encoder.prompt import Array
 from topt_deploy.encoder.spec import TEXT
 from topt_deploy.encoder.templates import Templates, load_templates
+from topt_deploy.engine.profile import parse_profile
 from topt_deploy.errors import UsageError
 from topt_deploy.fileio import atomic_folder
 from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, quiet, torch_backend
 
+from ..engines import Target, make_engines
 from .assemble import Assembled, assemble
+from .causal import TOKENS
 from .checkpoint import Recipe, Tensors, recipe
 from .gate import (
     TOLERANCE,
@@ -44,8 +48,9 @@ from .gate import (
     golden_regions,
     reference,
 )
-from .lower import ONNXRUNTIME, PRECISIONS, STANDARD
+from .lower import FORMS, ONNXRUNTIME, PRECISIONS, STANDARD, TENSORRT
 from .outliers import LIMITS, Outliers
+from .profiles import default_profile, of_network
 
 WHOLE_MODEL_NUMBERS = 500_000_000
 """A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
@@ -62,6 +67,7 @@ def make_encoder(
     templates: Path | None,
     max_pixels: int | None,
     say: Callable[[str], None],
+    target: Target | None = None,
 ) -> EncoderBundle:
     """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
 
@@ -72,6 +78,7 @@ def make_encoder(
         templates: A templates file; the shipped templates by default.
         max_pixels: What images are resized to, where prompts were encoded so.
         say: Told what is being done.
+        target: Of :func:`export_encoder`.
 
     Raises:
         UsageError: If something else is there, or the model cannot be exported.
@@ -96,7 +103,7 @@ def make_encoder(
         say(f"{out} is there already")
         return there
     with atomic_folder(out) as folder:
-        export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say)
+        export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)
     return open_encoder_bundle(out)
 
 
@@ -107,6 +114,7 @@ def export_encoder(
     precision: str,
     templates: Templates,
     say: Callable[[str], None],
+    target: Target | None = None,
 ) -> EncoderManifest:
     """Write an encoder bundle into an empty folder.
 
@@ -119,15 +127,21 @@ def export_encoder(
             int8, and maps that lose too much (:mod:`.outliers`) are kept in the next higher precision.
         templates: What questions travel with it.
         say: Told what is being done.
+        target: What TensorRT's engines are made for; with it graphs have a third form.
 
     Raises:
-        UsageError: If the model or the precision cannot be exported.
-        BadBundle: If the parity gate fails.
+        UsageError: If the model or the precision cannot be exported, or what is asked of engines does not go together.
+        BadBundle: If the parity gate fails, or TensorRT cannot build a network.
+        NoDevice: If engines are asked of a library that is not here.
     """
     if precision not in PRECISIONS:
         raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
     made = recipe(checkpoint)
     spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
+    profile, forms = default_profile(spec), FORMS
+    if target is not None:
+        target.check()
+        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), (*FORMS, TENSORRT)
     regions = golden_regions(templates, images=spec.family != TEXT)
     questions = list(templates.questions.values())
     past = {
@@ -150,7 +164,7 @@ def export_encoder(
     for network in made.networks:
         say(f"exporting the {network.name} network at {precision}")
         own = "int8" if network.name == VISION and precision == "int4" else precision
-        networks[network.name] = assemble(network, tensors.load, kept, own, folder)
+        networks[network.name] = assemble(network, tensors.load, kept, own, folder, forms)
     if whole:
         say("running the model in PyTorch, as transformers has it")
         expected = reference(host, torch_backend(checkpoint, device="cpu", precision="fp32"), regions, questions)
@@ -159,13 +173,20 @@ def export_encoder(
         expected = layerwise
     say("parity gate: PyTorch against the exported graphs")
     parity: list[EncoderParity] = []
-    for candidate in _candidates(networks, whole):
+    for candidate in _candidates(networks, whole, forms):
         parity += gate(
             candidate, expected=expected, regions=regions, questions=questions, host=host, spec=spec,
             embedding=embedding, past=past, precision=precision,
         )  # fmt: skip
         worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
         say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
+    engines: dict[str, dict[str, Any]] = {network.name: {} for network in made.networks}
+    for network in made.networks if target is not None else ():
+        assert target is not None
+        own_profile = of_network(network, profile)
+        done = make_engines(target, networks[network.name].graphs[TENSORRT], own_profile)
+        say(f"{network.name}: {done.told}")
+        engines[network.name] = {TENSORRT: {"flavour": target.flavour} | done.as_record(own_profile, folder)}
     (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
     write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
     manifest = EncoderManifest(
@@ -190,6 +211,7 @@ def export_encoder(
                 "graphs": {form: path.name for form, path in done.graphs.items()},
                 "weights": done.weights.name,
             }
+            | engines[name]
             for name, done in networks.items()
         },
         tolerance=TOLERANCE[precision],
@@ -211,10 +233,10 @@ def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
     return np.memmap(path, dtype=dtype, mode="r", shape=(rows, width))
 
 
-def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidate]:
+def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
     """What the gate checks.
 
-    Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
+    The form for TensorRT is checked whatever the size, for nothing else can do it where there is no GPU. Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
     second copy; ``topt-run selftest --encoder-engine openvino`` checks it on the target.
     """
 
@@ -226,4 +248,6 @@ def _candidates(networks: Mapping[str, Assembled], whole: bool) -> list[Candidat
         lazily.append(Candidate(form=STANDARD, engine="onnxruntime", files=files(STANDARD), load=FileRunner))
     if whole and find_spec("openvino") is not None:
         lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
+    if TENSORRT in forms:
+        lazily.append(Candidate(form=TENSORRT, engine="onnxruntime", files=files(TENSORRT), load=FileRunner))
     return lazily

@@ -15,7 +15,7 @@ EMBEDDING = "model.embed_tokens.weight"
 ATTENTION = "topt"
 AttentionInterface.register(ATTENTION, transformers_attention)
 
-BATCH, TOKENS, PAST, ALL = "B", "S", "P", "P + S"
+BATCH, TOKENS, PAST, ALL = "batch", "tokens", "past", "past + tokens"
 
 
 class Past:

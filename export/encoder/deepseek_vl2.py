@@ -24,7 +24,7 @@ from .network import Network, Piece, Spec, Use
 
 EMBEDDING = "language.model.embed_tokens.weight"
 
-TILES, TOKENS = "N", "M"
+TILES, TOKENS = "tiles", "image_tokens"
 
 
 class _Arrange(nn.Module):

@@ -2,7 +2,9 @@
 
 A graph comes in two forms on one file of weights. ``onnxruntime`` uses ONNX Runtime's own operators and computes in
 8 bits where the weights are; ``standard`` has the standard's operators alone, with weights behind DequantizeLinear,
-which OpenVINO and TensorRT turn into kernels of their own.
+which OpenVINO turns into kernels of its own. ``tensorrt``, made where it is asked for, is ``standard`` with linear maps
+and attention in half, unless the weights are fp32: TensorRT takes the types that it is given. Softmax, norms and what
+else is between these is float32 there, too, and so are the network's inputs and outputs.
 
 - ``fp32``: MatMul.
 - ``fp16``: the weight in half precision, cast to float32 before it is used: half the file.
@@ -19,15 +21,16 @@ from functools import cached_property
 
 import numpy as np
 
+from ..bits import BLOCK, in_4_bits, in_8_bits
 from .builder import INT4, MICROSOFT, Array, Builder
 
 ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
+TENSORRT = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-BLOCK = 32
 FAR = np.float32(-1e30)
 """What is added to a score where a query may not look; finite, so that looking nowhere is no NaN."""
-FLOAT = 1
-"""ONNX's number of the type."""
+FLOAT, HALF = 1, 10
+"""ONNX's numbers of the types."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +55,15 @@ class Linear:
         return self.load()
 
     @cached_property
-    def scale(self) -> Array:
-        """Of int8 codes, float32 (out,)."""
-        largest: Array = np.abs(self.weight).max(axis=1)
-        return np.maximum(largest, np.finfo(np.float32).tiny) / np.float32(127)
-
-    def codes(self) -> Array:
-        """int8 (in, out)."""
-        return np.rint(self.weight / self.scale[:, None]).astype(np.int8).T
+    def in_8_bits(self) -> tuple[Array, Array]:
+        """int8 codes (in, out), and float32 scales (out,)."""
+        codes, scale = in_8_bits(self.weight, np.float32)
+        return codes.T, scale
 
     @cached_property
-    def blocks(self) -> tuple[Array, Array]:
-        """int4 codes as uint8 (out, blocks, 32), 8 standing for zero, and scales (out, blocks).
-
-        The largest magnitude of a block is code 0, exactly: its sign decides the scale's.
-        """
-        blocks = self.weight.reshape(len(self.weight), -1, BLOCK)
-        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)
-        scale = np.where(extreme == 0, 1, extreme / -8)
-        codes = np.clip(np.rint(blocks / scale) + 8, 0, 15).astype(np.uint8)
-        return codes, scale[..., 0].astype(np.float32)
+    def in_4_bits(self) -> tuple[Array, Array]:
+        """Codes of −8 to 7 (out, in), and float32 scales (out, blocks)."""
+        return in_4_bits(self.weight, np.float32)
 
 
 def linear(graph: Builder, x: str, layer: Linear, precision: str, form: str) -> str:
@@ -92,8 +84,8 @@ def _float16(graph: Builder, x: str, layer: Linear) -> str:
 
 
 def _int8(graph: Builder, layer: Linear) -> tuple[str, str]:
-    codes = graph.weight(f"{layer.name}.codes", layer.codes)
-    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.scale)
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
+    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.in_8_bits[1])
 
 
 def _int8_standard(graph: Builder, x: str, layer: Linear) -> str:
@@ -114,26 +106,55 @@ def _int8_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
 
 def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
     def packed() -> Array:
-        codes, _ = layer.blocks
+        codes = (layer.in_4_bits[0] + 8).astype(np.uint8).reshape(len(layer.weight), -1, BLOCK)
         pairs: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return pairs
 
     out, width = layer.weight.shape
     weight = graph.weight(f"{layer.name}.blocks", packed)
-    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.blocks[1])
+    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.in_4_bits[1])
     form = {"K": width, "N": out, "bits": 4, "block_size": BLOCK}
     return graph.node("MatMulNBits", [x, weight, scale], domain=MICROSOFT, **form)
 
 
 def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
-    def codes() -> Array:
-        unsigned, _ = layer.blocks
-        signed: Array = unsigned.reshape(len(unsigned), -1).T.astype(np.int8) - 8
-        return signed.astype(INT4)
-
-    weight = graph.weight(f"{layer.name}.int4", codes)
-    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.blocks[1].T)
+    weight = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.in_4_bits[1].T)
     return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
+
+
+def _product_in_half(graph: Builder, x: str, weight: str) -> str:
+    return graph.node("Cast", [graph.node("MatMul", [_half(graph, x), weight])], to=FLOAT)
+
+
+def _half(graph: Builder, x: str) -> str:
+    """A value in half; what reads it more than once shares this."""
+    if x not in graph.halves:
+        graph.halves[x] = graph.node("Cast", [x], to=HALF)
+    return graph.halves[x]
+
+
+def _float16_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    return _product_in_half(graph, x, graph.weight(f"{layer.name}.half", lambda: layer.weight.T.astype(np.float16)))
+
+
+def _int8_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
+    scale = graph.weight(f"{layer.name}.half_scale", lambda: _half_scale(layer.in_8_bits[1]))
+    return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=1))
+
+
+def _int4_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
+    codes = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_half_scale", lambda: _half_scale(layer.in_4_bits[1].T))
+    return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=0, block_size=BLOCK))
+
+
+def _half_scale(scale: Array) -> Array:
+    """A scale in half, and none of them nothing."""
+    half = scale.astype(np.float16)
+    some: Array = np.where(half == 0, np.finfo(np.float16).smallest_subnormal, half)
+    return some
 
 
 _LINEAR: dict[tuple[str, str], Callable[[Builder, str, Linear], str]] = {
@@ -145,16 +166,31 @@ _LINEAR: dict[tuple[str, str], Callable[[Builder, str, Linear], str]] = {
     ("int8", STANDARD): _int8_standard,
     ("int4", ONNXRUNTIME): _int4_onnxruntime,
     ("int4", STANDARD): _int4_standard,
+    ("fp32", TENSORRT): _float32,
+    ("fp16", TENSORRT): _float16_tensorrt,
+    ("int8", TENSORRT): _int8_tensorrt,
+    ("int4", TENSORRT): _int4_tensorrt,
 }
 
 
 def attention(
-    graph: Builder, inputs: Sequence[str], form: str, *, scale: float, queries: int, keys: int, width: int
+    graph: Builder,
+    inputs: Sequence[str],
+    precision: str,
+    form: str,
+    *,
+    scale: float,
+    queries: int,
+    keys: int,
+    width: int,
 ) -> str:
     """Add nodes for :func:`.ops.attention`, whose attributes these are; the name of the result."""
-    add = _attention_onnxruntime if form == ONNXRUNTIME else _attention_standard
     mask = _far(graph, inputs[3]) if len(inputs) > 3 else None
-    return add(graph, inputs[:3], mask, scale, queries, keys, width)
+    if form == ONNXRUNTIME:
+        return _attention_onnxruntime(graph, inputs[:3], mask, scale, queries, keys, width)
+    if form == TENSORRT and precision != "fp32":
+        return _attention_in_half(graph, inputs[:3], mask, scale, queries, keys)
+    return _attention_standard(graph, inputs[:3], mask, scale, queries, keys)
 
 
 def _far(graph: Builder, allowed: str) -> str:
@@ -180,8 +216,25 @@ def _attention_onnxruntime(
     return graph.node("Reshape", [mixed, size])
 
 
+def _attention_in_half(
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int
+) -> str:
+    """The same with both products in half. Queries are scaled first: their products would leave half's range."""
+    q, k, v = inputs
+    k, v = (_half(graph, x) for x in (k, v))
+    if queries != keys:
+        k, v = (_every_query_its_own(graph, x, queries, keys) for x in (k, v))
+    q = graph.node("Cast", [graph.node("Mul", [q, graph.constant(np.float32(scale))])], to=HALF)
+    scores = graph.node("MatMul", [q, graph.node("Transpose", [k], perm=[0, 1, 3, 2])])
+    scores = graph.node("Cast", [scores], to=FLOAT)
+    if mask is not None:
+        scores = graph.node("Add", [scores, mask])
+    weights = graph.node("Cast", [graph.node("Softmax", [scores], axis=-1)], to=HALF)
+    return graph.node("Cast", [graph.node("MatMul", [weights, v])], to=FLOAT)
+
+
 def _attention_standard(
-    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int, width: int
+    graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int
 ) -> str:
     """In the four dimensions and the order that compilers know as attention."""
     q, k, v = inputs

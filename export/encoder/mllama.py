@@ -18,7 +18,7 @@ from .network import Network, Piece, Spec, Use
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 
-VALID, TILES, STATES = "t", "tiles", "L"
+VALID, TILES, STATES = "tiles", "visible_tiles", "image_states"
 VISION, TEXT = "model.vision_model.", "model.language_model."
 
 

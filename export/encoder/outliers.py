@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .lower import BLOCK
+from ..bits import BLOCK
 
 LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
 """By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On

@@ -16,7 +16,7 @@ from .ops import attention
 
 EMBEDDING = "model.embed_tokens.weight"
 
-TOKENS, WINDOWS = "M", "W"
+TOKENS, WINDOWS = "image_tokens", "windows"
 
 
 class Patches(nn.Module):

@@ -11,6 +11,7 @@ from typing import overload
 from topt_deploy.errors import UsageError
 
 from ..city import Job, check_outside
+from ..device import CPU
 from ..pandas import with_pandas
 from .local import run_local, usable_cpus
 from .plan import plan
@@ -38,13 +39,15 @@ def run_batch(
         setting: What they have in common.
         summary: Where results are counted.
         engine: One of :data:`ENGINES`.
-        workers: How many cities at once; by default one per processor that may be used, or the cluster's choice.
+        workers: How many cities at once; by default one per processor that may be used, or the cluster's choice;
+            on a GPU one.
         told: Each result as it comes, how many there are by now, and of how many.
 
     Raises:
         ToptError: If nothing can begin: no bundle, no input, no engine.
     """
-    predictor = setting.open()
+    # Where a cluster's workers predict, this machine needs no GPU.
+    predictor = (setting if engine == LOCAL else replace(setting, device=CPU)).open()
     for task in setting.options.tasks:
         if task not in predictor.tasks:
             raise UsageError(
@@ -54,7 +57,15 @@ def run_batch(
     if not is_uri(out):
         check_outside(Path(out), Path(setting.bundle))
     jobs = plan(inputs, out, mobility=predictor.bundle.manifest.mobility)
-    if engine == LOCAL:
+    results: Generator[Result]
+    if engine == LOCAL and predictor.device != CPU:
+        # What CUDA has made in a process does not survive a fork, and one process keeps a GPU busy.
+        if (workers or 1) > 1:
+            raise UsageError(
+                "one process has the GPU", expected="--workers 1", found=workers, fix="leave --workers out"
+            )
+        results = (work(job, predictor=predictor, setting=setting) for job in jobs)
+    elif engine == LOCAL:
         _ = predictor.parts  # read and checked once, here, for all workers
         results = run_local(jobs, partial(work, predictor=predictor, setting=setting), workers=workers or usable_cpus())
     else:

@@ -7,7 +7,7 @@ from topt_deploy.bundle import open_bundle
 from topt_deploy.errors import BadBundle
 from topt_deploy.export import bundle as exporting
 from topt_deploy.export.graph import Graph
-from topt_deploy.export.parity import TOLERANCE, compare
+from topt_deploy.export.parity import TOLERANCES, compare
 from topt_deploy.runs import open_run
 
 EXPECTED = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
@@ -36,7 +36,7 @@ class TestCompare:
     def test_ranks_swapped_within_the_tolerance_are_found_too(self):
         close = {"crime": np.array([1.0, 1.00002, 5.0], dtype=np.float32)}
         parity = compare(close, {"crime": np.array([1.00002, 1.0, 5.0], dtype=np.float32)}, "x")
-        assert parity.worst < TOLERANCE
+        assert parity.worst < TOLERANCES["fp32"]
         assert parity.swapped == 1
 
     def test_ties_have_no_order(self):
@@ -46,9 +46,9 @@ class TestCompare:
 
     @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
     def test_what_is_no_number_fails(self, wrong):
-        assert not self.found(10, 20, wrong, 40).worst <= TOLERANCE
+        assert not self.found(10, 20, wrong, 40).worst <= TOLERANCES["fp32"]
         other = {"crime": np.array([10, 20, wrong, 40], dtype=np.float32)}
-        assert not compare(other, EXPECTED, "x").worst <= TOLERANCE
+        assert not compare(other, EXPECTED, "x").worst <= TOLERANCES["fp32"]
 
     def test_every_task_counts(self):
         expected = {"a": np.ones(3), "b": np.ones(3)}
@@ -75,7 +75,7 @@ def test_the_true_graph_passes(graph, demo_run, demo_bundle, tmp_path, monkeypat
     said = []
     done = export(demo_run, tmp_path / "model.topt", monkeypatch, graph, said)
     assert [parity.regions for parity in done.parity] == [77, 7, 31, 203]
-    assert all(parity.worst <= TOLERANCE and parity.swapped == 0 for parity in done.parity)
+    assert all(parity.worst <= TOLERANCES["fp32"] and parity.swapped == 0 for parity in done.parity)
     assert done.parity[0].city == "training city"
     assert any("203 regions" in line for line in said)
     recorded = open_bundle(tmp_path / "model.topt").manifest.variants["fp32"]["parity"]

@@ -108,3 +108,5 @@ os._exit = leave
     assert {"onnxruntime", "pyarrow", "click"} < loaded
     dear = {"pyarrow.compute", "pyarrow.dataset", "pyarrow.parquet", "pyarrow.fs", "pyarrow.pandas_compat", "numpy.ma"}
     assert not loaded & (dear | {"tempfile", "shutil", "zipfile", "tokenizers", "PIL", *BLOCKED})
+    ours = ("gpu", "engine.build", "runtime.bound", "runtime.encoder", "runtime.engines", "runtime.enginecache")
+    assert not loaded & {f"topt_deploy.{name}" for name in ours}

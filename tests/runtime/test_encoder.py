@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoder_regions import REGIONS, asked, pictures
 from encoders_exported import EXPORTED, FAMILIES
 from naive import naive
 
@@ -24,28 +25,10 @@ from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
 from topt_deploy.runtime import session
 from topt_deploy.runtime.encoder import ENGINES, open_encoder
 
-QUESTIONS = [load_templates().question("crime"), "", "How many check-ins?", "How many check-ins are there?"]
-REGIONS = {
-    "one image, few words": ("Where?", [(57, 200)]),
-    "no image": ("At 52.5, 13.4 there are 1250 cafés, 3 museums and no shop.", []),
-    "images of every shape": ("Address: Karl-Marx-Allee 1.", [(300, 31), (80, 80), (47, 121), (200, 240), (63, 62)]),
-    "a long text": ("Included POIs: " + ", ".join(f"{i} kinds of place {i % 7}" for i in range(60)), [(90, 100)]),
-}
-
 
 def needs(engine):
     if engine == "openvino":
         pytest.importorskip("openvino", reason="OpenVINO is not installed (extra openvino)")
-
-
-def pictures(sizes):
-    rng = np.random.default_rng(len(sizes))
-    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-
-
-def asked(encoder, region, family):
-    text, sizes = REGIONS[region]
-    return encoder.prompt(text, pictures(sizes) if family != "text" else [], QUESTIONS)
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ def naive(backend: Backend, prompt: Prompt) -> np.ndarray[Any, Any]:
     vectors = []
     for sequence in prompt.sequences:
         features = [backend.vision(image) for image in prompt.images]
-        embeds = backend.embed(sequence.ids)
+        joined = places = None
         if prompt.image_token is not None and features:
-            embeds[np.flatnonzero(sequence.ids == prompt.image_token)] = np.concatenate(features)
+            image = sequence.ids == prompt.image_token
+            joined, places = backend.join(features), np.where(image, np.cumsum(image) - 1, -1)[None]
         state = backend.start(features, 1)
         visible = None if sequence.visible is None else sequence.visible[None]
-        hidden, _ = backend.decode(state, embeds[None], sequence.positions[:, None], visible)
-        vectors.append(hidden[0].astype(np.float64).mean(axis=0))
+        embeds = backend.embed(sequence.ids[None], joined, places)
+        hidden, _ = backend.decode(state, embeds, sequence.positions[:, None], visible)
+        vectors.append(backend.sums(hidden, np.array([[[0, len(sequence.ids)]]]))[0, 0] / len(sequence.ids))
     return np.stack(vectors).astype(np.float32)

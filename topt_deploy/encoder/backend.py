@@ -6,6 +6,7 @@ for what is causal cannot look ahead: neither at what differs between tasks nor 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,10 +15,15 @@ from .prompt import Array, Prompt, TokenSequence
 
 State = Any
 """Keys and values of what was read so far, in the backend's own form."""
+Held = Any
+"""Numbers in the backend's own form, where its networks have them: arrays, tensors, memory of a GPU. ``len`` tells the
+size of the first axis, and nothing else is asked of it here."""
 
 
 class Backend(Protocol):
     """Runs a model's networks. B sequences, S new tokens, H hidden width, A position axes.
+
+    What goes from one network to the next stays in the backend's own form; sums alone come back as arrays.
 
     Attributes:
         chunk: How many prefix tokens it reads best at once: attention's scores take that times the context in memory.
@@ -25,30 +31,48 @@ class Backend(Protocol):
 
     chunk: int
 
-    def embed(self, ids: Array) -> Array:
-        """Token embeddings, float32 (n, H), of int64 (n,)."""
+    def vision(self, image: Mapping[str, Array]) -> Held:
+        """One image's features (m, H): token embeddings, or what cross-attention attends to."""
 
-    def vision(self, image: Mapping[str, Array]) -> Array:
-        """One image's features, float32 (m, H): token embeddings, or what cross-attention attends to."""
+    def join(self, features: Sequence[Held]) -> Held:
+        """Features of one image or more, one behind the other: (m, H)."""
 
-    def start(self, features: Sequence[Array], batch: int) -> State:
+    def embed(self, ids: Array, features: Held = None, places: Array | None = None) -> Held:
+        """Token embeddings (…, H), images among them.
+
+        Args:
+            ids: int64 (…).
+            features: Of images, joined.
+            places: int64 (…), which row of ``features`` stands for a token, or -1 where its own embedding does; None
+                where there are no images.
+        """
+
+    def start(self, features: Sequence[Held], batch: int) -> State:
         """The state before the first token; ``features`` of the images where cross-attention reads them."""
 
     def decode(
-        self, state: State, embeds: Array, positions: Array, visible: Array | None, begins: Array | None = None
-    ) -> tuple[Array, State]:
+        self, state: State, embeds: Held, positions: Array, visible: Array | None, begins: Array | None = None
+    ) -> tuple[Held, State]:
         """Read S more tokens.
 
         Args:
             state: What was read before.
-            embeds: float32 (B, S, H).
+            embeds: Of :meth:`embed`, (B, S, H).
             positions: int64 (A, B, S).
             visible: bool (B, S, tiles), or None.
             begins: int64 (B, S), the first of the S tokens that each may look at, besides all that were read before;
                 None lets it look at all before it.
 
         Returns:
-            Last hidden states float32 (B, S, H), and the state after them.
+            Last hidden states (B, S, H), and the state after them.
+        """
+
+    def sums(self, hidden: Held, ranges: Array) -> Array:
+        """Sums over ranges of tokens, float64 (B, R, H).
+
+        Args:
+            hidden: Of :meth:`decode`, (B, S, H).
+            ranges: int64 (B, R, 2), the first token of each range and the one behind its last.
         """
 
 
@@ -72,31 +96,34 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
     """
     chunk = chunk or backend.chunk
     tasks = len(prompts[0].sequences)
-    features = [[backend.vision(image) for image in prompt.images] for prompt in prompts]
-    rows = [
-        _Row(backend, sequence, prompt.image_token, found)
-        for prompt, found in zip(prompts, features, strict=True)
-        for sequence in prompt.sequences
-    ]
+    features = [backend.vision(image) for prompt in prompts for image in prompt.images]
+    state = backend.start(features, len(prompts))
+    rows, joined = _rows(prompts, features, backend)
+    del features  # joined ones are kept once
     # A longer beginning of some region than the shortest one's is read with each of its tasks' ends.
     shared = min(_shared(prompt.sequences) for prompt in prompts)
-    state = backend.start([f for found in features for f in found], len(prompts))
-    total = np.zeros((len(prompts), backend.embed(rows[0].sequence.ids[:1]).shape[1]))
+
+    def read(parts: Sequence[Sequence[tuple[_Row, Array]]], begins: Array | None = None) -> Held:
+        nonlocal state
+        ids, places, positions, visible = _stack(parts)
+        embeds = backend.embed(ids, joined, None if joined is None else places)
+        hidden, state = backend.decode(state, embeds, positions, visible, begins)
+        return hidden
+
+    total = np.zeros((len(prompts), 1, 1))
     for start in range(0, shared, chunk):
         every = np.arange(start, min(start + chunk, shared))
-        hidden, state = backend.decode(state, *_stack([[(row, every)] for row in rows[::tasks]]))
-        total = total + hidden.sum(axis=1, dtype=np.float64)
-    totals = np.repeat(total[:, None], tasks, axis=1)  # (B, T, H)
+        whole = np.full((len(prompts), 1, 2), (0, len(every)))
+        total = total + backend.sums(read([[(row, every)] for row in rows[::tasks]]), whole)
+    totals = np.repeat(total, tasks, axis=1)  # (B, T, H), or (B, T, 1) zeros
     lengths = np.array([len(row) for row in rows]).reshape(-1, tasks)
     ends = [[(row, np.arange(shared, len(row))) for row in rows[b : b + tasks]] for b in range(0, len(rows), tasks)]
     if lengths.max() > shared:
-        embeds, positions, visible = _stack(ends)
-        begins = np.stack([_begins([len(index) for _, index in end], embeds.shape[1]) for end in ends])
-        hidden, _ = backend.decode(state, embeds, positions, visible, begins)
-        stops = np.cumsum(lengths - shared, axis=1)
-        for b, t in np.ndindex(stops.shape):
-            own = hidden[b, stops[b, t] - (lengths[b, t] - shared) : stops[b, t]]
-            totals[b, t] = totals[b, t] + own.sum(axis=0, dtype=np.float64)
+        own = lengths - shared
+        width = int(own.sum(axis=1).max())
+        stops = np.cumsum(own, axis=1)
+        hidden = read(ends, np.stack([_begins(of.tolist(), width) for of in own]))
+        totals = totals + backend.sums(hidden, np.stack([stops - own, stops], axis=-1))
     return (totals / lengths[:, :, None]).astype(np.float32)
 
 
@@ -114,38 +141,40 @@ def _shared(sequences: Sequence[TokenSequence]) -> int:
     return int(differing[0]) if len(differing) else shortest
 
 
+@dataclass(frozen=True, eq=False)
 class _Row:
-    """One task's input, embedded as far as it is asked for.
+    """One task's input.
 
-    Args:
-        backend: Has the token embeddings.
+    Attributes:
         sequence: The tokens.
-        image_token: Where images stand among them.
-        features: Of the images, in order.
+        places: int64 (n,), which row of the joined features stands for a token, or -1.
     """
 
-    def __init__(
-        self, backend: Backend, sequence: TokenSequence, image_token: int | None, features: Sequence[Array]
-    ) -> None:
-        self.backend, self.sequence = backend, sequence
-        self.features = np.concatenate(features) if features and image_token is not None else None
-        self.places = sequence.ids == image_token
-        self.before = np.cumsum(self.places) - 1
+    sequence: TokenSequence
+    places: Array
 
     def __len__(self) -> int:
         return len(self.sequence.ids)
 
-    def embeds(self, index: Array) -> Array:
-        """Of the tokens at ``index``, images in their places."""
-        embeds = self.backend.embed(self.sequence.ids[index])
-        if self.features is not None:
-            image = self.places[index]
-            embeds[image] = self.features[self.before[index][image]]
-        return embeds
+
+def _rows(prompts: Sequence[Prompt], features: Sequence[Held], backend: Backend) -> tuple[list[_Row], Held]:
+    """Every task's input, and the features that stand among tokens, joined; None where there are none."""
+    rows, first, used = [], 0, []
+    left = iter(features)
+    for prompt in prompts:
+        own = [next(left) for _ in prompt.images]
+        among = bool(own) and prompt.image_token is not None
+        for sequence in prompt.sequences:
+            image = sequence.ids == prompt.image_token if among else np.zeros(len(sequence.ids), bool)
+            rows.append(_Row(sequence, np.where(image, first + np.cumsum(image) - 1, -1)))
+        if among:
+            used += own
+            first += sum(map(len, own))
+    return rows, backend.join(used) if used else None
 
 
-def _stack(rows: Sequence[Sequence[tuple[_Row, Array]]]) -> tuple[Array, Array, Array | None]:
-    """Tokens of B rows, each of parts one after the other: embeds, positions, visible.
+def _stack(rows: Sequence[Sequence[tuple[_Row, Array]]]) -> tuple[Array, Array, Array, Array | None]:
+    """Tokens of B rows, each of parts one after the other: ids, places, positions, visible.
 
     A shorter row is filled up with its last token.
     """
@@ -155,13 +184,14 @@ def _stack(rows: Sequence[Sequence[tuple[_Row, Array]]]) -> tuple[Array, Array, 
         last, index = parts[-1]
         missing = width - sum(len(i) for _, i in parts)
         filled.append([*parts[:-1], (last, np.concatenate([index, np.full(missing, len(last) - 1)]))])
-    embeds = np.stack([np.concatenate([row.embeds(i) for row, i in parts]) for parts in filled])
+    ids = np.stack([np.concatenate([row.sequence.ids[i] for row, i in parts]) for parts in filled])
+    places = np.stack([np.concatenate([row.places[i] for row, i in parts]) for parts in filled])
     positions = np.stack(
         [np.concatenate([row.sequence.positions[:, i] for row, i in parts], axis=1) for parts in filled], axis=1
     )
     if filled[0][0][0].sequence.visible is None:
-        return embeds, positions, None
+        return ids, places, positions, None
     seen = [
         np.concatenate([row.sequence.visible[i] for row, i in p if row.sequence.visible is not None]) for p in filled
     ]
-    return embeds, positions, np.stack(seen)
+    return ids, places, positions, np.stack(seen)

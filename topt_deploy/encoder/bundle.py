@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import GRAPH_SUFFIX, Sealed, open_sealed, require, well_formed
+from ..bundle import GRAPH_SUFFIX, Sealed, check_engines, open_sealed, require, well_formed
+from ..engine.library import TENSORRT
 from ..errors import BadBundle, BadConfig
 from .chat import Chat
 from .graphs import DECODER
@@ -33,7 +34,9 @@ class EncoderManifest:
         kept: Linear layers that are kept in another precision, and which.
         embedding: numpy type and shape of the token embeddings.
         past: Key heads and width of every past tensor that the decoder reads, by name.
-        networks: By name: ``graphs`` (file of each form), and ``weights``, the file that they share.
+        networks: By name: ``graphs`` (file of each form), and ``weights``, the file that they share; with a form
+            ``tensorrt`` also an entry of that name: flavour, profile, library, engines and checked, as a city's bundle
+            has them (docs/tensorrt.md).
         tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest, relative to a vector's
             root mean square.
         parity: What the gate measured, per golden region.
@@ -120,6 +123,9 @@ def _check_form(manifest: EncoderManifest) -> None:
         require(isinstance(network.get("graphs"), dict), "networks")
         require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
         require(all(graph.endswith(GRAPH_SUFFIX) for graph in network["graphs"].values()), "networks")
+        require((TENSORRT in network["graphs"]) == (TENSORRT in network), "networks")
+        if TENSORRT in network:
+            check_engines(network[TENSORRT], manifest.files, "networks")
     require({TOKENIZER, EMBEDDING} <= set(manifest.files), "files")
     number = {"float16": 2, "float32": 4}[manifest.embedding["dtype"]]
     require(math.prod(manifest.embedding["shape"]) * number == manifest.files[EMBEDDING]["size"], "embedding")

@@ -140,5 +140,5 @@ class ViewFusion(nn.Module):
         mixed = (self.mix_own * views + self.mix_others * others) / (self.mix_own + self.mix_others)
         score = self.score(mixed)  # (N, V, d')
         pairs = self.score_from(score) + self.score_to(score).transpose(1, 2)  # (N, V, V)
-        weights = F.leaky_relu(pairs, 0.3).mean(dim=(0, 2)).softmax(dim=0)  # (V,)
-        return (weights[:, None] * mixed).sum(dim=1), weights
+        weights = F.leaky_relu(pairs, 0.3).mean(dim=(0, 2), keepdim=True).softmax(dim=1)  # (1, V, 1): TensorRT has no
+        return (weights * mixed).sum(dim=1), weights.flatten()  # softmax of a vector

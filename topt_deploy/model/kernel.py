@@ -69,7 +69,8 @@ class ViewKernels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = x if self.standardize is None else self.standardize(x)
-        angles = (z @ self.frequencies).unflatten(1, (len(self.lengths), self.features))
+        # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
+        angles = torch.mm(z, self.frequencies).unflatten(1, (len(self.lengths), self.features))
         waves = torch.cat([angles.cos(), angles.sin()], dim=2).flatten(1) / math.sqrt(self.features)
         return torch.cat([z / math.sqrt(z.shape[1]), waves], dim=1) if self.linear else waves
 
@@ -140,7 +141,7 @@ class KernelHead(nn.Module):
         return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self.features(inputs) @ self.coefficients
+        return torch.mv(self.features(inputs), self.coefficients)
 
 
 @dataclass(frozen=True, kw_only=True)

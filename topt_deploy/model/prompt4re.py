@@ -59,7 +59,8 @@ class PromptBasis(nn.Module):
         return module
 
     def forward(self, prompts: Tensor) -> Tensor:
-        return (prompts - self.mean) @ self.basis
+        # Real encoders' few huge dimensions, and the small entries that scale them, are beyond half (.precision).
+        return torch.mm(prompts - self.mean, self.basis)
 
 
 class MemberLinear(nn.Module):

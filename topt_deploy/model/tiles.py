@@ -70,6 +70,7 @@ class Computed:
 
 
 _PLAN: ContextVar[Tensor | None] = ContextVar("plan", default=None)
+_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
 
 
 @contextmanager
@@ -84,6 +85,16 @@ def planned(rows: Tensor) -> Iterator[None]:
         yield
     finally:
         _PLAN.reset(token)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """One tile, whatever N is: for an engine that is made for cities up to some size."""
+    token = _WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
 
 
 def matrix(n: int, rows: Callable[[Any], Tensor], columns: Callable[[Any], Tensor] | None = None) -> Matrix:
@@ -120,7 +131,7 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
 
 
 def _one_tile(n: int) -> bool:
-    return _PLAN.get() is None and n * n <= ENTRIES
+    return _PLAN.get() is None and (_WHOLE.get() or n * n <= ENTRIES)
 
 
 def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:

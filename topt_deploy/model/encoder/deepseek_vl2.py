@@ -476,7 +476,7 @@ class DeepseekBackend(TorchBackend):
         self.model = model
 
     @torch.inference_mode()
-    def vision(self, image: Mapping[str, Array]) -> Array:
-        """Token embeddings, float32 (m, H), of the arrays that the family makes of one image."""
+    def vision(self, image: Mapping[str, Array]) -> Tensor:
+        """Token embeddings (m, H), of the arrays that the family makes of one image."""
         layout = torch.tensor(image["layout"], device=self.device)
-        return self.array(self.model.image(self.tensor(image["pixel_values"]), layout))
+        return self.model.image(self.tensor(image["pixel_values"]), layout)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,8 +25,8 @@ class MllamaBackend(TorchBackend):
         self.visual, self.projector, self.text = model.vision_model, model.multi_modal_projector, model.language_model
 
     @torch.inference_mode()
-    def vision(self, image: Mapping[str, Array]) -> Array:
-        """One image's cross-attention states, float32 (max_num_tiles · patches, H): its tiles', and fillers'."""
+    def vision(self, image: Mapping[str, Array]) -> Tensor:
+        """One image's cross-attention states (max_num_tiles · patches, H): its tiles', and fillers'."""
         pixels = self.tensor(image["pixel_values"])
         most, valid = self.visual.max_num_tiles, len(pixels)
         states = self.visual(
@@ -35,15 +34,16 @@ class MllamaBackend(TorchBackend):
             aspect_ratio_ids=torch.tensor(image["aspect_ratio_id"][None], device=self.device),
             aspect_ratio_mask=(torch.arange(most, device=self.device) < valid)[None, None],
         ).last_hidden_state
-        return self.array(self.projector(states).flatten(0, 3))
+        projected: Tensor = self.projector(states)
+        return projected.flatten(0, 3)
 
     @torch.inference_mode()
-    def start(self, features: Sequence[Array], batch: int) -> Any:
+    def start(self, features: Sequence[Tensor], batch: int) -> Any:
         """A cache that holds the images' keys and values alone; without images transformers skips these layers."""
         cache = super().start(features, batch)
         if not features:
             return cache
-        states = self.tensor(np.concatenate(features))[None]
+        states = self.join(features).to(self.dtype)[None]
         for i in self.text.cross_attention_layers:
             layer: Any = self.text.layers[i].cross_attn
             keys, values = (self._heads(part(states), layer) for part in (layer.k_proj, layer.v_proj))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from transformers import Qwen2_5_VLModel
 
 from topt_deploy.encoder.prompt import Array
@@ -22,9 +23,9 @@ class QwenBackend(TorchBackend):
         self.visual = model.visual
 
     @torch.inference_mode()
-    def vision(self, image: Mapping[str, Array]) -> Array:
-        """One image's token embeddings, float32 (M, H); transformers finds its windows itself."""
+    def vision(self, image: Mapping[str, Array]) -> Tensor:
+        """One image's token embeddings (M, H); transformers finds its windows itself."""
         rows, columns = image["positions"].max(axis=(0, 1)) + 1
         grid = torch.tensor([[1, rows, columns]], device=self.device)
-        features = self.visual(self.tensor(image["pixel_values"]).flatten(0, 1), grid_thw=grid)
-        return self.array(features.pooler_output)
+        features: Tensor = self.visual(self.tensor(image["pixel_values"]).flatten(0, 1), grid_thw=grid).pooler_output
+        return features
