@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
 from topt_deploy.errors import BadConfig, NoDevice
 from topt_deploy.model.checkpoint import restore_training, save_training
+from topt_deploy.model.tiles import SETTLED
 
 from .progress import Reporter
 from .step import CudaGraph, Graph, Step
@@ -78,7 +79,11 @@ class Engine:
 
     def compiled(self, loss: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
         """The loss as this engine computes it: the same shapes at every step."""
-        return torch.compile(loss, dynamic=False) if self.compile else loss
+        if not self.compile:
+            return loss
+        for function in SETTLED:
+            torch.compiler.assume_constant_result(function)
+        return torch.compile(loss, dynamic=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""

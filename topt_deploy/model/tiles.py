@@ -113,7 +113,7 @@ def take(x: Tensor, rows: Rows, axis: int = 0) -> Tensor:
 
 def apart(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors that share memory, for use in one tile: a graph's tiles must be given copies."""
-    return tensors if _PLAN.get() is None else [tensor.clone() for tensor in tensors]
+    return tensors if _plan() is None else [tensor.clone() for tensor in tensors]
 
 
 def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
         tile: Computes tensors for t rows.
         axis: Which of their axes are the rows.
     """
-    plan = _PLAN.get()
+    plan = _plan()
     if plan is not None:
         return _scanned(n, tile, axis, plan)
     if one_tile(n):
@@ -134,6 +134,10 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
     return looped(n, tile, axis)
 
 
+def _plan() -> Tensor | None:
+    return _PLAN.get()
+
+
 def one_tile(n: int) -> bool:
     """Whether N regions are a single tile."""
     return _PLAN.get() is None and n * n <= _entries()
@@ -141,6 +145,11 @@ def one_tile(n: int) -> bool:
 
 def _entries() -> int:
     return _HELD.get() or ENTRIES
+
+
+SETTLED = (_plan, one_tile)
+"""Functions of N and of what surrounds a call; TorchDynamo, which cannot read a ContextVar, may take what they give
+while it compiles as given for good."""
 
 
 def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
