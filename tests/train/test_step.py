@@ -1,11 +1,13 @@
-"""Steps as they are, compiled, captured and in lower precision; what needs a GPU is checked as far as it can be without.
+"""Steps as they are, compiled, captured and in lower precision; what needs a GPU, as far as it can be seen without.
 
-Fake tensors (fake_cuda.py) are on a CUDA device without one: they have shapes, types and devices, and no numbers. So they
-show that no operation mixes devices, and that a step has nothing that a CUDA graph could not hold; not what it gives.
+Fake tensors (fake_cuda.py) are on a CUDA device without one: they have shapes, types and devices, and no numbers. So
+they show that no operation mixes devices, and that a step has nothing that a CUDA graph could not hold; not what it
+gives.
 """
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from shutil import which
 from unittest.mock import patch
 
 import numpy as np
@@ -71,10 +73,16 @@ def eager():
     return both_stages(CPU)
 
 
-def test_compiled_steps_give_what_eager_ones_do(eager):
-    compiled = both_stages(replace(CPU, compile=True))
-    for name, expected in eager.items():
-        np.testing.assert_allclose(compiled[name], expected, rtol=2e-3, atol=2e-3, err_msg=name)
+@pytest.mark.skipif(which("g++") is None, reason="TorchInductor needs a C++ compiler")
+def test_compiled_steps_give_what_eager_ones_do(monkeypatch):
+    """The networks alone: a compiler is given minutes by an attention's gradient."""
+    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the numbers that eager steps draw
+    settings, prompts = config(kernel=False), inputs_on()["prompt_crime"]
+    found = {}
+    for engine in (CPU, replace(CPU, compile=True)):
+        place = Workplace(engine=engine, reporter=quiet())
+        found[engine.compile] = train_ensemble(inputs_on(), SCHEMA, prompts, rows(), settings, "crime", place).predicted
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-3, atol=1e-3)
 
 
 def test_no_step_leaves_the_compiled_graph(monkeypatch):
@@ -177,9 +185,7 @@ class TestSeedsAsOneBatch:
         arguments = (inputs_on(), SCHEMA, inputs_on()["prompt_crime"])
         place = Workplace(engine=CPU, reporter=quiet())
         joint = train_ensembles(*arguments, labels, configs, "crime", place)
-        alone = [
-            train_ensemble(*arguments, own, one, "crime", place) for own, one in zip(labels, configs, strict=True)
-        ]
+        alone = [train_ensemble(*arguments, own, one, "crime", place) for own, one in zip(labels, configs, strict=True)]
         return joint, alone
 
     @pytest.mark.parametrize("parts", [{}, {"kernel": False}, {"network": False}], ids=["both", "networks", "kernels"])
@@ -279,7 +285,7 @@ def test_what_a_step_waits_for_is_seen():
     with fake_cuda(), Watched() as watch:
         x = torch.zeros(3, device=CUDA)
         x + torch.tensor([1.0, 2.0, 3.0]).to(CUDA)
-        with pytest.raises(RuntimeError, match="same device|devices"):
+        with pytest.raises(RuntimeError, match="same device"):
             x + torch.zeros(3)
     assert len(watch.faults) == 1
 
