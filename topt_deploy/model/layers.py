@@ -66,8 +66,8 @@ class Dropout(nn.Module):
 
     def _kept(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         empty = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        if torch.compiler.is_compiling():  # TorchDynamo knows no random_; but for one number in 2⁶⁴ this is the same
-            bits = torch.randint(-(2**63), 2**63 - 1, empty.shape, dtype=torch.int64, device=x.device)
+        if torch.compiler.is_compiling():  # TorchDynamo knows no random_; what it knows starts counting elsewhere
+            bits = torch.randint(-(2**63), 2**63 - 1, empty.shape, dtype=torch.int64, device=x.device) ^ -(2**63)
         else:
             bits = empty.random_(-(2**63), None, generator=generator)
         return bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 32768
