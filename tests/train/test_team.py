@@ -52,15 +52,15 @@ class TestEncode:
         again = topt_deploy(*command, "--resume")
         assert "0 regions encoded, 5 as they were, 0 skipped" in again.out
 
-    def test_without_a_cache_nothing_is_left_behind(self, topt_deploy, model, city, capfd):
+    def test_without_a_cache_nothing_is_left_behind(self, topt_deploy, model, city):
         before = set(city.iterdir())
         said = topt_deploy("encode", city, "--model", model, "--processes", 2, "--no-cache")
         assert said.code == 0, said
         assert set(city.iterdir()) - before == {city / "prompts.parquet"}
-        assert "5 regions encoded, 0 as they were, 0 skipped" in capfd.readouterr().out
+        assert "5 regions encoded, 0 as they were, 0 skipped" in said.out
 
-    def test_what_one_process_fails_of_is_the_end_and_the_code_of_all(self, topt_deploy, tmp_path, capfd):
-        """Region 03 is the second of four blocks: the second process's."""
+    def test_what_one_process_fails_of_is_the_end_and_the_code_of_all(self, topt_deploy, tmp_path):
+        """Region 01 is the second of five blocks: the second process's."""
         from encoders_qwen import tiny_qwen
 
         write_city(tmp_path)
@@ -68,10 +68,9 @@ class TestEncode:
         (tmp_path / "images/01_0.jpg").write_bytes(b"<html>404</html>")
         said = topt_deploy("encode", tmp_path, "--model", tmp_path / "model", "--processes", 2)
         assert said.code == 65
-        errors = capfd.readouterr().err
-        assert errors.count("error: ") == 1
-        assert "01_0.jpg: not an image" in errors
-        assert "Traceback" not in errors
+        assert said.err.count("error: ") == 1
+        assert "01_0.jpg: not an image" in said.err
+        assert "Traceback" not in said.err
         assert not (tmp_path / "prompts.parquet").exists()
 
 
