@@ -45,7 +45,8 @@ TARGETS = {1: 2.0, 3: 5.0}
 """Times as fast as the published way, by number of tasks."""
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
-        "regions": 120, "epochs": 100, "presets": ("default", "srel"), "tasks": TASKS, "tokens": 2000, "repeats": 5,
+        "regions": 120, "epochs": 100, "presets": ("default", "srel"), "tasks": TASKS, "settings": (),
+        "tokens": 2000, "repeats": 5,
         "sizes": {  # Qwen2.5-0.5B's proportions
             "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
             "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True,
@@ -53,6 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "regions": 24, "epochs": 3, "presets": ("default",), "tasks": ("crime",), "tokens": 60, "repeats": 1,
+        "settings": ("ensemble.features=8", "ensemble.steps=3", "ensemble.members=1", "prompt4re.folds=3"),
         "sizes": {
             "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 1, "vocab_size": 1024,
@@ -153,8 +155,10 @@ def train(setting: Setting) -> Iterator[Check]:
     folder = _city(setting)
     epochs = [f"{part}.epochs={setting['epochs']}" for part in ("srel", "prompt4re", "ensemble")]
     still = ["srel.dropout=0", "prompt4re.dropout=0", "ensemble.dropout=0", "ensemble.input_dropout=0"]
-    config = load_config(preset="srel", tasks=["crime"], overrides=[*epochs, *still])
-    forest = load_config(preset="default", tasks=["crime"], overrides=[*epochs, *still])
+    overrides = [*epochs, *still, *setting["settings"]]
+    config, forest = (
+        load_config(preset=preset, tasks=["crime"], overrides=overrides) for preset in ("srel", "default")
+    )
     columns = ["prompt_crime"]
     regions, mobility = folder / "regions.parquet", folder / "mobility.parquet"
     schema = infer_schema(regions, views=config.views, mobility=True, prompts=columns)
@@ -453,7 +457,7 @@ def _run(setting: Setting, preset: str) -> tuple[Path, Path]:
     folder, run = _city(setting), setting.work / f"run-{preset}"
     if not (run / "run.json").exists() or not (run / "model.safetensors").exists():
         short = [f"{part}.epochs={min(20, setting['epochs'])}" for part in ("srel", "prompt4re", "ensemble")]
-        options = [option for one in short for option in ("--set", one)]
+        options = [option for one in (*short, *setting["settings"]) for option in ("--set", one)]
         options += [option for task in setting["tasks"] for option in ("--task", task)]
         command("train", folder, "--preset", preset, "--out", run, *options)
     return folder, run
