@@ -46,7 +46,7 @@ BATCH_ON_CUDA = 8
     show_default=True,
     help="Share the regions among so many processes; on CUDA each has a device of its own. Needs accelerate.",
 )
-@click.option("--shared-cache", type=click.Path(path_type=Path), hidden=True)
+@click.option("--shared-cache", type=click.Path(path_type=Path), hidden=True, help="For the processes of --processes.")
 @click.option("--allow-download", is_flag=True, help="Fetch the model from the hub; needs --revision.")
 @click.option("--revision", help="Commit of the hub's model.")
 @click.pass_context
