@@ -3,12 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNTIME_VENV ?= .venv-runtime
-TARGET ?= runtime train
+TARGET ?= runtime-cpu train
 
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install demo test lint types check-install benchmark results reliability batch fuzz clean
+.PHONY: install demo test lint types check-install benchmark results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -64,6 +64,10 @@ reliability: install
 
 batch: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch.py
+
+# What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/gpu.md).
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --write-docs
 
 # Every night: 60 seconds a target.
 fuzz: install

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from topt_deploy.bundle import Bundle
 from topt_deploy.columns import PROMPT_PREFIX, REGION_ID
+from topt_deploy.encoder.command import CACHE
 from topt_deploy.encoder.encode import Progress, encode
 from topt_deploy.encoder.job import open_cache
 from topt_deploy.encoder.table import REASON, merge_prompts, read_regions
@@ -78,7 +79,7 @@ class PromptEncoder:
         root = home or Path()
         tasks = [column.removeprefix(PROMPT_PREFIX) for column in columns]
         encoder, templates = self._opened.encoder, self._opened.templates
-        with open_cache(root) if cache and home is not None else nullcontext() as kept:
+        with open_cache(root / CACHE) if cache and home is not None else nullcontext() as kept:
             done = encode(
                 read_regions(regions, templates.wording, id_col=id_col), encoder, templates, tasks,
                 root=root, cache=kept, on_bad_image=on_bad_image, progress=progress,

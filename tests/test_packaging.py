@@ -85,14 +85,31 @@ def test_the_version_is_the_changelogs_newest():
 def test_the_dockerfile_uses_files_that_exist_and_reach_its_context():
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copied = " ".join(re.findall(r"^COPY (?!--from)(.+) ", DOCKERFILE, re.MULTILINE)).split()
-    run = re.findall(r"^RUN sh (\S+)", DOCKERFILE, re.MULTILINE)
-    assert set(run) == {f"scripts/{name}.sh" for name in ["build-wheel", "install-runtime", "install-train"]}
+    run = re.findall(r"^RUN (?:\w+=\S+ )*sh (\S+)", DOCKERFILE, re.MULTILINE)
+    scripts = [path.relative_to(ROOT) for path in (ROOT / "scripts").glob("install-*.sh")]
+    assert set(run) == {"scripts/build-wheel.sh", *map(str, scripts)}
+    assert set(map(str, scripts)) <= set(copied)
     for file in [*copied, *run, *TREES]:
         assert (ROOT / file).exists()
         assert file == "." or f"!{Path(file).parts[0]}" in ignored
 
 
-@pytest.mark.parametrize(("target", "entry_point"), [("train", "topt-deploy"), ("runtime", "topt-run")])
+TARGETS = {"runtime-cpu": "topt-run", "runtime-gpu": "topt-run", "train": "topt-deploy"}
+
+
+def test_a_plain_docker_build_makes_the_cpu_runtime():
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert stages[-1] == ("runtime-cpu", "runtime")
+    assert {name for base, name in stages if base == "base"} == set(TARGETS)
+
+
+def test_every_target_is_one_that_check_install_knows():
+    script = (ROOT / "scripts/check-install.sh").read_text()
+    assert {name for name in re.findall(r"^([\w-]+)\(\) \{", script, re.MULTILINE) if name in TARGETS} == set(TARGETS)
+    assert all((ROOT / f"scripts/install-{name}.sh").exists() for name in TARGETS)
+
+
+@pytest.mark.parametrize(("target", "entry_point"), TARGETS.items())
 def test_an_image_runs_its_program_as_a_numbered_user_that_is_not_root(target, entry_point):
     stage = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
     (body,) = [text for text in stage if re.match(rf"\S+ AS {target}\n", text)]

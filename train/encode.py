@@ -1,10 +1,11 @@
 """``topt-deploy encode``."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -15,6 +16,8 @@ from topt_deploy.encoder.encode import Progress, limit_pixels
 from topt_deploy.encoder.job import Job
 from topt_deploy.encoder.table import read_regions
 from topt_deploy.encoder.templates import load_templates
+
+from .team import check_team, joined, launched, run_team
 
 BATCH_ON_CUDA = 8
 
@@ -36,9 +39,20 @@ BATCH_ON_CUDA = 8
     help=f"Regions at once, where short enough [default: 1; {BATCH_ON_CUDA} on CUDA].",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Share the regions among so many processes; on CUDA each has a device of its own. Needs accelerate.",
+)
+@click.option("--shared-cache", type=click.Path(path_type=Path), hidden=True, help="For the processes of --processes.")
 @click.option("--allow-download", is_flag=True, help="Fetch the model from the hub; needs --revision.")
 @click.option("--revision", help="Commit of the hub's model.")
+@click.pass_context
 def encode(
+    context: click.Context,
+    /,
     city: Path,
     model: str,
     templates: Path | None,
@@ -47,6 +61,7 @@ def encode(
     max_pixels: int | None,
     batch: int | None,
     threads: int,
+    processes: int,
     allow_download: bool,
     revision: str | None,
     **shared: Any,
@@ -61,6 +76,9 @@ def encode(
     for task in job.tasks:
         asked.question(task)
     read_regions(job.regions, asked.wording)  # a bad table is refused before minutes of loading
+    if processes > 1:
+        _in_processes(context, processes, job, device=device, threads=threads)
+        return
 
     import torch
 
@@ -72,16 +90,59 @@ def encode(
     checkpoint = open_checkpoint(model, allow_download=allow_download, revision=revision)
     if max_pixels is not None:
         checkpoint = replace(checkpoint, spec=limit_pixels(checkpoint.spec, max_pixels))
-    encoder = torch_encoder(checkpoint, device=device, precision=precision)
-    click.echo(f"{encoder.spec.identity} on {device} in {precision}", err=True)
+    batch = batch or (BATCH_ON_CUDA if device == "cuda" else 1)
     try:
-        with _progress() as progress:
-            done = job.run(encoder, asked, batch=batch or (BATCH_ON_CUDA if device == "cuda" else 1), progress=progress)
+        with joined(device) if launched() else nullcontext() as team:
+            encoder = torch_encoder(checkpoint, device=device, precision=precision)
+            among = f", {team.size} processes" if team else ""
+            click.echo(f"{encoder.spec.identity} on {device} in {precision}{among}", err=True)
+            with _progress() if team is None or team.rank == 0 else nullcontext(_silent) as progress:
+                how: dict[str, Any] = {"batch": batch, "progress": progress}
+                done = job.run_in(team, encoder, asked, **how) if team else job.run(encoder, asked, **how)
     except KeyboardInterrupt:
         if not job.no_cache:
             click.echo("interrupted; go on with the same command and --resume", err=True)
         raise
-    click.echo(job.summary(done))
+    if done is not None:
+        click.echo(job.summary(done))
+
+
+def _in_processes(context: click.Context, processes: int, job: Job, *, device: str, threads: int) -> None:
+    """Run this very command in several processes; without a cache of the city's, they meet in one for the time."""
+    check_team(processes, device)
+    arguments = arguments_of(context, leave_out=("processes", "no_cache"))
+    try:
+        if not job.no_cache:
+            run_team(arguments, processes, threads=threads)
+            return
+        with TemporaryDirectory() as folder:
+            shared = ["--shared-cache", str(Path(folder, "prompts.sqlite"))]
+            run_team([*arguments, *shared], processes, threads=threads)
+    except KeyboardInterrupt:
+        if not job.no_cache:
+            click.echo("interrupted; go on with the same command and --resume", err=True)
+        raise
+
+
+def arguments_of(context: click.Context, leave_out: Sequence[str]) -> list[str]:
+    """A command and its parameters as arguments again, but for some of them."""
+    arguments = [str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params[str(parameter.name)]
+        if parameter.name in leave_out or value is None or value is False:
+            continue
+        if isinstance(parameter, click.Argument):
+            arguments.append(str(value))
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            arguments.append(parameter.opts[0])
+        else:
+            for one in value if parameter.multiple else [value]:
+                arguments += [parameter.opts[0], str(one)]
+    return arguments
+
+
+def _silent(done: int, total: int) -> None:
+    """The first process's progress stands for all."""
 
 
 @contextmanager

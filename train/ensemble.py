@@ -1,7 +1,8 @@
 """Train a task's ensemble head (topt_deploy.model.topt.EnsembleHead); all training sets as one batch."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,81 @@ def train_ensemble(
         prompts: (N, H), or None without prompts.
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """
+    (result,) = train_ensembles(inputs, schema, prompts, [labels], [config], task, place)
+    return result
+
+
+def train_ensembles(
+    inputs: Mapping[str, Tensor],
+    schema: Schema,
+    prompts: Tensor | None,
+    labels: Sequence[Array],
+    configs: Sequence[Config],
+    task: str,
+    place: Workplace,
+) -> list[HeadResult]:
+    """:func:`train_ensemble` of several seeds, whose networks are trained as one batch.
+
+    Every seed's results are those that it would have alone, but for how sums are rounded. Several are trained without
+    checkpoints, and not compiled: TorchInductor knows no generators of one's own.
+
+    Args:
+        labels: Of every seed.
+        configs: The same for every seed, but for the seed.
+    """
+    settings, stage, device = configs[0].tasks[task].ensemble, f"ensemble/{task}", place.engine.device
+    begun: list[_Begun] = []
+    for rows, config in zip(labels, configs, strict=True):
+        place.engine.seed(config.seed, stage)
+        begun.append(_begin(inputs, schema, prompts, rows, config, task, stage, device))
+    if settings.network:
+        _train_networks(begun, configs[0], task, stage, place)
+    return [one.result() for one in begun]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Begun:
+    """One seed's head, before its networks are trained.
+
+    Attributes:
+        head: The head, with its Gaussian processes.
+        target: The target scale of every row.
+        scaled: Labels on it (S, N).
+        known: bool (S, N).
+        parts: What each regression predicts so far, (S, N) each, on the target scale.
+        x: What the networks see (N, F).
+        network: Every row's networks, and the state of the random numbers from which they draw.
+    """
+
+    head: EnsembleHead
+    target: Target
+    scaled: Tensor
+    known: Tensor
+    parts: list[Tensor]
+    x: Tensor
+    network: Network | None
+    random: torch.Generator
+
+    def result(self) -> HeadResult:
+        """Of all regressions."""
+        with torch.no_grad():
+            predicted = self.target.counts(torch.stack(self.parts).mean(dim=0)).cpu().numpy()
+        self.head.target.mean.copy_(self.target.mean[-1:])
+        self.head.target.scale.copy_(self.target.scale[-1:])
+        return HeadResult(head=self.head.cpu().eval(), predicted=predicted)
+
+
+def _begin(
+    inputs: Mapping[str, Tensor],
+    schema: Schema,
+    prompts: Tensor | None,
+    labels: Array,
+    config: Config,
+    task: str,
+    stage: str,
+    device: torch.device,
+) -> _Begun:
     settings = config.tasks[task].ensemble
-    stage, device = f"ensemble/{task}", place.engine.device
-    place.engine.seed(config.seed, stage)
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), config.tasks[task].prompt4re.components)
     head = EnsembleHead(
         widths=all_widths(schema),
@@ -60,34 +133,62 @@ def train_ensemble(
     with torch.no_grad():
         views = head.views(inputs, prompts)
         scaled = target.fit(torch.tensor(one_label(labels), device=device), known.float())  # (S, N)
+        x = head.side_by_side(views)
     parts = []
     if head.kernel is not None:
         seed = zlib.crc32(f"{config.seed}/{stage}".encode())
         parts += _fit_kernel(head.kernel, views, scaled, known, seed=seed)
+    network = None
     if head.network is not None:
-        x = head.side_by_side(views)
         head.network.standardize.fit(x)
         network = Network(members=len(labels) * settings.members, inputs=x.shape[1], config=settings).to(device)
         network.standardize = head.network.standardize
-        weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(settings.members, dim=0)
-        aims = scaled.float().repeat_interleave(settings.members, dim=0)
-        place.fit(
-            network,
-            lambda: {"fit": ((network(x) - aims).square() * weights).sum()},
-            settings,
-            stage=stage,
-            config=config,
-            depends_on=config.tasks[task],
-        )
-        with torch.no_grad():
-            parts.append(network.eval()(x).double().unflatten(0, (len(labels), settings.members)).mean(dim=1))
-        last = {name: t[-settings.members :] for name, t in network.state_dict().items() if "standardize" not in name}
-        head.network.load_state_dict(head.network.state_dict() | last)
+    return _Begun(
+        head=head, target=target, scaled=scaled, known=known, parts=parts, x=x, network=network,
+        random=random_here(device),
+    )  # fmt: skip
+
+
+def random_here(device: torch.device) -> torch.Generator:
+    """A generator that goes on as PyTorch's own would from here."""
+    generator = torch.Generator(device)
+    generator.set_state(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
+    return generator
+
+
+def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: str, place: Workplace) -> None:
+    """Train all networks; their predictions become a part of every head, and the last row's networks the head's own."""
+    settings, x = config.tasks[task].ensemble, begun[0].x  # no label is in what networks see: it is every seed's
+    networks = [one.network for one in begun if one.network is not None]
+    generators: list[torch.Generator] = []
+    network = networks[0]
+    if len(begun) > 1:
+        network = Network.joined(networks, settings).to(place.engine.device)
+        generators = [one.random for one in begun]
+        network.draw_from(generators, [one.members for one in networks])
+        engine = replace(place.engine, compile=False)
+        place = replace(place, engine=engine, checkpoints=None)
+    known = torch.cat([one.known for one in begun])
+    weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(settings.members, dim=0)
+    aims = torch.cat([one.scaled for one in begun]).float().repeat_interleave(settings.members, dim=0)
+    place.fit(
+        network,
+        lambda: {"fit": ((network(x) - aims).square() * weights).sum()},
+        settings,
+        stage=stage,
+        config=config,
+        depends_on=config.tasks[task],
+        generators=generators,
+    )
     with torch.no_grad():
-        predicted = target.counts(torch.stack(parts).mean(dim=0)).cpu().numpy()
-    head.target.mean.copy_(target.mean[-1:])
-    head.target.scale.copy_(target.scale[-1:])
-    return HeadResult(head=head.cpu().eval(), predicted=predicted)
+        everything = network.eval()(x).double()  # (ΣS · members, N)
+    state, stop = network.state_dict(), 0
+    for one in begun:
+        start, stop = stop, stop + len(one.known) * settings.members
+        one.parts.append(everything[start:stop].unflatten(0, (len(one.known), settings.members)).mean(dim=1))
+        last = {name: t[stop - settings.members : stop] for name, t in state.items() if "standardize" not in name}
+        assert one.head.network is not None
+        one.head.network.load_state_dict(one.head.network.state_dict() | last)
 
 
 @torch.no_grad()

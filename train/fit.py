@@ -3,8 +3,8 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
 from topt_deploy.errors import BadConfig, NoDevice
 from topt_deploy.model.checkpoint import restore_training, save_training
+from topt_deploy.model.tiles import SETTLED
 
 from .progress import Reporter
+from .step import CudaGraph, Graph, Step
 
 LOG_EVERY = 25
 """Epochs between two readings of the loss: each one makes a GPU wait for the CPU."""
@@ -29,16 +31,22 @@ class Engine:
     Attributes:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32``; ``tf32`` (CUDA: matrix products only); ``bf16`` (autocast, weights stay float32).
-        compile: Compile the step with TorchInductor; on CUDA it is captured as a CUDA graph.
+        compile: Compile the loss and its gradient with TorchInductor.
+        capture: On CUDA, capture whole steps as a CUDA graph (:mod:`.step`), compiled or not.
     """
 
     device: torch.device
     precision: str = "fp32"
     compile: bool = False
+    capture: bool = False
 
     @classmethod
     def choose(cls, device: str, precision: str | None, compile_: bool | None) -> "Engine":
         """Settle what was left open: TF32 and captured steps on CUDA, plain float32 on a CPU.
+
+        Args:
+            device, precision: As the user asked; None leaves the precision open.
+            compile_: Whether to compile; None does not. Captured steps need no compiler: only False leaves them out.
 
         Raises:
             NoDevice: If CUDA was asked for and is not there.
@@ -57,24 +65,44 @@ class Engine:
         return cls(
             device=torch.device(device),
             precision=precision or ("tf32" if cuda else "fp32"),
-            compile=cuda if compile_ is None else compile_,
+            compile=bool(compile_),
+            capture=cuda and compile_ is not False,
         )
 
     def seed(self, seed: int, stage: str) -> None:
         """Seed every generator for a stage, so that no stage depends on what ran before it."""
         torch.manual_seed(zlib.crc32(f"{seed}/{stage}".encode()))
 
-    def steps(self, loss: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
-        """The loss as this engine computes it."""
-        if self.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-        if self.compile:
-            loss = torch.compile(loss, mode="reduce-overhead" if self.device.type == "cuda" else "default")
-        return loss
+    def graph(self, generators: Sequence[torch.Generator]) -> Graph | None:
+        """What captures a step that also draws from these generators; None where none are captured."""
+        return CudaGraph(generators) if self.capture else None
+
+    def compiled(self, loss: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
+        """The loss as this engine computes it: the same shapes at every step."""
+        if not self.compile:
+            return loss
+        for function in SETTLED:
+            torch.compiler.assume_constant_result(function)
+        return torch.compile(loss, dynamic=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        if self.precision != "bf16":
+            return nullcontext()
+        # Weights in bfloat16 are not kept from one use to the next: a captured step must make its own.
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+
+    @contextmanager
+    def matmuls(self) -> Iterator[None]:
+        """Matrix products of this precision, inside; what is computed outside of training steps stays float32."""
+        products = torch.backends.cuda.matmul
+        before = products.fp32_precision
+        if self.precision == "tf32":
+            products.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            products.fp32_precision = before
 
 
 def learning_rate(settings: SrelConfig | Prompt4ReConfig | EnsembleConfig, epoch: int) -> float:
@@ -96,6 +124,8 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
     observe: Callable[[int], None] | None = None,
+    capturable: bool = True,
+    generators: Sequence[torch.Generator] = (),
 ) -> None:
     """Minimise the sum of the loss's terms over the module's parameters, in full batches.
 
@@ -110,30 +140,34 @@ def fit(
         identity: Hash of everything the stage depends on; a checkpoint with another one is refused.
         checkpoint: The stage's checkpoint file.
         observe: Called after every epoch with the number of epochs done; leaves the module in training mode.
+        capturable: Off for a loss that cannot be captured as a CUDA graph: one of several tiles, which are computed
+            again for the gradient (:mod:`topt_deploy.model.tiles`) and put random numbers back to do so.
+        generators: What the loss draws random numbers from, besides PyTorch's own generator. A checkpoint has none of
+            their state.
     """
     adam = torch.optim.AdamW if settings.decoupled else torch.optim.Adam
-    optimiser = adam(module.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    graph = engine.graph(generators) if capturable else None
+    optimiser = adam(
+        module.parameters(),
+        lr=settings.lr if graph is None else torch.tensor(settings.lr, device=engine.device),
+        weight_decay=settings.weight_decay,
+        fused=True,
+        capturable=graph is not None,
+    )
     epoch = 0
     if checkpoint is not None and checkpoint.exists():
         epoch = restore_training(checkpoint, module, optimiser, identity=identity)["epoch"]
     reporter.rewind(stage, epoch)
     module.train()
-    step = engine.steps(loss)
-    with reporter.stage(stage, epochs=settings.epochs, start=epoch) as progress:
+    step = Step(engine.compiled(loss), optimiser, engine.autocast, graph)
+    with engine.matmuls(), reporter.stage(stage, epochs=settings.epochs, start=epoch) as progress:
         while epoch < settings.epochs:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(settings, epoch)
-            with engine.autocast():
-                terms = step()
-                total = torch.stack([term.float() for term in terms.values()]).sum()
-            optimiser.zero_grad()
-            total.backward()
-            optimiser.step()
+            terms = step(learning_rate(settings, epoch))
             epoch += 1
             if observe is not None:
                 observe(epoch)
             if epoch % LOG_EVERY == 0 or epoch == settings.epochs:
-                values = {name: float(term.detach()) for name, term in terms.items()}
+                values = dict(zip(terms, torch.stack([term.double() for term in terms.values()]).tolist(), strict=True))
                 if not math.isfinite(sum(values.values())):
                     raise BadConfig(
                         f"{stage}: the loss is not finite at epoch {epoch}",
@@ -172,6 +206,8 @@ class Workplace:
         config: Config,
         depends_on: SrelConfig | TaskConfig,
         observe: Callable[[int], None] | None = None,
+        capturable: bool = True,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         """:func:`fit` a stage of a run; ``depends_on`` are all of the settings that its result depends on."""
         file = f"{stage.replace('/', '-')}.safetensors"
@@ -186,4 +222,6 @@ class Workplace:
             checkpoint=None if self.checkpoints is None else self.checkpoints / file,
             checkpoint_every=config.checkpoint_every,
             observe=observe,
+            capturable=capturable,
+            generators=generators,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topt_deploy.config import Config
 from topt_deploy.features import POSITION, feature_widths
 from topt_deploy.model.srel import Srel, SrelLoss
-from topt_deploy.model.tiles import Matrix, matrix
+from topt_deploy.model.tiles import Matrix, held_on, matrix, one_tile
 from topt_deploy.table import City, Schema
 
 from .fit import Workplace
@@ -38,11 +38,24 @@ def flow_target(city: City, device: torch.device | str = "cpu") -> Matrix | None
     n, target = len(city), np.asarray(city.flows.target, dtype=np.float64)
     over_mean = (target / (target.sum() / n**2)).astype(np.float32)
     sparse = csr_array((over_mean, (city.flows.origin, city.flows.dest)), shape=(n, n))
-    return matrix(n, partial(_dense, sparse, device), partial(_dense, sparse.T.tocsr(), device))
+    return matrix(n, _rows(sparse, device), _rows(sparse.T.tocsr(), device))
 
 
-def _dense(sparse: csr_array, device: torch.device | str, rows: slice) -> Tensor:
-    return torch.tensor(sparse[rows].toarray(), device=device)
+def _rows(sparse: csr_array, device: torch.device | str) -> Callable[[slice], Tensor]:
+    """Rows of a sparse (N, N), made dense where they are read: a GPU waits for no copy."""
+    n, starts = sparse.shape[0], sparse.indptr.tolist()
+    columns = torch.tensor(sparse.indices, dtype=torch.int64, device=device)
+    values = torch.tensor(sparse.data, device=device)
+    row = torch.tensor(np.repeat(np.arange(n), np.diff(sparse.indptr)), device=device)
+
+    def rows(some: slice) -> Tensor:
+        first, last, _ = some.indices(n)
+        part = slice(starts[first], starts[last])
+        dense = torch.zeros(last - first, n, dtype=values.dtype, device=device)
+        dense[row[part] - first, columns[part]] = values[part]
+        return dense
+
+    return rows
 
 
 class SrelTraining(nn.Module):
@@ -78,29 +91,32 @@ def train_embedding(
     place.engine.seed(config.seed, stage)
     srel = Srel(feature_widths(schema), settings)
     srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
-    loss = SrelLoss(similarity_targets(city, device), flow_target(city, device), settings)
-    training = SrelTraining(srel, loss).to(device)
-    with torch.no_grad():
-        adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once
+    with held_on(device):
+        loss = SrelLoss(similarity_targets(city, device), flow_target(city, device), settings)
+        training = SrelTraining(srel, loss).to(device)
+        with torch.no_grad():
+            adjacency = srel.adjacency(inputs[POSITION])  # depends on no weight: computed once
 
-    def after(epoch: int) -> None:
-        if observe is not None:
-            observe(epoch, srel)
-            training.train()
+        def after(epoch: int) -> None:
+            if observe is not None:
+                observe(epoch, srel)
+                training.train()
 
-    place.fit(
-        training,
-        lambda: loss(srel(inputs, adjacency)),
-        settings,
-        stage=stage,
-        config=config,
-        depends_on=settings,
-        observe=after,
-    )
+        place.fit(
+            training,
+            lambda: loss(srel(inputs, adjacency)),
+            settings,
+            stage=stage,
+            config=config,
+            depends_on=settings,
+            observe=after,
+            capturable=one_tile(len(city)),
+        )
     return srel.eval()
 
 
 @torch.no_grad()
 def embed(srel: Srel, inputs: Mapping[str, Tensor]) -> Tensor:
     """Embeddings E (N, D) in evaluation mode."""
-    return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))
+    with held_on(inputs[POSITION].device):
+        return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from topt_deploy.config import Config
 from topt_deploy.errors import BadData
 from topt_deploy.model.prompt4re import PromptBasis, ridge
+from topt_deploy.model.tiles import held_on, one_tile
 from topt_deploy.model.topt import EnsembleHead, TaskHead
 
 from .fit import Workplace
@@ -119,9 +120,18 @@ def train_head(
             terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
 
-    place.fit(model, loss, settings, stage=stage, config=config, depends_on=config.tasks[task])
+    with held_on(device):
+        place.fit(
+            model,
+            loss,
+            settings,
+            stage=stage,
+            config=config,
+            depends_on=config.tasks[task],
+            capturable=basis is None or not settings.alignment or one_tile(labels.shape[1]),
+        )
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), held_on(device):
         predicted = model.target.counts(model.head(seen, coordinates))  # (M, N)
     by_row = predicted.double().cpu().numpy().reshape(len(labels), repeat, -1).mean(axis=1)
     final = TaskHead(members=repeat, **sizes)

@@ -11,11 +11,11 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Let training fail in this epoch, counted from the first epoch of any stage on."""
-    steps = Engine.steps
+    compiled = Engine.compiled
     count = 0
 
     def interrupted(self, loss):
-        step = steps(self, loss)
+        step = compiled(self, loss)
 
         def counted():
             nonlocal count
@@ -26,4 +26,4 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(Engine, "steps", interrupted)
+    monkeypatch.setattr(Engine, "compiled", interrupted)

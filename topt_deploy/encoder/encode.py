@@ -136,8 +136,12 @@ def encode(
     batch: int = 1,
     on_bad_image: str = FAIL,
     progress: Progress = lambda done, total: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Encoded:
     """Encode every region for every task.
+
+    Regions are computed together within blocks of ``batch`` rows of the table, whatever of them is in the cache: so
+    vectors come out of the same batches in one process as in several.
 
     Args:
         regions: Whose texts and images.
@@ -150,6 +154,7 @@ def encode(
         on_bad_image: :data:`SKIP` leaves a region with an unreadable image out as a whole, and says why: a vector of
             the remaining images would look like any other and mean something else.
         progress: Called after each region.
+        share: k, n: encode every n-th block of rows from the k-th on, and leave the others' vectors null.
 
     Raises:
         BadData: If an image or a text cannot be encoded; naming region and file.
@@ -164,15 +169,17 @@ def encode(
             fix="take a vision-language model, or drop this column to encode texts alone",
         )
     itself = _facts(encoder)
+    part, parts = share
+    own = [row for row in range(len(regions)) if row // batch % parts == part]
     vectors = np.full((len(regions), len(tasks), encoder.spec.width), np.nan, np.float32)
-    reasons: list[str | None] = [None] * len(regions)
+    reasons: list[str | None] = ["another process's share"] * len(regions)
     waiting: list[_Waiting] = []
     encoded = cached = done = 0
 
     def finish(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, len(regions))
+        progress(done, len(own))
 
     def compute() -> None:
         nonlocal encoded
@@ -202,7 +209,10 @@ def encode(
         finish(len(waiting))
         waiting.clear()
 
-    for row, (region, text) in enumerate(zip(regions.region_id.tolist(), regions.texts, strict=True)):
+    for row in own:
+        region, text, reasons[row] = str(regions.region_id[row]), regions.texts[row], None
+        if waiting and waiting[0].row // batch != row // batch:
+            compute()
         try:
             pictures = [_picture(root, name) for name in regions.images[row]]
             hashes = [picture.sha256 for picture in pictures]
@@ -229,8 +239,6 @@ def encode(
         if waiting and waiting[0].keys.keys() != lacking.keys():
             compute()
         waiting.append(_Waiting(row=row, prompt=prompt, keys=lacking))
-        if len(waiting) == batch:
-            compute()
     compute()
     table = prompt_table(
         regions,
@@ -240,7 +248,7 @@ def encode(
         precision=encoder.precision,
         templates={task: templates.sha256(task) for task in tasks},
     )
-    return Encoded(table=table, encoded=encoded, cached=cached, skipped=len(regions) - encoded - cached)
+    return Encoded(table=table, encoded=encoded, cached=cached, skipped=len(own) - encoded - cached)
 
 
 def _facts(encoder: Encoder) -> str:

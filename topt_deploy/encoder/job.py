@@ -1,10 +1,11 @@
 """One call of an encode command: where things are, what is refused beforehand, and what is said at the end."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import CannotCreate, NoInput, UsageError
 from ..fileio import check_place
@@ -16,12 +17,28 @@ from .table import merge_prompts, read_regions
 from .templates import Templates
 
 
+class Team(Protocol):
+    """Processes that encode a city together, each a share."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number; 0 merges and reports."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def total(self, count: int) -> int:
+        """The sum of every process's count, once all have come this far."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A city to encode; the fields are what the user asked for.
 
     Attributes:
         city: regions.parquet or its folder.
+        shared_cache: A cache file in place of the city's own, by which processes hand over their shares.
     """
 
     city: Path
@@ -32,6 +49,7 @@ class Job:
     on_bad_image: str
     resume: bool
     no_cache: bool
+    shared_cache: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.regions.exists():
@@ -57,7 +75,7 @@ class Job:
     @property
     def cache(self) -> Path:
         """The file of the cache."""
-        return self.regions.parent / CACHE
+        return self.shared_cache or self.regions.parent / CACHE
 
     def run(self, encoder: Encoder, templates: Templates, *, batch: int, progress: Progress) -> Encoded:
         """Encode, and write the table.
@@ -65,9 +83,33 @@ class Job:
         Raises:
             ToptError: As :func:`.encode.encode`, and where a file cannot be read or written.
         """
+        with self._ready(encoder, templates, batch) as encoding:
+            return self._written(encoding(progress=progress))
+
+    def run_in(
+        self, team: Team, encoder: Encoder, templates: Templates, *, batch: int, progress: Progress
+    ) -> Encoded | None:
+        """:meth:`run` as one of several processes. What each computes goes into the cache, whence the first one takes
+        it all for the table.
+
+        Returns:
+            What was done by all of them; None in another process than the first.
+        """
+        with self._ready(encoder, templates, batch) as encoding:
+            own = encoding(progress=progress, share=(team.rank, team.size))
+            computed = team.total(own.encoded)
+            if team.rank:
+                return None
+            done = encoding()
+        return self._written(replace(done, encoded=done.encoded + computed, cached=done.cached - computed))
+
+    @contextmanager
+    def _ready(self, encoder: Encoder, templates: Templates, batch: int) -> Iterator[Callable[..., Encoded]]:
+        """:func:`.encode.encode` of this city, with its cache open."""
         regions = read_regions(self.regions, templates.wording)
-        with nullcontext() if self.no_cache else open_cache(self.regions.parent) as cache:
-            done = encode(
+        with nullcontext() if self.no_cache else open_cache(self.cache) as cache:
+            yield partial(
+                encode,
                 regions,
                 encoder,
                 templates,
@@ -76,8 +118,9 @@ class Job:
                 cache=cache,
                 batch=batch,
                 on_bad_image=self.on_bad_image,
-                progress=progress,
             )
+
+    def _written(self, done: Encoded) -> Encoded:
         write_parquet(self.place, done.table)
         if self.update_regions:
             write_parquet(self.regions, merge_prompts(read_parquet(self.regions), done.table))
@@ -97,13 +140,12 @@ class Job:
         return {"event": "encoded", "file": str(self.place), **counts}
 
 
-def open_cache(folder: Path) -> Cache:
-    """The cache beside a city's regions.
+def open_cache(path: Path) -> Cache:
+    """A cache, and its folder where that is absent.
 
     Raises:
         CannotCreate: If this user may not write there.
     """
-    path = folder / CACHE
     try:
         path.parent.mkdir(exist_ok=True)
     except OSError as error:

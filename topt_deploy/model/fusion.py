@@ -50,7 +50,11 @@ class ScoreFeature(nn.Module):
         self.proj = nn.Linear(channels, width)
 
     def forward(self, scores: Tensor) -> Tensor:
-        pooled = _PooledScores.apply(self.scale, scores)
+        if torch.is_autocast_enabled(scores.device.type):  # _PooledScores' gradient is of one kind of numbers
+            with torch.autocast(scores.device.type, enabled=False):
+                pooled = _PooledScores.apply(self.scale, scores.float())
+        else:
+            pooled = _PooledScores.apply(self.scale, scores)
         out: Tensor = self.proj(self.scale * pooled + self.shift)
         return out
 

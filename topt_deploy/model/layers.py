@@ -43,18 +43,34 @@ class Dropout(nn.Module):
     The rate is rounded to 1/65536, and what is kept is scaled by the rounded rate, so that the mean is exact.
 
     *Shape:* any → the same
+
+    Attributes:
+        streams: Generators, each with how many entries of the leading axis draw from it, as if they were alone; empty
+            draws everything from PyTorch's own.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.dropped = round(rate * 65536)  # of 65536
+        self.streams: tuple[tuple[torch.Generator, int], ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.dropped:
             return x
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 32768
+        if self.streams:
+            parts = x.split([size for _, size in self.streams])
+            kept = torch.cat([self._kept(part, stream) for part, (stream, _) in zip(parts, self.streams, strict=True)])
+        else:
+            kept = self._kept(x)
         return x * kept * (65536 / (65536 - self.dropped))
+
+    def _kept(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        empty = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        if torch.compiler.is_compiling():  # TorchDynamo knows no random_; what it knows starts counting elsewhere
+            bits = torch.randint(-(2**63), 2**63 - 1, empty.shape, dtype=torch.int64, device=x.device) ^ -(2**63)
+        else:
+            bits = empty.random_(-(2**63), None, generator=generator)
+        return bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 32768
 
 
 class ByName(nn.Module):

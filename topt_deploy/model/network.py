@@ -4,6 +4,8 @@ Flows have been averaged into the views already (topt_deploy.features.flow_featu
 to be predicted: a graph network's reach at a perceptron's price (SIGN, Frasca et al. 2020).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,21 @@ class Network(nn.Module):
             self.skip.weight.mul_(SKIP_SCALE)
         self.input_dropout = Dropout(config.input_dropout)
         self.dropout = Dropout(config.dropout)
+
+    @classmethod
+    def joined(cls, networks: Sequence["Network"], config: EnsembleConfig) -> "Network":
+        """The members of several networks of the same inputs, in order, as one batch."""
+        states = [network.state_dict() for network in networks]
+        inputs = len(networks[0].standardize.mean)
+        joint = cls(members=sum(network.members for network in networks), inputs=inputs, config=config)
+        members = {name: torch.cat([state[name] for state in states]) for name in dict(joint.named_parameters())}
+        joint.load_state_dict(states[0] | members)
+        return joint
+
+    def draw_from(self, generators: Sequence[torch.Generator], members: Sequence[int]) -> None:
+        """Have so many members each draw what they drop from generators of their own."""
+        for dropout in (self.input_dropout, self.dropout):
+            dropout.streams = tuple(zip(generators, members, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.standardize(x)[None]

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 ENTRIES = 1 << 18
 """Entries of an N×N matrix that are held at once, by each of a layer's heads or channels: 1 MB for each. Larger tiles
 leave the processor's cache, and are slower."""
+CUDA_ENTRIES = 1 << 22
+"""Likewise on CUDA, where a tile costs launches and no cache is to be kept: N to 2,048 is one tile. Not measured."""
 M_MMAP_THRESHOLD = -3
 """glibc's number of the setting."""
 LEAST = 4
@@ -71,6 +73,17 @@ class Computed:
 
 _PLAN: ContextVar[Tensor | None] = ContextVar("plan", default=None)
 _WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+_HELD: ContextVar[int | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def held_on(device: torch.device) -> Iterator[None]:
+    """Tiles of the size that suits a device; elsewhere they are the processor's."""
+    token = _HELD.set(CUDA_ENTRIES if device.type == "cuda" else None)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
 
 
 @contextmanager
@@ -99,7 +112,7 @@ def whole() -> Iterator[None]:
 
 def matrix(n: int, rows: Callable[[Any], Tensor], columns: Callable[[Any], Tensor] | None = None) -> Matrix:
     """The matrix of these rows: computed once where it is one tile, else whenever rows are asked for."""
-    return rows(ALL) if _one_tile(n) else Computed(rows, columns)
+    return rows(ALL) if one_tile(n) else Computed(rows, columns)
 
 
 def take(x: Tensor, rows: Rows, axis: int = 0) -> Tensor:
@@ -109,7 +122,7 @@ def take(x: Tensor, rows: Rows, axis: int = 0) -> Tensor:
 
 def apart(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors that share memory, for use in one tile: a graph's tiles must be given copies."""
-    return tensors if _PLAN.get() is None else [tensor.clone() for tensor in tensors]
+    return tensors if _plan() is None else [tensor.clone() for tensor in tensors]
 
 
 def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) -> tuple[Tensor, ...]:
@@ -120,24 +133,38 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
         tile: Computes tensors for t rows.
         axis: Which of their axes are the rows.
     """
-    plan = _PLAN.get()
+    plan = _plan()
     if plan is not None:
         return _scanned(n, tile, axis, plan)
-    if _one_tile(n):
+    if one_tile(n):
         return tile(ALL)
     # Compiled, every tile would be a part of the program: a minute for forty of them.
     looped = torch.compiler.disable(_looped) if torch.compiler.is_compiling() else _looped
     return looped(n, tile, axis)
 
 
-def _one_tile(n: int) -> bool:
-    return _PLAN.get() is None and (_WHOLE.get() or n * n <= ENTRIES)
+def _plan() -> Tensor | None:
+    return _PLAN.get()
+
+
+def one_tile(n: int) -> bool:
+    """Whether N regions are a single tile."""
+    return _PLAN.get() is None and (_WHOLE.get() or n * n <= _entries())
+
+
+def _entries() -> int:
+    return _HELD.get() or ENTRIES
+
+
+SETTLED = (_plan, one_tile)
+"""Functions of N and of what surrounds a call; TorchDynamo, which cannot read a ContextVar, may take what they give
+while it compiles as given for good."""
 
 
 def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
     _give_back_at_once()
     run = partial(checkpoint, tile, use_reentrant=False) if torch.is_grad_enabled() else tile
-    height = max(LEAST, ENTRIES // n)
+    height = max(LEAST, _entries() // n)
     parts = [run(slice(start, min(start + height, n))) for start in range(0, n, height)]
     return tuple(torch.cat(part, dim=axis) for part in zip(*parts, strict=True))
 

@@ -24,6 +24,7 @@ from topt_deploy.model.checkpoint import load_tensors, save_tensors
 from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis, ridge
 from topt_deploy.model.srel import Srel
 from topt_deploy.model.target import Target
+from topt_deploy.model.tiles import one_tile
 
 from ..fit import Workplace, fit
 from ..stage1 import embed, train_embedding
@@ -218,6 +219,7 @@ def selected_predictions(
         engine=problem.engine,
         reporter=problem.reporter,
         observe=observe,
+        capturable=one_tile(len(own)),
     )
     predicted = np.full(len(labels), np.nan)
     predicted[fold >= 0] = kept[own, torch.arange(len(own), device=device)].cpu().numpy()

@@ -11,7 +11,7 @@ from topt_deploy.config import Config, SrelConfig, load_config
 from topt_deploy.errors import BadData
 from topt_deploy.model.topt import all_features
 
-from ..ensemble import train_ensemble
+from ..ensemble import train_ensembles
 from ..fit import Workplace
 from ..stage1 import embed, train_embedding
 from ..stage2 import HeadResult, train_head
@@ -46,17 +46,26 @@ class Topt:
     def predict(self, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> Array:
         """:meth:`.problem.Method.predict`, one training per seed, whose rows are computed as one batch.
 
+        On CUDA, ensembles of all seeds are one batch too: a GPU has room for them. A processor has not, and is as fast
+        with one seed after the other, in less memory (docs/log.md).
+
         Raises:
             BadData: If the city lacks the prompts that the variant reads.
         """
+        rows = {seed: np.flatnonzero(np.array(seeds) == seed) for seed in dict.fromkeys(seeds)}
+        cuda = problem.engine.device.type == "cuda"
+        together = [list(rows)] if cuda and self.config(task, 0).tasks[task].ensemble.enabled else [[s] for s in rows]
         predicted = np.empty(labels.shape)
-        for seed in dict.fromkeys(seeds):
-            rows = np.flatnonzero(np.array(seeds) == seed)
-            predicted[rows] = self._train(problem, task, labels[rows], seed).predicted
+        for batch in together:
+            results = self._train(problem, task, [labels[rows[seed]] for seed in batch], batch)
+            for seed, result in zip(batch, results, strict=True):
+                predicted[rows[seed]] = result.predicted
         return predicted
 
-    def _train(self, problem: Problem, task: str, labels: Array, seed: int) -> HeadResult:
-        config = self.config(task, seed)
+    def _train(self, problem: Problem, task: str, labels: Sequence[Array], seeds: Sequence[int]) -> list[HeadResult]:
+        """Heads of every seed's rows of labels; of one seed where there is an embedding, which is the seed's own."""
+        configs = [self.config(task, seed) for seed in seeds]
+        config = configs[0]
         settings = config.tasks[task]
         column = settings.prompt_column(task)
         if column is not None and column not in problem.inputs:
@@ -64,7 +73,8 @@ class Topt:
         prompts = None if column is None else problem.inputs[column]
         place = Workplace(engine=problem.engine, reporter=problem.reporter.quiet())
         if settings.ensemble.enabled:
-            return train_ensemble(problem.inputs, problem.schema, prompts, labels, config, task, place)
+            return train_ensembles(problem.inputs, problem.schema, prompts, labels, configs, task, place)
+        (seed,), (rows,) = seeds, labels
         embeddings = _embeddings.setdefault(problem, {})
         key = (settings.srel, seed)
         if key not in embeddings:
@@ -72,7 +82,7 @@ class Topt:
             srel = train_embedding(problem.city, problem.inputs, problem.schema, config, name, place)
             embeddings[key] = embed(srel, problem.inputs)
         features = all_features(problem.inputs, problem.schema)
-        return train_head(embeddings[key], features, prompts, labels, config, task, place)
+        return [train_head(embeddings[key], features, prompts, rows, config, task, place)]
 
 
 VARIANTS: Mapping[str, Topt] = {

@@ -51,7 +51,7 @@ def minimise(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, *
     """
     adam = torch.optim.Adam(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     module.train()
-    with problem.reporter.stage(stage, epochs=recipe.epochs) as progress:
+    with problem.engine.matmuls(), problem.reporter.stage(stage, epochs=recipe.epochs) as progress:
         for epoch in range(recipe.epochs):
             for group in adam.param_groups:
                 group["lr"] = recipe.rate(epoch)

@@ -1,4 +1,4 @@
 #!/bin/sh
-# install-runtime.sh DIR: installs the wheel in DIR with what prediction and prompt encoding on a CPU need.
+# install-runtime-cpu.sh DIR: installs the wheel in DIR with what prediction and prompt encoding on a CPU need.
 set -eu
 python3 -m pip install --quiet --constraint constraints.txt "$(ls "$1"/topt_deploy-*.whl)[cpu,encoder]"
