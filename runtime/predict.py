@@ -45,7 +45,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is ref
     help="Single bad rows: refuse the city, give them no prediction, or leave them out.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Leave cities as they are that these inputs and options have made.")
-@click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one per processor].")
+@click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one or two per processor].")
 @click.option(
     "--engine", type=click.Choice(["local", "ray", "spark"]), default="local", show_default=True,
     help="Where many cities are predicted.",

@@ -9,11 +9,15 @@ import pytest
 from topt_deploy import fileio
 from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission
 from topt_deploy.fileio import (
+    Held,
     atomic_file,
     atomic_folder,
+    json_text,
     reading,
     sha256_bytes,
     sha256_file,
+    sweep,
+    sweep_folder,
     write_json,
     write_text,
 )
@@ -219,11 +223,58 @@ def test_json_is_readable_and_exact(tmp_path):
     assert text.endswith("}\n")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {}, [], {"a": {}, "b": [], "c": [{}]}, "é\n\t\"", None, True, 0.1, -7, (1, 2), {"x": [[1.5, None], "y"]},
+        {1: 2, None: 3, False: 4, 1.5: [5]},
+    ],
+)  # fmt: skip
+def test_json_is_laid_out_as_pythons_own(value):
+    assert json_text(value) == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_json_has_no_nan(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"x": value})
     assert names(tmp_path) == []
+
+
+class TestHeld:
+    def test_a_small_file_is_read_once(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"what was read")
+        held = Held(tmp_path / "x")
+        (tmp_path / "x").write_bytes(b"what came later")
+        assert held.data == b"what was read"
+        assert held.sha256 == sha256_bytes(b"what was read")
+
+    def test_a_large_file_stays_on_the_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fileio, "HELD_BYTES", 4)
+        (tmp_path / "x").write_bytes(b"large")
+        held = Held(tmp_path / "x")
+        assert held.data is None
+        assert held.sha256 == sha256_bytes(b"large")
+
+    def test_what_is_no_file(self, tmp_path):
+        with pytest.raises(NoInput):
+            Held(tmp_path / "none")
+        with pytest.raises(BadData, match="is a folder"):
+            Held(tmp_path)
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(BadData, match="a pipe or a device"):
+            Held(tmp_path / "pipe")
+
+
+def test_sweeping_takes_what_is_left_of_these_files_alone(tmp_path):
+    left = [".a.0123456789ab.parquet", ".b.0123456789ab"]
+    kept = [".a.0123456789ab.json", ".c.0123456789ab.parquet", ".a.0123456789.parquet", ".a.parquet.lock", "a.parquet"]
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    sweep(tmp_path / "a.parquet", tmp_path / "b")
+    assert names(tmp_path) == sorted(kept)
+    sweep_folder(tmp_path)
+    assert names(tmp_path) == sorted(kept[2:])
 
 
 def test_hashes(tmp_path):
