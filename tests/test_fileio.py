@@ -2,12 +2,17 @@ import errno
 import hashlib
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from topt_deploy import fileio
-from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission
+from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission, TryAgain
 from topt_deploy.fileio import (
     Held,
     atomic_file,
@@ -168,8 +173,17 @@ class TestAtomicFolder:
         assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
         assert names(tmp_path) == ["b.topt"]
 
+    def test_a_failed_exchange_leaves_the_old_one(self, tmp_path, monkeypatch):
+        self.make(tmp_path / "b.topt", "old")
+        monkeypatch.setattr(fileio, "_exchange", lambda *_: raise_os_error(errno.EIO))
+        with pytest.raises(IOFailure):
+            self.make(tmp_path / "b.topt", "new")
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
     def test_a_failed_swap_puts_the_old_one_back(self, tmp_path, monkeypatch):
         self.make(tmp_path / "b.topt", "old")
+        monkeypatch.setattr(fileio, "_exchange", lambda *_: False)
         rename = Path.rename
 
         def failing(source, target):
@@ -187,10 +201,76 @@ class TestAtomicFolder:
         with pytest.raises(CannotCreate):
             self.make(tmp_path / "none" / "b.topt", "new")
 
-    def test_in_place_of_a_file_no_hidden_copy_stays(self, tmp_path):
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_in_place_of_a_file_no_hidden_copy_stays(self, at_once, tmp_path, monkeypatch):
+        if not at_once:
+            monkeypatch.setattr(fileio, "_exchange", lambda *_: False)
         (tmp_path / "b.topt").write_text("a zip, perhaps")
         self.make(tmp_path / "b.topt", "new")
         assert names(tmp_path) == ["b.topt"]
+        assert names(tmp_path / "b.topt") == ["sub"]
+
+    def test_two_writers_do_not_meet(self, tmp_path):
+        with atomic_folder(tmp_path / "b.topt"), pytest.raises(TryAgain):
+            self.make(tmp_path / "b.topt", "new")
+        assert names(tmp_path) == ["b.topt"]
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names are exchanged at once on Linux alone")
+    def test_killed_at_any_instant(self, tmp_path):
+        """A process that writes it over and over: after every kill a whole one stands, and the next call tidies up."""
+        path, rng = tmp_path / "b.topt", random.Random(0)
+        self.make(path, "0")
+        seen = set()
+        for _ in range(25):
+            process = subprocess.Popen([sys.executable, "-c", OVER_AND_OVER, path], stdout=subprocess.PIPE)
+            process.stdout.readline()  # the first one stands
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+            process.communicate()
+            contents = {(path / name).read_text() for name in ("one", "other")}
+            assert len(contents) == 1, "old and new are mixed"
+            seen |= contents
+        assert len(seen) > 1
+        self.make(path, "in the end")
+        assert names(tmp_path) == ["b.topt"]
+
+    def test_killed_between_two_renames(self, tmp_path):
+        """Where names are not exchanged at once: neither stands, and the next call puts the old one back, even if it
+        fails itself."""
+        path = tmp_path / "b.topt"
+        self.make(path, "old")
+        done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, path])
+        assert done.returncode == -signal.SIGKILL
+        assert not path.exists()
+        with pytest.raises(Failed):
+            self.make(path, "new", fail=Failed())
+        assert (path / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
+
+OVER_AND_OVER = """
+import itertools, sys
+from pathlib import Path
+from topt_deploy.fileio import atomic_folder
+for number in itertools.count(1):
+    with atomic_folder(Path(sys.argv[1])) as folder:
+        for name in ("one", "other"):
+            (folder / name).write_text(str(number))
+    print(flush=True)
+"""
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from topt_deploy import fileio
+fileio._exchange = lambda *_: False
+rename = Path.rename
+def once(source, target):
+    rename(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once
+with fileio.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("new")
+"""
 
 
 class TestReading:

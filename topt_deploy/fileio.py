@@ -22,6 +22,8 @@ _CANNOT_CREATE = {
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 HELD_BYTES = 8 << 20
 SCRATCH_KEPT_S = 24 * 3600
+_OLD = ".old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux' fcntl.h
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}(\.[^.]+)?\Z", re.DOTALL)
 _SCRATCH = re.compile(r"topt-[0-9a-f]{16}\Z")
 
@@ -228,34 +230,79 @@ def _sweep(folder: Path, names: Collection[tuple[str, str]] | None) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` and swap it in as a whole on success.
+    """Yield a temporary folder beside ``path``; flush it and swap it in as a whole on success.
 
-    An older folder of that name is moved aside first and removed last, so a failure leaves it in place.
+    Whatever happens, ``path`` is the old whole folder or the new whole one, where the system exchanges two names in
+    one step (Linux, on the usual file systems). Elsewhere the old one is moved aside first: a process that is killed
+    between the two renames leaves neither, and the next call for ``path`` puts the old one back before anything else.
+
+    Raises:
+        TryAgain: If another process is writing it.
+        CannotCreate, IOFailure: Where the operating system refuses.
     """
+    path = Path(path)
+    with locked(path):
+        _mend_folder(path)
+        temporary = path.with_name(f".{path.name}.{_token()}")
+        old = temporary.with_name(temporary.name + _OLD)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _sync(file)
+            if not os.path.lexists(path):
+                temporary.rename(path)
+            elif not _exchange(temporary, path):
+                path.rename(old)
+                temporary.rename(path)
+            _sync(path.parent)
+        except OSError as error:
+            if os.path.lexists(old) and not os.path.lexists(path):
+                old.rename(path)
+            raise write_error(path, error) from error
+        finally:
+            _remove(temporary)
+            _remove(old)
+
+
+def _mend_folder(path: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_folder` for ``path``, but for the old folder where no other
+    stands; the lock of ``path`` must be held."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}({re.escape(_OLD)})?\Z")
+    with writing(path):
+        found = [entry.path for entry in os.scandir(path.parent) if left.match(entry.name)]
+        for leftover in found:
+            if leftover.endswith(_OLD) and not os.path.lexists(path):
+                os.rename(leftover, path)
+                _sync(path.parent)
+    for leftover in found:
+        _remove(Path(leftover))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names of one folder change places, in one step of the system's; False where it has no such step."""
+    import ctypes  # which costs a start of topt-run some milliseconds
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _remove(path: Path) -> None:
     import shutil  # with its compressors, too dear for every start of topt-run
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{_token()}")
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise write_error(path, error) from error
-    finally:
-        for leftover in (temporary, old):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
