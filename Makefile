@@ -58,7 +58,7 @@ PROMPT4RE ?= ../shared/data/Prompt4RE
 benchmark: install
 	$(BIN)/python benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
 
-# Into docs/reliability.md: kills and full disks at length (an hour), and many small cities (half an hour, quiet).
+# Into docs/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
 reliability: install
 	$(BIN)/python benchmarks/reliability.py
 
