@@ -243,7 +243,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 def check_outside(out: Path, bundle: Path) -> None:
     """Refuse an output within the bundle, which a file that its manifest does not list would make unusable."""
-    if os.path.realpath(out).startswith(os.path.join(os.path.realpath(bundle), "")):
+    if os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(bundle), "")):
         raise UsageError("the output would go into the bundle", file=out, fix="name another place with --out")
 
 

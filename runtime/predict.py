@@ -175,6 +175,7 @@ def _predict_many(
     engine: str,
     workers: int | None,
 ) -> int:
+    from .batch.remote import shown
     from .batch.run import run_batch
     from .batch.summary import write_record
     from .batch.work import FAILED
@@ -191,7 +192,7 @@ def _predict_many(
 
     run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told)
     write_record(out, measure)
-    text = f"{measure.text()}\npredictions {out.rstrip('/')}/city=…/{DEFAULT_OUT}"
+    text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
     log.result(text, event="batch", **measure.record())
     return measure.exit_code
 

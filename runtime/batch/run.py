@@ -12,6 +12,7 @@ from topt_deploy.errors import UsageError
 
 from ..city import Job, check_outside
 from ..pandas import with_pandas
+from .apart import apart
 from .local import run_local, workers_for
 from .plan import plan
 from .remote import is_uri
@@ -53,7 +54,8 @@ def run_batch(
             )  # fmt: skip
     if not is_uri(out):
         check_outside(Path(out), Path(setting.bundle))
-    jobs = plan(inputs, out, mobility=predictor.bundle.manifest.mobility)
+    search = partial(plan, inputs, out, mobility=predictor.bundle.manifest.mobility)
+    jobs = apart(search) if any(map(is_uri, inputs)) else search()
     if engine == LOCAL:
         _ = predictor.parts  # read and checked once, here, for all workers
         todo = partial(work, predictor=predictor, setting=setting)
