@@ -11,7 +11,7 @@ from typing import Any
 from topt_deploy.errors import NoDevice
 
 from ..city import Job
-from .quiet import quiet
+from .quiet import only_this_thread, quiet
 from .work import ATTEMPTS, Result, Setting, lost_result, work
 
 
@@ -39,6 +39,11 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
     Raises:
         NoDevice: If Ray is not installed, or its cluster does not answer.
     """
+    with only_this_thread():
+        yield from _run(jobs, setting, workers)
+
+
+def _run(jobs: Sequence[Job], setting: Setting, workers: int | None) -> Generator[Result]:
     # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
