@@ -8,11 +8,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from topt_deploy.errors import NoDevice
+from topt_deploy.errors import NoDevice, ToptError
 
 from ..city import Job
+from ..predictor import Predictor
 from .quiet import only_this_thread, quiet
-from .work import ATTEMPTS, Result, Setting, lost_result, work
+from .work import ATTEMPTS, Result, Setting, lost_result, unopened, work
 
 
 class _Worker:
@@ -20,10 +21,18 @@ class _Worker:
     in Arrow's columns every result would have the keys of all."""
 
     def __init__(self, setting: Setting) -> None:
-        self._setting, self._predictor = setting, setting.open()
+        self._setting = setting
+        self._opened: Predictor | ToptError
+        try:
+            self._opened = setting.open()
+        except ToptError as error:
+            self._opened = error
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(asdict(work(Job(**json.loads(item["job"])), self._predictor, self._setting)))}
+        job = Job(**json.loads(item["job"]))
+        if isinstance(self._opened, ToptError):
+            return {"result": json.dumps(asdict(unopened(job, self._opened)))}
+        return {"result": json.dumps(asdict(work(job, self._opened, self._setting)))}
 
 
 def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:

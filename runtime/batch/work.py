@@ -97,6 +97,15 @@ def lost_result(job: Job, how: str) -> Result:
     return failed(job, facts, f"{facts['message']}\n  to do:    {facts['to_do']}")
 
 
+def unopened(job: Job, error: ToptError) -> Result:
+    """The result of a city on a node of a cluster that cannot open the bundle, which the command itself could."""
+    facts = error.as_dict() | {
+        "message": f"a node of the cluster cannot open the bundle: {error.message}",
+        "to_do": "put the same bundle where every node sees it under this path",
+    }
+    return failed(job, facts, f"{facts['file']}: {facts['message']}\n  to do:    {facts['to_do']}")
+
+
 def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
     """The result of a city that was predicted, or had been before."""
     receipt = outcome.receipt

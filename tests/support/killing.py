@@ -140,7 +140,7 @@ class Trials:
         shutil.copytree(self._before, place)
         command = self.target.command
         for _ in range(rng.choice((1, 1, 1, 3))):
-            if self._killed(command, place, rng.uniform(min(self.idle_s, self.seconds), self.seconds)):
+            if self._killed(command, place, rng.uniform(self.idle_s, self.seconds)):
                 self.kills += 1
                 self.begun += names(place) != names(self._before)
             self._check_whole(place)
@@ -190,7 +190,8 @@ class Trials:
         process = self._started(command, place)
         try:
             process.wait(max(0.0, began + after_s - time.perf_counter()))
-            self.seconds = min(self.seconds, time.perf_counter() - began)  # the machine has less else to do by now
+            if command == self.target.command and (taken := time.perf_counter() - began) < self.seconds:
+                self.idle_s, self.seconds = self.idle_s * taken / self.seconds, taken  # the machine has less else to do
             return False
         except subprocess.TimeoutExpired:
             assert process.pid is not None
