@@ -56,6 +56,7 @@ def _run(jobs: Sequence[Job], setting: Setting, workers: int | None) -> Generato
     # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
+    os.environ["RAY_DEDUP_LOGS"] = "0"  # else it keeps lines back, and this very thread prints them in the end
     try:
         import ray
         import ray.data
