@@ -188,7 +188,7 @@ def steps(bundle: Path, cities: Path, out: Path, count: int) -> dict[str, float]
         timed(predictor, "features", "features"),
         timed(city, "save_parquet", "write the predictions"),
         timed(city, "make_receipt", "make the receipt"),
-        timed(city, "sha256_file", "hash the inputs"),
+        timed(city, "sha256_file", "hash the output"),
     ):
         began = time.process_time()
         for job in jobs:

@@ -1,4 +1,6 @@
-"""The reliability tests at full length, and what they counted: ``make reliability``. An hour on a quiet machine.
+"""The reliability tests at full length, and what they counted: ``make reliability``. Half an hour on a quiet machine.
+
+    python benchmarks/reliability.py        # or, of its two parts, only: kill, disk
 
 The tests are those of the suite, with many more kill points and a finer grid of free space; the tables go into
 docs/reliability.md. benchmarks/batch.py writes its own section there with :func:`write_section`.
@@ -17,8 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 PAGE = ROOT / "docs" / "reliability.md"
-TESTS = ("tests/runtime/test_crash.py", "tests/train/test_crash.py", "tests/runtime/test_disk_full.py",
-         "tests/export/test_disk_full.py")  # fmt: skip
+TESTS = {
+    "kill": ("tests/runtime/test_crash.py", "tests/train/test_crash.py"),
+    "disk": ("tests/runtime/test_disk_full.py", "tests/export/test_disk_full.py"),
+}
 
 
 def machine() -> str:
@@ -37,30 +41,33 @@ def write_section(name: str, text: str) -> None:
 
 
 def main() -> None:
-    """Run the tests, then write the sections."""
+    """Run the tests of the parts that the command line names, or of all, then write their sections."""
+    parts = sys.argv[1:] or list(TESTS)
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "figures.jsonl"
         environment = os.environ | {"TOPT_RELIABILITY_FIGURES": str(file), "OMP_NUM_THREADS": "1"}
-        subprocess.run([BIN / "pytest", "--timeout=0", *TESTS], cwd=ROOT, env=environment, check=True)
+        tests = [test for part in parts for test in TESTS[part]]
+        subprocess.run([BIN / "pytest", "--timeout=0", *tests], cwd=ROOT, env=environment, check=True)
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-    write_section("kill", kills([line for line in lines if line["part"] == "kill"]))
-    write_section("disk", disks([line for line in lines if line["part"] == "disk full"]))
+    for part, table in (("kill", kills), ("disk", disks)):
+        if part in parts:
+            write_section(part, table([line for line in lines if line["part"].startswith(part)]))
 
 
 def kills(lines: list[dict]) -> str:
     """The table of kill points."""
     rows = [
         f"| `{line['command']}` | {'yes' if line['again'] else 'no'} | {line['seconds']:.1f} s |"
-        f" {line['kills']} | {line['begun']} |"
+        f" {line['idle_s']:.1f} s | {line['kills']} | {line['begun']} |"
         for line in lines
     ]
     total = {key: sum(line[key] for line in lines) for key in ("kills", "begun")}
     return f"""`make reliability`; {machine()}.
 
-| command | older output | uninterrupted | kills | of which after something was begun |
-|---|---|---|---|---|
+| command | older output | uninterrupted | nothing written before | kills | of which something was left behind |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
-| all | | | {total["kills"]} | {total["begun"]} |
+| all | | | | {total["kills"]} | {total["begun"]} |
 """
 
 

@@ -7,7 +7,7 @@ stands and fits, the output is whole.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,17 @@ import pyarrow as pa
 from topt_deploy import __version__
 from topt_deploy.columns import GEOMETRY, REGION_ID
 from topt_deploy.errors import BadData, BadRows, UsageError
-from topt_deploy.fileio import atomic_files, check_place, json_text, locked, reading, sha256_file, sweep, writing
+from topt_deploy.fileio import (
+    Held,
+    atomic_files,
+    check_place,
+    json_text,
+    locked,
+    reading,
+    sha256_file,
+    sweep,
+    writing,
+)
 from topt_deploy.parquet import save_parquet
 
 from .predictor import COVERAGE, Predictions, Predictor
@@ -115,24 +125,20 @@ def predict_city(
         check_place(out)
     check_outside(out, predictor.bundle.path)
     written = [out, receipt_path(out), *_asides(out), *([] if geo is None else [geo])]
-    taken = {os.path.realpath(file): file for file in inputs.values()}
-    for target in written:
-        check_place(target)
-        if file := taken.get(os.path.realpath(target)):
-            raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
+    _check_apart(written, inputs.values())
     with locked(out), nullcontext() if geo is None else locked(geo):
-        for file in written:
-            sweep(file)
+        sweep(*written)
         with watch.step("hash"):
             stamps = {role: _stamp(file) for role, file in inputs.items()}
-            hashes = {role: sha256_file(file) for role, file in inputs.items()}
+            held = {role: Held(file) for role, file in inputs.items()}
+            hashes = {role: file.sha256 for role, file in held.items()}
         key = _key(predictor, hashes, options)
         if resume and geo is None and (receipt := _standing(out, key)) is not None:  # no receipt tells of a map
             return Outcome(status=SKIPPED, receipt=receipt, table=None)
         with watch.step("predict"):
             predictions = predictor.predictions(
-                regions, mobility, tasks=options.tasks, id_col=options.id_col, coverage=options.coverage,
-                on_bad_row=options.on_bad_row, cache=cache, progress=progress,
+                held["regions"], held.get("mobility"), tasks=options.tasks, id_col=options.id_col,
+                coverage=options.coverage, on_bad_row=options.on_bad_row, cache=cache, progress=progress,
             )  # fmt: skip
             table = predictions.wide() if options.wide else predictions.long()
         if {role: _stamp(file) for role, file in inputs.items()} != stamps:
@@ -211,6 +217,24 @@ def _standing(out: Path, key: str) -> Mapping[str, Any] | None:
     return receipt if found == made else None
 
 
+def _check_apart(written: Sequence[Path], read: Iterable[Path]) -> None:
+    """Refuse outputs that cannot be written, or would take the place of an input."""
+    folders: dict[Path, str] = {}  # where they are, links followed, is found out once for all the files in them
+
+    def real(file: Path) -> str:
+        if os.path.islink(file):
+            return os.path.realpath(file)
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        return os.path.join(folders[file.parent], file.name)
+
+    taken = {real(file): file for file in read}
+    for target in written:
+        check_place(target)
+        if file := taken.get(real(target)):
+            raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
     with reading(file):
         facts = os.stat(file)
@@ -219,7 +243,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 def check_outside(out: Path, bundle: Path) -> None:
     """Refuse an output within the bundle, which a file that its manifest does not list would make unusable."""
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(bundle)):
+    if os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(bundle), "")):
         raise UsageError("the output would go into the bundle", file=out, fix="name another place with --out")
 
 

@@ -45,7 +45,7 @@ _PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is ref
     help="Single bad rows: refuse the city, give them no prediction, or leave them out.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Leave cities as they are that these inputs and options have made.")
-@click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one per processor].")
+@click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one or two per processor].")
 @click.option(
     "--engine", type=click.Choice(["local", "ray", "spark"]), default="local", show_default=True,
     help="Where many cities are predicted.",
@@ -176,6 +176,7 @@ def _predict_many(
     engine: str,
     workers: int | None,
 ) -> int:
+    from .batch.remote import shown
     from .batch.run import run_batch
     from .batch.summary import write_record
     from .batch.work import FAILED
@@ -192,7 +193,7 @@ def _predict_many(
 
     run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told)
     write_record(out, measure)
-    text = f"{measure.text()}\npredictions {out.rstrip('/')}/city=…/{DEFAULT_OUT}"
+    text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
     log.result(text, event="batch", **measure.record())
     return measure.exit_code
 

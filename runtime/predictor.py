@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.bundle import ENCODER, Bundle, open_bundle
-from topt_deploy.columns import GEOMETRY, REGION_ID
+from topt_deploy.columns import GEOMETRY, REGION_ID, Given, file_of
 from topt_deploy.encoder.precision import comparable
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.features import features, range_columns
@@ -36,6 +36,9 @@ OK = "ok"
 EXTRAPOLATED = "extrapolated"
 MASKED = "masked"
 REASONS_SHOWN = 3
+WORTH_RELEASING_BYTES = 2 << 20
+"""Size of the model's inputs from which on Arrow gives back, before the model runs, what reading them took. Of small
+cities a batch needs it again at once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,8 +186,8 @@ class Predictor:
 
     def predictions(
         self,
-        regions: pa.Table | Path,
-        mobility: pa.Table | Path | None,
+        regions: Given,
+        mobility: Given | None,
         *,
         tasks: Sequence[str] = (),
         id_col: str = REGION_ID,
@@ -210,13 +213,14 @@ class Predictor:
                     expected=f"one of {', '.join(self.tasks)}",
                     fix="choose one of these, or train the task",
                 )
-        file = regions if isinstance(regions, Path) else None
+        file = file_of(regions)
         sieve = Sieve(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
         self._add_prompts(sieve, None if file is None else file.parent, id_col, cache, progress)
         city = sieve.read(manifest.schema, id_col=id_col)
         self._check_encoders(city, regions)
         arrays = features(city, manifest.inputs)
-        pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
+        if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
+            pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         predicted = self.session.run(arrays, chosen)
         for task, values in predicted.items():
             if values.shape != (len(city),):
@@ -305,7 +309,7 @@ class Predictor:
             )  # fmt: skip
             sieve.take(error)
 
-    def _check_encoders(self, city: City, regions: pa.Table | Path) -> None:
+    def _check_encoders(self, city: City, regions: Given) -> None:
         for column, facts in self.bundle.manifest.prompts.items():
             for what, found in (("encoder", city.encoders.get(column)), ("template", city.templates.get(column))):
                 expected = facts.get(what)
@@ -324,11 +328,13 @@ class Predictor:
     def _extrapolated(self, city: City) -> list[str]:
         """Per region, in canonical order, which quantities lie outside the training range; empty if none."""
         outside: list[list[str]] = [[] for _ in range(len(city))]
-        for column, values in range_columns(city, self.bundle.manifest.schema).items():
-            low, high = self.bundle.manifest.ranges[column]
-            for side, where in (("below", values < low), ("above", values > high)):
-                for region in np.flatnonzero(where):
-                    outside[region].append(f"{column} {side} the training range")
+        columns = range_columns(city, self.bundle.manifest.schema)
+        values = np.array([*columns.values()]).reshape(len(columns), len(city))
+        ranges = np.array([self.bundle.manifest.ranges[column] for column in columns]).reshape(-1, 2, 1)
+        low, high = ranges[:, 0], ranges[:, 1]
+        names, sides = list(columns), ("below", "above")
+        for column, side, region in np.argwhere(np.stack([values < low, values > high], axis=1)).tolist():
+            outside[region].append(f"{names[column]} {sides[side]} the training range")
         return [
             "; ".join(r[:REASONS_SHOWN]) + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
             for r in outside
@@ -383,8 +389,8 @@ def load(
     return predictor
 
 
-def _name(regions: pa.Table | Path) -> str:
-    return "regions table" if isinstance(regions, pa.Table) else str(regions)
+def _name(regions: Given) -> str:
+    return str(file_of(regions) or "regions table")
 
 
 @dataclass(frozen=True, eq=False)

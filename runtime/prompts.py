@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from topt_deploy.bundle import Bundle
-from topt_deploy.columns import PROMPT_PREFIX, REGION_ID
+from topt_deploy.columns import PROMPT_PREFIX, REGION_ID, Given
 from topt_deploy.encoder.command import CACHE
 from topt_deploy.encoder.encode import Progress, encode
 from topt_deploy.encoder.job import open_cache
@@ -53,7 +53,7 @@ class PromptEncoder:
 
     def add(
         self,
-        regions: pa.Table | Path,
+        regions: Given,
         columns: Sequence[str],
         *,
         home: Path | None,

@@ -8,12 +8,12 @@ median for the value that is bad, and gives it no prediction of its own. Both wr
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.columns import Given
 from topt_deploy.errors import BadData, BadRows
 from topt_deploy.parquet import ParquetFile
 from topt_deploy.table import City, Schema, read_city
@@ -48,8 +48,8 @@ class Sieve:
         city_id: The city's name, where neither the table nor its folder says.
     """
 
-    regions: pa.Table | Path
-    mobility: pa.Table | Path | None
+    regions: Given
+    mobility: Given | None
     policy: str
     city_id: str | None = None
     aside: dict[str, list[Aside]] = field(default_factory=lambda: {BadRows.REGIONS: [], BadRows.MOBILITY: []})
@@ -142,7 +142,7 @@ class Sieve:
         return found
 
 
-def in_memory(given: pa.Table | Path) -> pa.Table:
+def in_memory(given: Given) -> pa.Table:
     """The table, read where it is a file; a native geometry keeps its description."""
     if isinstance(given, pa.Table):
         return given

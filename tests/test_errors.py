@@ -1,10 +1,12 @@
 """The errors themselves: what they say to people and to machines, and their exit codes."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 
-from topt_deploy.errors import BadData, Exit, ToptError
+from topt_deploy.errors import BadData, BadRows, Exit, ToptError
 
 CLASSES = ToptError.__subclasses__()
 
@@ -66,3 +68,14 @@ def test_machines_can_read_it_whatever_it_holds():
     assert facts["message"] == 'is "wrong"\n'
     assert facts["region_ids"] == ["\x00", "é"]
     assert facts["found"] == "nan"
+
+
+def test_an_error_travels_between_processes():
+    error = BadRows(
+        "bad", table=BadRows.REGIONS, rows=np.array([True, False]), code="x", file="f", ids=["a"], expected=1, fix="y"
+    )
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is BadRows
+    assert str(again) == str(error)
+    assert again.as_dict() == error.as_dict()
+    assert again.rows.tolist() == [True, False]

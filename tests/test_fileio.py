@@ -2,18 +2,27 @@ import errno
 import hashlib
 import json
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from topt_deploy import fileio
-from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission
+from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission, TryAgain
 from topt_deploy.fileio import (
+    Held,
     atomic_file,
     atomic_folder,
+    json_text,
     reading,
     sha256_bytes,
     sha256_file,
+    sweep,
+    sweep_folder,
     write_json,
     write_text,
 )
@@ -164,8 +173,17 @@ class TestAtomicFolder:
         assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
         assert names(tmp_path) == ["b.topt"]
 
+    def test_a_failed_exchange_leaves_the_old_one(self, tmp_path, monkeypatch):
+        self.make(tmp_path / "b.topt", "old")
+        monkeypatch.setattr(fileio, "_exchange", lambda *_: raise_os_error(errno.EIO))
+        with pytest.raises(IOFailure):
+            self.make(tmp_path / "b.topt", "new")
+        assert (tmp_path / "b.topt" / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
     def test_a_failed_swap_puts_the_old_one_back(self, tmp_path, monkeypatch):
         self.make(tmp_path / "b.topt", "old")
+        monkeypatch.setattr(fileio, "_exchange", lambda *_: False)
         rename = Path.rename
 
         def failing(source, target):
@@ -183,10 +201,76 @@ class TestAtomicFolder:
         with pytest.raises(CannotCreate):
             self.make(tmp_path / "none" / "b.topt", "new")
 
-    def test_in_place_of_a_file_no_hidden_copy_stays(self, tmp_path):
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_in_place_of_a_file_no_hidden_copy_stays(self, at_once, tmp_path, monkeypatch):
+        if not at_once:
+            monkeypatch.setattr(fileio, "_exchange", lambda *_: False)
         (tmp_path / "b.topt").write_text("a zip, perhaps")
         self.make(tmp_path / "b.topt", "new")
         assert names(tmp_path) == ["b.topt"]
+        assert names(tmp_path / "b.topt") == ["sub"]
+
+    def test_two_writers_do_not_meet(self, tmp_path):
+        with atomic_folder(tmp_path / "b.topt"), pytest.raises(TryAgain):
+            self.make(tmp_path / "b.topt", "new")
+        assert names(tmp_path) == ["b.topt"]
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names are exchanged at once on Linux alone")
+    def test_killed_at_any_instant(self, tmp_path):
+        """A process that writes it over and over: after every kill a whole one stands, and the next call tidies up."""
+        path, rng = tmp_path / "b.topt", random.Random(0)
+        self.make(path, "0")
+        seen = set()
+        for _ in range(25):
+            process = subprocess.Popen([sys.executable, "-c", OVER_AND_OVER, path], stdout=subprocess.PIPE)
+            process.stdout.readline()  # the first one stands
+            time.sleep(rng.uniform(0, 0.03))
+            process.kill()
+            process.communicate()
+            contents = {(path / name).read_text() for name in ("one", "other")}
+            assert len(contents) == 1, "old and new are mixed"
+            seen |= contents
+        assert len(seen) > 1
+        self.make(path, "in the end")
+        assert names(tmp_path) == ["b.topt"]
+
+    def test_killed_between_two_renames(self, tmp_path):
+        """Where names are not exchanged at once: neither stands, and the next call puts the old one back, even if it
+        fails itself."""
+        path = tmp_path / "b.topt"
+        self.make(path, "old")
+        done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, path])
+        assert done.returncode == -signal.SIGKILL
+        assert not path.exists()
+        with pytest.raises(Failed):
+            self.make(path, "new", fail=Failed())
+        assert (path / "sub" / "file").read_text() == "old"
+        assert names(tmp_path) == ["b.topt"]
+
+
+OVER_AND_OVER = """
+import itertools, sys
+from pathlib import Path
+from topt_deploy.fileio import atomic_folder
+for number in itertools.count(1):
+    with atomic_folder(Path(sys.argv[1])) as folder:
+        for name in ("one", "other"):
+            (folder / name).write_text(str(number))
+    print(flush=True)
+"""
+KILLED_BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from topt_deploy import fileio
+fileio._exchange = lambda *_: False
+rename = Path.rename
+def once(source, target):
+    rename(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once
+with fileio.atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("new")
+"""
 
 
 class TestReading:
@@ -219,11 +303,58 @@ def test_json_is_readable_and_exact(tmp_path):
     assert text.endswith("}\n")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {}, [], {"a": {}, "b": [], "c": [{}]}, "é\n\t\"", None, True, 0.1, -7, (1, 2), {"x": [[1.5, None], "y"]},
+        {1: 2, None: 3, False: 4, 1.5: [5]},
+    ],
+)  # fmt: skip
+def test_json_is_laid_out_as_pythons_own(value):
+    assert json_text(value) == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_json_has_no_nan(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"x": value})
     assert names(tmp_path) == []
+
+
+class TestHeld:
+    def test_a_small_file_is_read_once(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"what was read")
+        held = Held(tmp_path / "x")
+        (tmp_path / "x").write_bytes(b"what came later")
+        assert held.data == b"what was read"
+        assert held.sha256 == sha256_bytes(b"what was read")
+
+    def test_a_large_file_stays_on_the_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fileio, "HELD_BYTES", 4)
+        (tmp_path / "x").write_bytes(b"large")
+        held = Held(tmp_path / "x")
+        assert held.data is None
+        assert held.sha256 == sha256_bytes(b"large")
+
+    def test_what_is_no_file(self, tmp_path):
+        with pytest.raises(NoInput):
+            Held(tmp_path / "none")
+        with pytest.raises(BadData, match="is a folder"):
+            Held(tmp_path)
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(BadData, match="a pipe or a device"):
+            Held(tmp_path / "pipe")
+
+
+def test_sweeping_takes_what_is_left_of_these_files_alone(tmp_path):
+    left = [".a.0123456789ab.parquet", ".b.0123456789ab"]
+    kept = [".a.0123456789ab.json", ".c.0123456789ab.parquet", ".a.0123456789.parquet", ".a.parquet.lock", "a.parquet"]
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    sweep(tmp_path / "a.parquet", tmp_path / "b")
+    assert names(tmp_path) == sorted(kept)
+    sweep_folder(tmp_path)
+    assert names(tmp_path) == sorted(kept[2:])
 
 
 def test_hashes(tmp_path):

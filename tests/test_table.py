@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.errors import BadData, Exit, NoInput, NoPermission
+from topt_deploy.fileio import Held
 from topt_deploy.parquet import read_parquet
 from topt_deploy.table import Schema, infer_schema, read_city
 
@@ -538,6 +539,25 @@ class TestBadLists:
         table = replaced(lists.drop_columns("poi"), poi=fixed_lists(values))
         schema = infer_schema(table, views=("poi",), mobility=False)
         refuse(table, schema=schema, parts=["poi[01]", f"'{lists['region_id'][3].as_py()}'", "found:    -2"])
+
+
+def test_codes_of_a_file_are_its_texts(tables, tmp_path, monkeypatch):
+    """Ids in several row groups, each with a dictionary of its own, one that fell back to plain text, and nulls."""
+    regions, mobility = tables
+    mobility = mobility.append_column("city_id", pa.array(["A"] * len(mobility)))
+    for how in ({"row_group_size": 3}, {"use_dictionary": False}, {"dictionary_pagesize_limit": 8}):
+        pq.write_table(regions, tmp_path / "r.parquet")
+        pq.write_table(mobility, tmp_path / "m.parquet", **how)
+        found = read_city(tmp_path / "r.parquet", Held(tmp_path / "m.parquet"), SCHEMA, city_id="A").flows
+        expected = read_city(regions, mobility, SCHEMA, city_id="A").flows
+        for part in ("origin", "dest", "flow", "target"):
+            assert np.array_equal(getattr(found, part), getattr(expected, part))
+    ends = mobility["origin_id"].to_pylist()
+    ends[1] = None
+    place = mobility.schema.get_field_index("origin_id")
+    pq.write_table(mobility.set_column(place, "origin_id", pa.array(ends)), tmp_path / "m.parquet", row_group_size=3)
+    with pytest.raises(BadData, match="names regions that the regions table does not have"):
+        read_city(regions, tmp_path / "m.parquet", SCHEMA, city_id="A")
 
 
 class TestBadFlows:

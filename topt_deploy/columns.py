@@ -6,12 +6,13 @@ The names of columns are the data contract (docs/contracts.md). Of pyarrow this 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
 from .errors import BadData, BadRows
+from .fileio import Held
 from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +28,15 @@ FLOW_COLUMNS = {
 """Mobility columns with their accepted aliases: ours, LODES' and the TLC's."""
 TARGET_FLOW = "target_flow"
 PROMPT_PREFIX = "prompt_"
+CODED = {CITY_ID, *FLOW_COLUMNS["origin_id"], *FLOW_COLUMNS["dest_id"]}
+"""Columns of a file of flows that have few different texts, and are read as codes."""
+Given: TypeAlias = pa.Table | Path | Held
+"""A table as it is given: itself, its file, or its file's bytes."""
+
+
+def file_of(table: Given) -> Path | None:
+    """The file of a table, where it is one."""
+    return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
 
 
 class Source:
@@ -41,14 +51,19 @@ class Source:
         BadData: If a column occurs twice, or the file is no Parquet.
     """
 
-    def __init__(self, table: Path | pa.Table, role: str, keep: Callable[[str], bool] = lambda column: True) -> None:
+    def __init__(self, table: Given, role: str, keep: Callable[[str], bool] = lambda column: True) -> None:
         self.role = role
-        self.file = None if isinstance(table, pa.Table) else ParquetFile(Path(table))
-        self.path = None if self.file is None else Path(table)
-        self.name = f"{role} table" if self.file is None else str(table)
+        self.path = file_of(table)
+        self.name = f"{role} table" if self.path is None else str(self.path)
+        self.file: ParquetFile | None = None
+        self._table: pa.Table | None = None
         self._chosen: Array | None = None
-        self._table: pa.Table | None = table if self.file is None else None
-        self.schema: pa.Schema = self._table.schema if self.file is None else self.file.schema  # type: ignore[union-attr]
+        if isinstance(table, pa.Table):
+            self._table, self.schema = table, table.schema
+        else:
+            coded = CODED if role == BadRows.MOBILITY else ()
+            self.file = ParquetFile(table if isinstance(table, Held) else Path(table), coded=coded)
+            self.schema = self.file.schema
         self.everything = list(self.schema.names)
         self.names = [column for column in self.everything if keep(column)]
         twice = sorted({column for column in self.names if self.names.count(column) > 1})
@@ -57,11 +72,15 @@ class Source:
 
     @property
     def table(self) -> pa.Table:
-        """All kept columns but the prompts."""
+        """All kept columns; without the prompts where the file is too large to be held."""
         if self._table is None:
             assert self.file is not None
-            self._table = self.file.read([column for column in self.names if not column.startswith(PROMPT_PREFIX)])
+            self._table = self.file.read([column for column in self.names if not self._apart(column)])
         return self._table
+
+    def _apart(self, column: str) -> bool:
+        """Whether a column is read by itself, each time that it is asked for."""
+        return self.file is not None and not self.file.held and column.startswith(PROMPT_PREFIX)
 
     def choose(self, rows: Array) -> None:
         """Go on with these rows alone, bool (rows of the table)."""
@@ -85,7 +104,8 @@ class Source:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column's values."""
-        if self.file is not None and name.startswith(PROMPT_PREFIX):
+        if self._apart(name):
+            assert self.file is not None
             return self.file.read([name]).column(name)
         return self.table.column(name)
 
@@ -99,25 +119,60 @@ class Source:
         return self.schema.metadata or {}
 
 
-def strings(source: Source, column: str, fix: str) -> list[str | None]:
-    """A text column, dictionary-encoded or not; numbers are refused, for they lose leading zeros."""
-    data = source.column(column)
-    if pa.types.is_dictionary(data.type):
-        data = data.cast(data.type.value_type)
-    if not (pa.types.is_string(data.type) or pa.types.is_large_string(data.type)):
+def texts(source: Source, column: str, fix: str) -> tuple[list[str | None], Array]:
+    """A text column, dictionary-encoded or not; numbers are refused, for they lose leading zeros.
+
+    Returns:
+        Its different values, null as None, and int64 (N,), each row's place among them.
+    """
+    kind = source.column(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise BadData(
             "region ids are not text",
             file=source.name,
             column=column,
             expected="string (numbers lose leading zeros: '01073' becomes 1073)",
-            found=str(data.type),
+            found=str(kind),
             fix=fix,
         )
+    return different(source, column)
+
+
+def strings(source: Source, column: str, fix: str) -> list[str | None]:
+    """:func:`texts`, one per row."""
+    values, places = texts(source, column, fix)
+    return [values[place] for place in places.tolist()]
+
+
+def different(source: Source, column: str) -> tuple[list[Any], Array]:
+    """The different values of a column, and int64 (N,), each row's place among them.
+
+    Raises:
+        BadData: If a text is not UTF-8.
+    """
+    data = source.column(column)
+    places: dict[Any, int] = {}
+    parts = [np.empty(0, np.int64)]
     try:
-        values: list[str | None] = data.to_pylist()
+        for chunk in data.chunks:
+            if not pa.types.is_dictionary(data.type):
+                values = chunk.to_pylist()
+                if pa.types.is_nested(data.type):  # which are no keys
+                    values = [None if value is None else str(value) for value in values]
+                parts.append(np.array([places.setdefault(v, len(places)) for v in values], np.int64))
+                continue
+            named = [*chunk.dictionary.to_pylist(), None]
+            codes = chunk.indices.to_numpy(zero_copy_only=False)
+            codes = np.where(np.isnan(codes), len(named) - 1, codes).astype(np.int64) if chunk.null_count else codes
+            known = np.zeros(len(named), np.int64)
+            for code in np.flatnonzero(np.bincount(codes, minlength=len(named))).tolist():
+                known[code] = places.setdefault(named[code], len(places))
+            parts.append(known[codes])
     except UnicodeDecodeError as error:
         raise BadData(f"not UTF-8 text ({error})", file=source.name, column=column, fix="write it again") from error
-    return values
+    return list(places), np.concatenate(parts)
 
 
 def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Array:

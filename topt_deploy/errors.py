@@ -72,6 +72,10 @@ class ToptError(Exception):
         self.fix = fix
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, with whatever a kind of its own has besides."""
+        return _again, (type(self), vars(self))
+
     def __str__(self) -> str:
         place = [printable(self.file)] if self.file else []
         place += [f"column {self.column!r}"] if self.column else []
@@ -102,6 +106,12 @@ class ToptError(Exception):
             "to_do": self.fix,
         }
         return {key: value for key, value in facts.items() if value is not None}
+
+
+def _again(kind: type[ToptError], facts: dict[str, Any]) -> ToptError:
+    error = kind.__new__(kind)
+    vars(error).update(facts)
+    return error
 
 
 class UsageError(ToptError):

@@ -7,8 +7,9 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ _CANNOT_CREATE = {
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+HELD_BYTES = 8 << 20
 SCRATCH_KEPT_S = 24 * 3600
+_OLD = ".old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux' fcntl.h
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{12}(\.[^.]+)?\Z", re.DOTALL)
 _SCRATCH = re.compile(r"topt-[0-9a-f]{16}\Z")
 
 
@@ -66,11 +72,43 @@ def check_file(path: Path) -> None:
         NoInput, NoPermission, BadData, IOFailure: Saying why.
     """
     with reading(path):
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise BadData("a pipe or a device", file=path, expected="a plain file")  # never waited for
+        _check_kind(path)
         with path.open("rb"):
             pass
+
+
+def _check_kind(path: Path) -> None:
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise BadData("a pipe or a device", file=path, expected="a plain file")  # never waited for
+
+
+class Held:
+    """A file that is read once, where it is small: what is hashed and what is used are the same bytes.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        data: Its bytes; None where there are more than :data:`HELD_BYTES` of them.
+
+    Raises:
+        NoInput, NoPermission, BadData, IOFailure: If it cannot be read as a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with reading(path):
+            _check_kind(path)
+            with path.open("rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                data = stream.readall() if size <= HELD_BYTES else None
+                self.data = data if data is not None and len(data) <= HELD_BYTES else None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of its bytes, in hexadecimal."""
+        return sha256_file(self.path) if self.data is None else sha256_bytes(self.data)
 
 
 def check_place(path: Path) -> None:
@@ -170,54 +208,101 @@ def locked(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def sweep(path: Path) -> None:
-    """Remove what killed processes left of :func:`atomic_file` for ``path``; its lock must be held."""
-    _sweep(path.parent, re.escape(path.stem), re.escape(path.suffix))
+def sweep(*paths: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_file` for ``paths``; their locks must be held."""
+    for folder in dict.fromkeys(path.parent for path in paths):
+        _sweep(folder, {(path.stem, path.suffix) for path in paths if path.parent == folder})
 
 
 def sweep_folder(folder: Path) -> None:
     """Remove what killed processes left of :func:`atomic_file` in ``folder``, which nobody else may be writing to."""
-    _sweep(folder, ".+", r"(\.[^.]+)?")
+    _sweep(folder, None)
 
 
-def _sweep(folder: Path, stem: str, suffix: str) -> None:
-    left = re.compile(rf"\.{stem}\.[0-9a-f]{{12}}{suffix}\Z")
+def _sweep(folder: Path, names: Collection[tuple[str, str]] | None) -> None:
+    """Of files with these stems and suffixes; of all where None is given."""
     with suppress(OSError):
         for entry in os.scandir(folder):
-            if left.match(entry.name):
+            left = _TEMPORARY.match(entry.name)
+            if left and (names is None or left.groups("") in names):
                 os.unlink(entry.path)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path`` and swap it in as a whole on success.
+    """Yield a temporary folder beside ``path``; flush it and swap it in as a whole on success.
 
-    An older folder of that name is moved aside first and removed last, so a failure leaves it in place.
+    Whatever happens, ``path`` is the old whole folder or the new whole one, where the system exchanges two names in
+    one step (Linux, on the usual file systems). Elsewhere the old one is moved aside first: a process that is killed
+    between the two renames leaves neither, and the next call for ``path`` puts the old one back before anything else.
+
+    Raises:
+        TryAgain: If another process is writing it.
+        CannotCreate, IOFailure: Where the operating system refuses.
     """
+    path = Path(path)
+    with locked(path):
+        _mend_folder(path)
+        temporary = path.with_name(f".{path.name}.{_token()}")
+        old = temporary.with_name(temporary.name + _OLD)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                _sync(file)
+            if not os.path.lexists(path):
+                temporary.rename(path)
+            elif not _exchange(temporary, path):
+                path.rename(old)
+                temporary.rename(path)
+            _sync(path.parent)
+        except OSError as error:
+            if os.path.lexists(old) and not os.path.lexists(path):
+                old.rename(path)
+            raise write_error(path, error) from error
+        finally:
+            _remove(temporary)
+            _remove(old)
+
+
+def _mend_folder(path: Path) -> None:
+    """Remove what killed processes left of :func:`atomic_folder` for ``path``, but for the old folder where no other
+    stands; the lock of ``path`` must be held."""
+    left = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}({re.escape(_OLD)})?\Z")
+    with writing(path):
+        found = [entry.path for entry in os.scandir(path.parent) if left.match(entry.name)]
+        for leftover in found:
+            if leftover.endswith(_OLD) and not os.path.lexists(path):
+                os.rename(leftover, path)
+                _sync(path.parent)
+    for leftover in found:
+        _remove(Path(leftover))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names of one folder change places, in one step of the system's; False where it has no such step."""
+    import ctypes  # which costs a start of topt-run some milliseconds
+
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _remove(path: Path) -> None:
     import shutil  # with its compressors, too dear for every start of topt-run
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{_token()}")
-    old = temporary.with_name(temporary.name + ".old")
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise write_error(path, error) from error
-    finally:
-        for leftover in (temporary, old):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -272,9 +357,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def json_text(value: Any) -> str:
     """A value as indented JSON; NaN and infinity are refused, for JSON has none."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _indented(value, "\n") + "\n"
     # What is not UTF-8 in a file's name is a lone surrogate in Python, and \udcff in JSON.
     return text.encode(errors="backslashreplace").decode()
+
+
+def _indented(value: Any, newline: str) -> str:
+    """What ``json.dumps(value, indent=2)`` gives, whose own way is Python, value by value, and not C."""
+    inner = f"{newline}  "
+    if isinstance(value, dict) and value:
+        names = [key if isinstance(key, str) else _JSON(key) for key in value]
+        items = [f"{_JSON(name)}: {_indented(one, inner)}" for name, one in zip(names, value.values(), strict=True)]
+        return f"{{{inner}{f',{inner}'.join(items)}{newline}}}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"[{inner}{f',{inner}'.join([_indented(one, inner) for one in value])}{newline}]"
+    return _JSON(value)
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -63,8 +63,16 @@ def centroids(table: pa.Table, name: str, ids: Array) -> Array:
     Raises:
         BadData: If the reference system is unstated or not CRS84, or a geometry is null, empty or invalid.
     """
+    return _points(read_shapes(table, name, ids))
+
+
+def read_shapes(table: pa.Table, name: str, ids: Array) -> Array:
+    """The shapes (N,) of a table's GeoParquet geometry, none of them null, empty or invalid.
+
+    Args, Raises: Of :func:`centroids`.
+    """
     column = _check_geo_key(table, name)
-    return _points(_shapes(table.column(column), name, column, ids))
+    return _shapes(table.column(column), name, column, ids)
 
 
 def with_geo_key(table: pa.Table, file: ParquetFile) -> pa.Table:

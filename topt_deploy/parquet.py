@@ -6,21 +6,23 @@ the same on the versions that are tested.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow._parquet import ParquetReader, ParquetWriter
 
 from .errors import BadData
-from .fileio import atomic_file, check_file, reading
-from .parquetpages import memory, read_footer
+from .fileio import Held, atomic_file, check_file, reading
+from .parquetpages import Footer, memory, read_footer
 
 COLUMN_LIMIT = 10_000
 FOOTER_LIMIT_BYTES = 8 << 20
 """Of what describes the columns: a hundred times that of a wide table."""
 MEMORY_FREE_BYTES = 1 << 30
+WRITTEN_AT_ONCE_BYTES = 1 << 18
 MEMORY_RATIO = 200
 """A file may take so much memory, or so many times its size, whichever is more: vectors take as much as they are, an
 honest table of flows up to a hundred times (an id in the memory has 70 bytes, and less than one in a sorted file)."""
@@ -30,17 +32,27 @@ class ParquetFile:
     """An open Parquet file.
 
     Args:
-        source: A path, or the file's bytes.
+        source: A path, a file that is held, or the bytes of one.
         name: What errors call it; the path by default.
+        coded: Columns that are read as codes of a dictionary, where they are text.
+
+    Attributes:
+        held: Whether its bytes are in memory.
 
     Raises:
         NoInput, NoPermission: If the file is missing or may not be read.
         BadData: If it is not Parquet, is damaged, or is made to take more memory than a table has need of.
     """
 
-    def __init__(self, source: Path | bytes, name: str | None = None) -> None:
+    def __init__(self, source: Path | Held | bytes, name: str | None = None, *, coded: Collection[str] = ()) -> None:
+        self.held = not isinstance(source, Path)
+        if isinstance(source, Held):
+            self.held = source.data is not None
+            name = name or str(source.path)
+            source = source.path if source.data is None else source.data
         self.name = name or (str(source) if isinstance(source, Path) else "Parquet data")
         self._reader = ParquetReader()
+        self._footer: Footer | None = None
         if isinstance(source, Path):
             check_file(source)  # the operating system's own reasons first: Arrow words them differently
         with self._errors():
@@ -48,21 +60,33 @@ class ParquetFile:
             # Names are bytes to the system: Arrow would have them in UTF-8.
             self._file = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
             self._check_footer()
-            self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True)
-            if self._reader.metadata.num_columns > COLUMN_LIMIT:
-                raise self._too_large("columns", COLUMN_LIMIT, self._reader.metadata.num_columns)
+            self._open()
+            about = self._reader.metadata
+            if about.num_columns > COLUMN_LIMIT:
+                raise self._too_large("columns", COLUMN_LIMIT, about.num_columns)
+            self._leaves = [path[0] for path in self._reader.column_paths]
+            if codes := [i for i, name in enumerate(self._leaves) if name in coded]:
+                self._reader = ParquetReader()
+                self._open(read_dictionary=codes, metadata=about)
             self.schema: pa.Schema = self._reader.schema_arrow
             self.names: list[str] = list(self.schema.names)
-            self.metadata: dict[bytes, bytes] = dict(self._reader.metadata.metadata or {})
-            self.rows: int = self._reader.metadata.num_rows
+            self.metadata: dict[bytes, bytes] = dict(about.metadata or {})
+            self.rows: int = about.num_rows
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read all columns, or those named."""
         chosen = set(self.names if columns is None else columns)
         with self._errors():
-            indices = [i for i, path in enumerate(self._reader.column_paths) if path[0] in chosen]
+            indices = [i for i, name in enumerate(self._leaves) if name in chosen]
             self._check_memory(indices)
-            return self._reader.read_all(column_indices=indices, use_threads=False)
+            table = self._reader.read_all(column_indices=indices, use_threads=False)
+            for column in table.itercolumns():
+                if "dictionary<" in str(column.type):  # whose codes Arrow takes as they are, wherever they lead
+                    column.validate(full=True)
+            return table
+
+    def _open(self, **more: Any) -> None:
+        self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True, **more)
 
     def _check_footer(self) -> None:
         size = self._file.size()
@@ -71,11 +95,12 @@ class ParquetFile:
             raise self._too_large("bytes that describe the columns", FOOTER_LIMIT_BYTES, length)
 
     def _check_memory(self, indices: Sequence[int]) -> None:
-        kinds, footer = {field.name: field.type for field in self.schema}, read_footer(self._file)
+        if self._footer is None:
+            self._footer = read_footer(self._file)
+        kinds = {field.name: field.type for field in self.schema}
         limit, total = max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size()), 0
         for index in indices:
-            kind = kinds[self._reader.column_paths[index][0]]
-            total += memory(self._file, footer, index, kind, limit)
+            total += memory(self._file, self._footer, index, kinds[self._leaves[index]], limit)
             if total > limit:
                 raise self._too_large("bytes of memory", limit, total)
 
@@ -129,7 +154,7 @@ def save_parquet(path: Path, table: pa.Table) -> None:
     Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
     """
     text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
-    with pa.OSFile(os.fsencode(path), "wb") as stream:
+    with pa.OSFile(os.fsencode(path), "wb") as file, pa.BufferedOutputStream(file, WRITTEN_AT_ONCE_BYTES) as stream:
         writer = ParquetWriter(
             stream,
             table.schema,

@@ -9,8 +9,7 @@ from the footer here, too: pyarrow ends the process when it is asked that of a d
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -36,8 +35,7 @@ _DICTIONARY_CODES = {2, 8}
 _DELTA_TEXT = 7
 
 
-@dataclass(frozen=True, slots=True)
-class _Page:
+class _Page(NamedTuple):
     """A page: whether it is a dictionary, where its content is, sizes of it packed and unpacked, values, encoding."""
 
     dictionary: bool
@@ -48,8 +46,7 @@ class _Page:
     encoding: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
+class _Chunk(NamedTuple):
     """A column in a row group: type, number of values and of rows, where its pages are."""
 
     physical: int
@@ -73,7 +70,7 @@ def read_footer(file: pa.NativeFile) -> Footer:
     length = int.from_bytes(file.read_at(4, size - 8), "little")
     try:
         told, _ = _struct(file.read_at(length, size - 8 - length), 0, DEPTH_LIMIT)
-        groups = [[_chunk(column[3], group[3]) for column in group[1]] for group in told[4]]
+        groups = [[_chunk(column[3], _number(group[3])) for column in group[1]] for group in told[4]]
         return groups, [_number(leaf.get(2, 0)) for leaf in told[2][1:] if not leaf.get(5)]
     except (IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ValueError("the footer cannot be read") from error
@@ -82,8 +79,7 @@ def read_footer(file: pa.NativeFile) -> Footer:
 def _chunk(facts: dict[int, Any], rows: int) -> _Chunk:
     start, dictionary, packed = _number(facts[9]), _number(facts.get(11, 0)), _number(facts[7])
     start = dictionary if 0 < dictionary < start else start
-    physical, values = _number(facts[1]), _number(facts[5])
-    return _Chunk(physical=physical, values=values, rows=_number(rows), start=start, end=start + packed)
+    return _Chunk(_number(facts[1]), _number(facts[5]), rows, start, start + packed)
 
 
 def _number(value: Any) -> int:
@@ -167,8 +163,9 @@ def _pages(file: pa.NativeFile, chunk: _Chunk) -> Iterator[_Page]:
         if not isinstance(about, dict):
             raise ValueError("a page's header is none")
         values, encoding = about.get(1, 0), about.get(4 if 8 in header and 5 not in header else 2, 0)
-        if not all(isinstance(n, int) and n >= 0 for n in (unpacked, packed, values, encoding)):
-            raise ValueError("a page's header is none")
+        for number in (unpacked, packed, values, encoding):
+            if not isinstance(number, int) or number < 0:
+                raise ValueError("a page's header is none")
         yield _Page(header.get(1) == _DICTIONARY_PAGE, position + length, packed, unpacked, values, encoding)
         position += length + packed
 
@@ -186,30 +183,42 @@ def _header(file: pa.NativeFile, position: int) -> tuple[dict[int, Any], int]:
 
 
 def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int]:
+    """A structure's fields by number: numbers, truths, structures and lists of them; and where it ends.
+
+    A footer has some thousand fields, nearly all of whose numbers and lengths are a single byte: read here, and by
+    :func:`_varint` where they are not.
+    """
     fields: dict[int, Any] = {}
     number = 0
-    while (byte := data[position]) != 0:
+    while byte := data[position]:
         position += 1
         kind = byte & 15
-        if byte >> 4:
+        if byte > 15:
             number += byte >> 4
         else:
             number, position = _integer(data, position)
-        if kind in (1, 2):
+        if 4 <= kind <= 6:
+            value = data[position]
+            position += 1
+            if value > 0x7F:
+                value, position = _varint(data, position - 1)
+            fields[number] = (value >> 1) ^ -(value & 1)
+        elif kind == 8:
+            length = data[position]
+            position += 1
+            if length > 0x7F:
+                length, position = _varint(data, position - 1)
+            position += length
+        elif kind == 12 and depth:
+            fields[number], position = _struct(data, position, depth - 1)
+        elif kind == 9 and depth:
+            fields[number], position = _list(data, position, depth - 1)
+        elif kind in (1, 2):
             fields[number] = kind == 1
         elif kind == 3:
             position += 1
-        elif kind in (4, 5, 6):
-            fields[number], position = _integer(data, position)
         elif kind == 7:
             position += 8
-        elif kind == 8:
-            length, position = _varint(data, position)
-            position += length
-        elif kind == 9 and depth:
-            fields[number], position = _list(data, position, depth - 1)
-        elif kind == 12 and depth:
-            fields[number], position = _struct(data, position, depth - 1)
         else:
             raise ValueError("a page's header is none")
     return fields, position + 1
@@ -221,24 +230,28 @@ def _list(data: bytes, position: int, depth: int) -> tuple[list[Any], int]:
     count, kind, position = byte >> 4, byte & 15, position + 1
     if count == 15:
         count, position = _varint(data, position)
-    kept = []
-    for _ in range(count):
-        if position >= len(data):
-            raise ValueError("a list is cut off")
-        if kind == 12 and depth:
+    kept: list[Any] = []
+    if kind == 12 and depth:
+        for _ in range(count):
             fields, position = _struct(data, position, depth)
             kept.append(fields)
-        elif kind in (1, 2, 3):
+    elif kind in (4, 5, 6):
+        for _ in range(count):
             position += 1
-        elif kind in (4, 5, 6):
-            _, position = _varint(data, position)
-        elif kind == 7:
-            position += 8
-        elif kind == 8:
+            if data[position - 1] > 0x7F:
+                _, position = _varint(data, position - 1)
+    elif kind == 8:
+        for _ in range(count):
             length, position = _varint(data, position)
             position += length
-        else:
-            raise ValueError("a list of what no footer has")
+    elif kind in (1, 2, 3):
+        position += count
+    elif kind == 7:
+        position += 8 * count
+    elif count:
+        raise ValueError("a list of what no footer has")
+    if position > len(data):
+        raise IndexError("a list is cut off")
     return kept, position
 
 

@@ -21,13 +21,16 @@ from .columns import (
     PROMPT_PREFIX,
     REGION_ID,
     TARGET_FLOW,
+    Given,
     Source,
     check_counts,
+    different,
     floats,
     list_width,
     lists,
     some,
     strings,
+    texts,
 )
 from .errors import BadData, BadRows, NoInput
 
@@ -106,9 +109,7 @@ class City:
         return len(self.region_id)
 
 
-def infer_schema(
-    regions: Path | pa.Table, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()
-) -> Schema:
+def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()) -> Schema:
     """The schema of a training city: its categories as they stand in the table, sorted where they are columns.
 
     Args:
@@ -147,8 +148,8 @@ def infer_schema(
 
 
 def read_city(
-    regions: Path | pa.Table,
-    mobility: Path | pa.Table | None,
+    regions: Given,
+    mobility: Given | None,
     schema: Schema,
     *,
     labels: Iterable[str] = (),
@@ -264,7 +265,7 @@ def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
 
 def _city_id(source: Source) -> str | None:
     if source.has(CITY_ID):
-        cities = sorted({str(c) for c in source.column(CITY_ID).to_pylist() if c is not None})
+        cities = sorted({str(city) for city in different(source, CITY_ID)[0] if city is not None})
         if len(cities) > 1:
             raise BadData(
                 "holds several cities",
@@ -379,8 +380,9 @@ def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> A
             _refuse_categories(source, view, categories, have)
         columns = [f"{view}_{name}" for name in categories]
         values = np.stack([floats(source, ids, column) for column in columns], axis=1)
-    for position, column in enumerate(columns):
-        check_counts(source, ids, column, values[:, position], view if in_list else None)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        for position, column in enumerate(columns):
+            check_counts(source, ids, column, values[:, position], view if in_list else None)
     return values
 
 
@@ -428,32 +430,36 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
             )
         columns[role] = present[0]
     if city_id is not None and source.has(CITY_ID):
-        mine = [c == city_id for c in source.column(CITY_ID).to_pylist()]
-        if not all(mine):  # a table of this city alone is spared the import of pyarrow.compute
-            source.choose(np.array(mine))
+        cities, places = different(source, CITY_ID)
+        mine = np.array([city == city_id for city in cities], bool)[places]
+        if not mine.all():  # a table of this city alone is spared the import of pyarrow.compute
+            source.choose(mine)
     ends = {}
     for role in ("origin_id", "dest_id"):
-        raw = strings(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
-        names = _ids(source, columns[role], [value or "" for value in raw])
+        values, places = texts(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
+        names = _ids(source, columns[role], [value or "" for value in values])
         position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
         unknown = sorted_ids[position] != names
         if unknown.any():
             source.refuse(
                 "names regions that the regions table does not have",
-                unknown,
+                unknown[places],
                 "unknown_region",
                 column=columns[role],
                 ids=np.unique(names[unknown]),
                 expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
                 fix="drop those flows, or add the regions",
             )
-        ends[role] = position
+        ends[role] = position[places]
     pairs = np.stack([ends["origin_id"], ends["dest_id"]], axis=1)
     flow = _flow_values(source, columns["flow"], sorted_ids, pairs)
     target = _flow_values(source, TARGET_FLOW, sorted_ids, pairs) if source.has(TARGET_FLOW) else flow
+    key = pairs[:, 0] * len(sorted_ids) + pairs[:, 1]
+    if len(key) and (np.diff(key) > 0).all():  # as most tables are
+        return Flows(origin=ends["origin_id"], dest=ends["dest_id"], flow=flow, target=target)
     # Sorted by value as well: duplicates are then summed in an order that no shuffling of rows changes.
-    order = np.lexsort((target, flow, pairs[:, 1], pairs[:, 0]))
-    keys, start = np.unique(pairs[order, 0] * len(sorted_ids) + pairs[order, 1], return_index=True)
+    order = np.lexsort((target, flow, key))
+    keys, start = np.unique(key[order], return_index=True)
     if len(keys) == 0:
         of_city = "" if city_id is None else f" of city {city_id!r}"
         raise BadData("no flow at all", file=source.name, expected=f"at least one row{of_city}", found="0 rows")

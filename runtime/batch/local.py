@@ -4,6 +4,7 @@ Workers are forked from a process that has opened the bundle and checked its byt
 dies, killed for its memory perhaps, is replaced, and its city tried once more; then it counts as failed.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,9 @@ from typing import Any
 
 from ..city import Job
 from .work import ATTEMPTS, Result, lost_result
+
+SMALL_BYTES = 4 << 20
+"""Size of the largest city's tables, as files, up to which a second worker per processor takes little memory."""
 
 
 def run_local(jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: int) -> Generator[Result]:
@@ -59,6 +63,12 @@ def run_local(jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: in
             worker.stop()
 
 
+def workers_for(jobs: Sequence[Job]) -> int:
+    """How many workers are enough: one per processor; two where cities are small, and wait for the disk as long as they
+    are worked on."""
+    return usable_cpus() * (2 if max((job.size for job in jobs), default=0) <= SMALL_BYTES else 1)
+
+
 def usable_cpus() -> int:
     """How many processors this process may use, as its container or batch system has it."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,6 +108,7 @@ class _Worker:
 def _serve(connection: Connection, inherited: Sequence[Connection], work: Callable[[Job], Result]) -> None:
     """Do jobs until the parent closes its end, or is gone; a result that nobody waits for any more is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle: a terminal sends it to all
+    gc.freeze()  # what the parent has made stays, and need not be looked through, nor copied, time and again
     for other in inherited:
         other.close()
     with suppress(EOFError, OSError):

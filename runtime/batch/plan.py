@@ -13,7 +13,7 @@ from topt_deploy.fileio import reading
 from topt_deploy.table import hive_city
 
 from ..city import Job
-from .remote import is_uri, joined, listing, sizes
+from .remote import is_uri, joined, listing, parted, shown, sizes
 
 REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
 OURS = ("predictions", "prompts", "mobility")
@@ -34,13 +34,14 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
     """
     jobs: dict[str, Job] = {}
     for given in inputs:
-        for regions, siblings in _tables(given):
+        place, settings = parted(given)
+        for regions, siblings in _tables(place, settings):
             name = _city(regions)
-            if name in jobs and jobs[name].regions == regions:
+            if name in jobs and jobs[name].regions == regions + settings:
                 continue
             if name in jobs:
                 raise UsageError(
-                    f"two inputs are the city {name!r}", file=regions, found=jobs[name].regions,
+                    f"two inputs are the city {name!r}", file=shown(regions), found=shown(jobs[name].regions),
                     fix="rename a file or its folder; folders city=NAME say it best",
                 )  # fmt: skip
             size, flows = siblings[_last(regions)], None
@@ -49,8 +50,8 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
                 size += siblings.get(flows or "", 0)
             jobs[name] = Job(
                 name=name,
-                regions=regions,
-                mobility=None if flows is None else regions.removesuffix(_last(regions)) + flows,
+                regions=regions + settings,
+                mobility=None if flows is None else regions.removesuffix(_last(regions)) + flows + settings,
                 out=joined(out, f"city={_escaped(name)}/{PREDICTIONS}"),
                 size=size,
             )
@@ -71,11 +72,11 @@ def alone(inputs: Sequence[str], out: str | None) -> Path | None:
     return None if out is not None and os.path.isdir(out) else given
 
 
-def _tables(given: str) -> Iterator[tuple[str, dict[str, int]]]:
+def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
     """Regions tables, each with the sizes of files in its folder, its flows' among them."""
     found: dict[str, int] = {}
     if is_uri(given):
-        found = listing(given)
+        found = listing(given + settings)
     else:
         for place in sorted(glob.glob(given, recursive=True)) if not os.path.exists(given) else [given]:
             found |= _walk(place)
@@ -90,10 +91,11 @@ def _tables(given: str) -> Iterator[tuple[str, dict[str, int]]]:
         tables = [REGIONS] if REGIONS in files else [f for f in sorted(files) if _is_table(f) or folder + f == given]
         for file in tables:
             count += 1
-            yield folder + file, files if is_uri(given) and folder + file != given else _beside(folder + file)
+            listed = is_uri(given) and folder + file != given
+            yield folder + file, files if listed else _beside(folder + file, settings)
     if not count:
         raise NoInput(
-            "no regions table here", file=given, expected=f"{REGIONS}, or other Parquet files, in it or below",
+            "no regions table here", file=shown(given), expected=f"{REGIONS}, or other Parquet files, in it or below",
             fix="name files or folders that exist",
         )  # fmt: skip
 
@@ -120,11 +122,11 @@ def _sizes(files: Iterable[str]) -> dict[str, int]:
     return {file: os.path.getsize(file) if os.path.isfile(file) else 0 for file in files}
 
 
-def _beside(file: str) -> dict[str, int]:
+def _beside(file: str, settings: str) -> dict[str, int]:
     """The table's size, and those of the flows that may lie beside it; a folder of thousands is not listed for each."""
     folder = file.removesuffix(_last(file))
     places = [folder + name for name in (_last(file), f"{_stem(file)}.{MOBILITY}", MOBILITY)]
-    found = sizes(places) if is_uri(file) else _sizes(p for p in places if p == file or os.path.lexists(p))
+    found = sizes(places, settings) if is_uri(file) else _sizes(p for p in places if p == file or os.path.lexists(p))
     return {_last(place): size for place, size in found.items()}
 
 

@@ -8,11 +8,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from topt_deploy.errors import NoDevice
+from topt_deploy.errors import NoDevice, ToptError
 
 from ..city import Job
-from .quiet import quiet
-from .work import ATTEMPTS, Result, Setting, lost_result, work
+from ..predictor import Predictor
+from .quiet import only_this_thread, quiet
+from .work import ATTEMPTS, Result, Setting, lost_result, unopened, work
 
 
 class _Worker:
@@ -20,10 +21,18 @@ class _Worker:
     in Arrow's columns every result would have the keys of all."""
 
     def __init__(self, setting: Setting) -> None:
-        self._setting, self._predictor = setting, setting.open()
+        self._setting = setting
+        self._opened: Predictor | ToptError
+        try:
+            self._opened = setting.open()
+        except ToptError as error:
+            self._opened = error
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(asdict(work(Job(**json.loads(item["job"])), self._predictor, self._setting)))}
+        job = Job(**json.loads(item["job"]))
+        if isinstance(self._opened, ToptError):
+            return {"result": json.dumps(asdict(unopened(job, self._opened)))}
+        return {"result": json.dumps(asdict(work(job, self._opened, self._setting)))}
 
 
 def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
@@ -39,9 +48,15 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
     Raises:
         NoDevice: If Ray is not installed, or its cluster does not answer.
     """
+    with only_this_thread():
+        yield from _run(jobs, setting, workers)
+
+
+def _run(jobs: Sequence[Job], setting: Setting, workers: int | None) -> Generator[Result]:
     # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
+    os.environ["RAY_DEDUP_LOGS"] = "0"  # else it keeps lines back, and this very thread prints them in the end
     try:
         import ray
         import ray.data

@@ -5,16 +5,17 @@ uploads, receipt last, is what renaming is on a disk. Nothing locks an object.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 import pyarrow as pa
 
-from topt_deploy.errors import IOFailure, NoInput, ToptError, UsageError
+from topt_deploy.errors import CannotCreate, IOFailure, NoInput, NoPermission, ToptError, UsageError
 from topt_deploy.fileio import scratch_folder
 from topt_deploy.table import hive_city
 
@@ -23,7 +24,13 @@ from ..receipt import receipt_path
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
 """``az://CONTAINER/…`` is Azure's; the account comes from the environment, as everyone's credentials do."""
-ACCOUNT = "AZURE_STORAGE_ACCOUNT"
+ACCOUNT, KEY, SAS_TOKEN = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
+DENIED = (
+    "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED", "UNAUTHENTICATED",
+    "AuthorizationFailure", "AuthenticationFailed", "AuthorizationPermissionMismatch",
+)  # fmt: skip
+"""What the stores call it, in Arrow's messages: there is no other sign of it."""
+ABSENT = ("NO_SUCH_BUCKET", "ContainerNotFound", "No such file or directory")
 CHUNK_BYTES = 1 << 22
 PATIENCE_S = 60
 
@@ -33,17 +40,22 @@ def is_uri(place: str) -> bool:
     scheme, found, _ = place.partition("://")
     if found and scheme not in SCHEMES and scheme.isalnum():
         raise UsageError("no such kind of place", file=place, expected=", ".join(f"{s}://" for s in SCHEMES))
-    if found and "?" in place:  # what is made of a URI here would lose it
-        raise UsageError(
-            "settings after a ? are not read",
-            file=place,
-            fix="the environment has them: AWS_ENDPOINT_URL, AWS_REGION …",
-        )
     return bool(found)
 
 
+def parted(place: str) -> tuple[str, str]:
+    """A URI without its settings, and these: ``?region=…``, or nothing. A path has none, whatever is in it."""
+    uri, mark, settings = place.partition("?") if is_uri(place) else (place, "", "")
+    return uri, mark + settings
+
+
+def shown(place: str) -> str:
+    """A place as it may be told and kept: a URI without its settings, and without a password before its host."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1@", parted(place)[0]) if is_uri(place) else place
+
+
 def listing(uri: str) -> dict[str, int]:
-    """Parquet files at or below a URI, and their sizes in bytes.
+    """Parquet files at or below a URI, by their own URIs without settings, and their sizes in bytes.
 
     Raises:
         NoInput, IOFailure: If there is nothing, or the store does not answer.
@@ -55,8 +67,9 @@ def listing(uri: str) -> dict[str, int]:
     with _answers(uri):
         (info,) = system.get_file_info([path])
         if info.is_file:
-            return {uri: info.size}
+            return {parted(uri)[0]: info.size}
         infos = system.get_file_info(fs.FileSelector(path, recursive=True))
+    uri = parted(uri)[0]
     return {
         joined(uri, info.path.removeprefix(path).lstrip("/")): info.size
         for info in infos
@@ -64,17 +77,18 @@ def listing(uri: str) -> dict[str, int]:
     }
 
 
-def sizes(uris: Sequence[str]) -> dict[str, int]:
-    """Those URIs of one folder that are files, and their sizes in bytes."""
-    system, _ = _system(uris[0])
+def sizes(uris: Sequence[str], settings: str) -> dict[str, int]:
+    """Those URIs of one folder, without their settings, that are files, and their sizes in bytes."""
+    system, _ = _system(uris[0] + settings)
     with _answers(uris[0]):
-        infos = system.get_file_info([_system(uri)[1] for uri in uris])
+        infos = system.get_file_info([_system(uri + settings)[1] for uri in uris])
     return {uri: info.size for uri, info in zip(uris, infos, strict=True) if info.is_file}
 
 
 def joined(place: str, name: str) -> str:
     """A file below a folder: a path below a path, or a URI, escaped, below a URI."""
-    return f"{place.rstrip('/')}/{quote(os.fsencode(name), safe='/=') if is_uri(place) else name}"
+    uri, settings = parted(place)
+    return f"{uri.rstrip('/')}/{quote(os.fsencode(name), safe='/=') if is_uri(place) else name}{settings}"
 
 
 def _hidden(path: str) -> bool:
@@ -92,7 +106,7 @@ def local(job: Job) -> Iterator[Job]:
         yield job
         return
     with scratch_folder() as scratch:
-        city = hive_city(Path(unquote(job.regions)))  # a name that the tables themselves may not have
+        city = hive_city(Path(unquote(parted(job.regions)[0])))  # a name that the tables themselves may not have
         folder = scratch / ("regions" if city is None else f"city={city}")
         folder.mkdir()
         here: dict[str, Any] = {}
@@ -100,27 +114,28 @@ def local(job: Job) -> Iterator[Job]:
         for role, file in (("regions", job.regions), ("mobility", job.mobility)):
             if file is not None and is_uri(file):
                 here[role] = str(folder / f"{role}.parquet")
-                given[here[role]] = file
+                given[here[role]] = shown(file)
                 _fetch(file, Path(here[role]))
         if not is_uri(job.out):
             with _told(given):
                 yield replace(job, **here, given=given)
             return
         (folder / "out").mkdir()
-        out = folder / "out" / job.out.rpartition("/")[2]
+        place, settings = parted(job.out)
+        beyond, _, name = place.rpartition("/")
+        out = folder / "out" / name
         asides = aside_path(out, "regions"), aside_path(out, "mobility")
-        beyond = job.out.rpartition("/")[0]
         for result in (out, receipt_path(out), *asides):  # for --resume
             with suppress(NoInput):
-                _fetch(f"{beyond}/{result.name}", result)
+                _fetch(f"{beyond}/{result.name}{settings}", result)
         before = {result.name: result.stat().st_mtime_ns for result in out.parent.iterdir()}
-        with _told(given | {str(out): job.out}):
+        with _told(given | {str(out): shown(job.out)}):
             yield replace(job, **here, out=str(out), given=given)
         for result in (*asides, out, receipt_path(out)):
             if not result.exists():
-                _remove(f"{beyond}/{result.name}")
+                _remove(f"{beyond}/{result.name}{settings}")
             elif before.get(result.name) != result.stat().st_mtime_ns:
-                _put(result, f"{beyond}/{result.name}")
+                _put(result, f"{beyond}/{result.name}{settings}")
 
 
 @contextmanager
@@ -135,7 +150,7 @@ def _told(given: Mapping[str, str]) -> Iterator[None]:
 
 def put_text(uri: str, text: str) -> None:
     """Write a small text file."""
-    with _answers(uri), _writing(uri) as target:
+    with _answers(uri, writing=True), _writing(uri) as target:
         target.write(text.encode())
 
 
@@ -146,7 +161,7 @@ def _fetch(uri: str, file: Path) -> None:
 
 
 def _put(file: Path, uri: str) -> None:
-    with _answers(uri), file.open("rb") as source, _writing(uri) as target:
+    with _answers(uri, writing=True), file.open("rb") as source, _writing(uri) as target:
         _copy(source, target)
 
 
@@ -181,28 +196,53 @@ def _system(uri: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     if uri.startswith("az://"):
-        container = uri.removeprefix("az://")
-        if "@" not in container.partition("/")[0]:
-            if ACCOUNT not in os.environ:
-                raise UsageError("names no storage account", file=uri, fix=f"export {ACCOUNT}=NAME")
-            container = f"{os.environ[ACCOUNT]}@{container}"
-        uri = f"abfs://{container}"
-    elif uri.startswith("gs://"):
-        uri += f"?retry_limit_seconds={PATIENCE_S}"  # by default a quarter of an hour
+        return _azure(uri)
+    if uri.startswith("gs://") and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={PATIENCE_S}"  # by default a quarter of an hour
     with _answers(uri):
         return fs.FileSystem.from_uri(uri)
 
 
+def _azure(uri: str) -> tuple[Any, str]:
+    """Azure's by its container, with a key or token from the environment, where there is one: Arrow takes none from
+    there, and else logs in as its libraries do by default."""
+    from pyarrow import fs
+
+    place, settings = parted(uri)
+    account, _, path = place.removeprefix("az://").rpartition("@")
+    account = account or os.environ.get(ACCOUNT, "")
+    if not account:
+        raise UsageError("names no storage account", file=shown(uri), fix=f"export {ACCOUNT}=NAME")
+    secrets = {"account_key": os.environ.get(KEY), "sas_token": os.environ.get(SAS_TOKEN)}
+    with _answers(uri):
+        try:
+            system = fs.AzureFileSystem(account, **dict(parse_qsl(settings.removeprefix("?"))), **secrets)
+        except TypeError as error:
+            raise UsageError(
+                "has settings that are none of Azure's", file=shown(uri), found=settings.partition("=")[0],
+                expected="blob_storage_authority, blob_storage_scheme, dfs_storage_authority, dfs_storage_scheme",
+            ) from error  # fmt: skip
+    return system, unquote(path)
+
+
 @contextmanager
-def _answers(uri: str) -> Iterator[None]:
+def _answers(uri: str, *, writing: bool = False) -> Iterator[None]:
     """Turn a store's errors into the user's."""
+    place = shown(uri)
     try:
         yield
-    except FileNotFoundError as error:
-        raise NoInput("no such file or folder", file=uri) from error
     except pa.ArrowInvalid as error:
-        raise UsageError(f"not a usable URI ({error})", file=uri) from error
+        raise UsageError(f"not a usable URI ({error})", file=place) from error
     except (OSError, pa.ArrowException) as error:
+        reason = str(error)
+        if any(word in reason for word in DENIED):
+            raise NoPermission(
+                f"the store refuses it ({reason})", file=place, fix="check credentials, and what they allow"
+            ) from error
+        if isinstance(error, FileNotFoundError) or any(word in reason for word in ABSENT):
+            if writing:
+                raise CannotCreate("no such bucket or folder", file=place, fix="create it, or name another") from error
+            raise NoInput("no such file or folder", file=place) from error
         raise IOFailure(
-            f"the store does not do it ({error})", file=uri, fix="check name, network and credentials"
+            f"the store does not do it ({reason})", file=place, fix="check name, network and credentials"
         ) from error

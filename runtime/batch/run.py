@@ -13,7 +13,8 @@ from topt_deploy.errors import UsageError
 from ..city import Job, check_outside
 from ..device import CPU
 from ..pandas import with_pandas
-from .local import run_local, usable_cpus
+from .apart import apart
+from .local import run_local, workers_for
 from .plan import plan
 from .remote import is_uri
 from .summary import Summary
@@ -39,8 +40,7 @@ def run_batch(
         setting: What they have in common.
         summary: Where results are counted.
         engine: One of :data:`ENGINES`.
-        workers: How many cities at once; by default one per processor that may be used, or the cluster's choice;
-            on a GPU one.
+        workers: How many cities at once; by default :func:`.local.workers_for`, or the cluster's choice; on a GPU one.
         told: Each result as it comes, how many there are by now, and of how many.
 
     Raises:
@@ -56,7 +56,8 @@ def run_batch(
             )  # fmt: skip
     if not is_uri(out):
         check_outside(Path(out), Path(setting.bundle))
-    jobs = plan(inputs, out, mobility=predictor.bundle.manifest.mobility)
+    search = partial(plan, inputs, out, mobility=predictor.bundle.manifest.mobility)
+    jobs = apart(search) if any(map(is_uri, inputs)) else search()
     results: Generator[Result]
     if engine == LOCAL and predictor.device != CPU:
         # What CUDA has made in a process does not survive a fork, and one process keeps a GPU busy.
@@ -67,7 +68,8 @@ def run_batch(
         results = (work(job, predictor=predictor, setting=setting) for job in jobs)
     elif engine == LOCAL:
         _ = predictor.parts  # read and checked once, here, for all workers
-        results = run_local(jobs, partial(work, predictor=predictor, setting=setting), workers=workers or usable_cpus())
+        todo = partial(work, predictor=predictor, setting=setting)
+        results = run_local(jobs, todo, workers=workers or workers_for(jobs))
     else:
         everywhere = replace(setting, bundle=_absolute(setting.bundle), encoder=_absolute(setting.encoder))
         results = _cluster(engine)([_anywhere(job) for job in jobs], everywhere, workers=workers)

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from functools import cache
 
-from topt_deploy.errors import NoDevice
+from topt_deploy.errors import NoDevice, ToptError
 
 from ..city import Job
 from ..predictor import Predictor
 from .quiet import quiet
-from .work import ATTEMPTS, Result, Setting, lost_result, work
+from .work import ATTEMPTS, Result, Setting, lost_result, unopened, work
 
 
 @cache
@@ -64,7 +64,13 @@ def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> 
     context = session.sparkContext
 
     def task(items: Iterable[Job]) -> Iterable[Result]:
-        return (work(job, _opened(setting), setting) for job in items)
+        for job in items:
+            try:
+                predictor = _opened(setting)
+            except ToptError as error:
+                yield unopened(job, error)
+            else:
+                yield work(job, predictor, setting)
 
     def run(job: Job) -> Result:
         try:

@@ -12,7 +12,7 @@ from topt_deploy.errors import Exit
 from topt_deploy.fileio import write_text
 
 from ..city import DONE, PARTIAL, SKIPPED
-from .remote import is_uri, put_text
+from .remote import is_uri, joined, put_text
 from .work import FAILED, Result
 
 RECORD = "_run.json"
@@ -92,7 +92,7 @@ class Summary:
 def write_record(out: str, summary: Summary) -> None:
     """Write :data:`RECORD` into the batch's folder."""
     text = json.dumps(summary.record(), indent=2) + "\n"
-    place = f"{out.rstrip('/')}/{RECORD}"
+    place = joined(out, RECORD)
     if is_uri(out):
         put_text(place, text)
     else:

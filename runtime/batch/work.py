@@ -80,7 +80,9 @@ class Result:
 
 def failed(job: Job, error: Mapping[str, Any], told: str, seconds: float = 0.0) -> Result:
     """The result of a city that was not predicted."""
-    return Result(city=job.name, file=job.out, status=FAILED, error=error, told=told, seconds=round(seconds, 4))
+    return Result(
+        city=job.name, file=remote.shown(job.out), status=FAILED, error=error, told=told, seconds=round(seconds, 4)
+    )
 
 
 def lost_result(job: Job, how: str) -> Result:
@@ -89,10 +91,19 @@ def lost_result(job: Job, how: str) -> Result:
         "error": "WorkerLost",
         "exit_code": int(Exit.TRY_AGAIN),
         "message": f"the worker died, and that of the next try too ({how})",
-        "file": job.regions,
+        "file": remote.shown(job.regions),
         "to_do": "give it more memory, or fewer --workers, and go on with --resume",
     }
     return failed(job, facts, f"{facts['message']}\n  to do:    {facts['to_do']}")
+
+
+def unopened(job: Job, error: ToptError) -> Result:
+    """The result of a city on a node of a cluster that cannot open the bundle, which the command itself could."""
+    facts = error.as_dict() | {
+        "message": f"a node of the cluster cannot open the bundle: {error.message}",
+        "to_do": "put the same bundle where every node sees it under this path",
+    }
+    return failed(job, facts, f"{facts['file']}: {facts['message']}\n  to do:    {facts['to_do']}")
 
 
 def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
@@ -100,7 +111,7 @@ def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
     receipt = outcome.receipt
     return Result(
         city=job.name,
-        file=job.out,
+        file=remote.shown(job.out),
         status=outcome.status,
         regions=receipt["status"],
         set_aside={table: facts["rows"] for table, facts in receipt["set_aside"].items()},
@@ -125,7 +136,8 @@ def work(job: Job, predictor: Predictor, setting: Setting) -> Result:
     except ToptError as error:
         return failed(job, error.as_dict(), str(error), time.perf_counter() - began)
     except Exception as error:
-        bug = {"error": type(error).__name__, "exit_code": int(Exit.BUG), "message": str(error), "file": job.regions}
+        place = remote.shown(job.regions)
+        bug = {"error": type(error).__name__, "exit_code": int(Exit.BUG), "message": str(error), "file": place}
         told = f"{traceback.format_exc()}This is a bug in topt-deploy. Please report it with the lines above."
         return failed(job, bug, told, time.perf_counter() - began)
     return result_of(job, outcome, time.perf_counter() - began)

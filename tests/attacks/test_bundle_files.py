@@ -14,12 +14,15 @@ import shutil
 import struct
 import time
 import zipfile
+from dataclasses import fields
 
 import pytest
 from commands import shell
 
 from topt_deploy import bundle as bundle_module
 from topt_deploy.bundle import DIRECTORY_LIMIT_BYTES, MANIFEST, READ_LIMIT_BYTES, SEAL, open_bundle
+from topt_deploy.encoder.bundle import _check_spec
+from topt_deploy.encoder.chat import Chat
 from topt_deploy.errors import BadBundle, NoInput
 from topt_deploy.runtime import load
 
@@ -350,3 +353,43 @@ class TestPickles:
 def test_nothing_there_is_no_bundle(tmp_path):
     with pytest.raises(NoInput):
         open_bundle(tmp_path / "none")
+
+
+SETTINGS = {
+    "image_token": 151655, "patch": 14, "frames": 2, "merge": 2, "window": 112, "min_pixels": 3136,
+    "max_pixels": 12845056, "resample": 3, "scale": 0.0039, "mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3],
+}  # fmt: skip
+CHAT = dict.fromkeys((field.name for field in fields(Chat)), "<|x|>")
+SPEC = {
+    "family": "qwen2_5_vl",
+    "name": "n",
+    "weights_sha256": "0" * 64,
+    "width": 3584,
+    "settings": SETTINGS,
+    "chat": CHAT,
+}
+
+
+def test_an_honest_encoders_sizes_are_let_through():
+    _check_spec(SPEC)
+    _check_spec(SPEC | {"settings": {"tile": 560, "tiles": 4, "patches": 1601}})
+    _check_spec(SPEC | {"settings": {"resolutions": [[384, 384], [1152, 1152]], "side": 14}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 10**9},
+        {"settings": SETTINGS | {"max_pixels": 10**9}},
+        {"settings": SETTINGS | {"frames": 10**6}},
+        {"settings": SETTINGS | {"patch": 10**6}},
+        {"settings": SETTINGS | {"window": 10**18}},
+        {"settings": {"tile": 10**5, "tiles": 4}},
+        {"settings": {"tile": 560, "tiles": 10**6}},
+        {"settings": {"resolutions": [[384, 384], [10**6, 10**6]], "side": 14}},
+    ],
+)
+def test_absurd_sizes_of_an_encoder(change):
+    """Each would have an image of a few bytes made into gigabytes, by a manifest that is sealed and well formed."""
+    with pytest.raises(TypeError, match="spec is not of the right form"):
+        _check_spec(SPEC | change)

@@ -236,6 +236,24 @@ def test_lists_of_absurd_width(tmp_path):
     assert memory(file._file, read_footer(file._file), 0, kind, 1 << 62) > 64 * 2**30 * 4
 
 
+def a_code_beyond_the_dictionary(path):
+    """A dictionary of one text, and codes for its 201st: Arrow hands such codes on, and reads whatever lies there."""
+    pages = [page(DICTIONARY, 1, PLAIN, (2).to_bytes(4, "little") + b"aa")]
+    pages += [page(DATA, 5, CODES, b"\x08" + varint(5 << 1) + b"\xc8")]
+    craft(path, pages, kind=BYTES, values=5)
+
+
+def test_codes_that_lead_beyond_the_dictionary(tmp_path):
+    path = tmp_path / "t.parquet"
+    a_code_beyond_the_dictionary(path)
+    handed_on = pq.read_table(path, read_dictionary=["x"], use_threads=False).column("x").chunk(0)
+    assert handed_on.indices.to_pylist() == [200] * 5
+    with pytest.raises(BadData, match="out of bounds"):
+        ParquetFile(path, coded=["x"]).read()
+    with pytest.raises(BadData, match="not a whole Parquet file"):
+        ParquetFile(path).read()
+
+
 def test_any_damage_of_a_header_is_the_files(tmp_path):
     """The walk itself: no other exception and no endless loop, whatever the bytes."""
     path = tmp_path / "t.parquet"

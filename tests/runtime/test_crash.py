@@ -26,7 +26,7 @@ def cities(tmp_path: Path, demo_bundle: Path) -> Path:
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["first", "again"])
-@pytest.mark.parametrize(("command", "points", "seed"), [(MANY, 40, 1), (ONE, 30, 2)], ids=["many", "one"])
+@pytest.mark.parametrize(("command", "points", "seed"), [(MANY, 60, 1), (ONE, 40, 2)], ids=["many", "one"])
 def test_killed_and_resumed(tmp_path, cities, command, points, seed, earlier):
     target = Target(
         command=f"{command} || test $? = 3",
@@ -40,7 +40,8 @@ def test_killed_and_resumed(tmp_path, cities, command, points, seed, earlier):
         trials(rng)
     assert trials.left() == []
     record(
-        "kill", command=command, again=earlier, seconds=trials.seconds, kills=trials.kills, begun=trials.begun,
+        "kill", command=command, again=earlier, seconds=trials.seconds, idle_s=trials.idle_s, kills=trials.kills,
+        begun=trials.begun,
     )  # fmt: skip
 
 

@@ -101,8 +101,20 @@ def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:
     os.kill(pid, how)
 
 
-def kill_at_work(out: Path, times: int = 1, still: Callable[[], bool] = lambda: True) -> list[int]:
-    """Kill whichever process is at work on an output, so many times over; who they were.
+def ancestor(pid: int, word: str) -> int:
+    """The nearest process above one whose command line has a word in it."""
+    while word not in Path(f"/proc/{pid}/cmdline").read_text():
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
+
+
+def kill_at_work(
+    out: Path,
+    times: int = 1,
+    still: Callable[[], bool] = lambda: True,
+    whom: Callable[[int], int] = lambda pid: pid,
+) -> list[int]:
+    """Kill whichever process is at work on an output, or ``whom`` that leads to, so many times over; who they were.
 
     Each time another process has to hold the output's lock, as /proc/locks says.
     """
@@ -112,8 +124,23 @@ def kill_at_work(out: Path, times: int = 1, still: Callable[[], bool] = lambda: 
             file = f":{lock.stat().st_ino} "
             held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if file in line]
             for pid in (int(words[4]) for words in held if words[1] == "FLOCK"):
-                if pid > 0 and pid not in killed:
-                    kill(pid)
-                    killed.append(pid)
+                if pid > 0 and (victim := whom(pid)) not in killed:
+                    kill(victim)
+                    killed.append(victim)
         time.sleep(0.001)
     return killed
+
+
+BLIND = """
+import sys
+from topt_deploy.runtime.pandas import with_pandas
+with_pandas()
+from topt_deploy.runtime.batch.plan import plan
+from topt_deploy.runtime.batch.work import Setting
+from topt_deploy.runtime.batch.{engine} import run_{engine}
+jobs = plan([sys.argv[1]], sys.argv[2], mobility=True)
+for result in run_{engine}(jobs, Setting(bundle="/nowhere/model.topt"), workers=2):
+    print(result.error["exit_code"])
+    print(result.told, file=sys.stderr)
+"""
+"""Predicts on a cluster whose nodes do not have the bundle: the codes of its cities, and what is said of them."""

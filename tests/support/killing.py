@@ -2,17 +2,80 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import pyarrow.parquet as pq
-from commands import Said, environment, shell
+from commands import environment
+
+
+class Running(Protocol):
+    """A command's process, the first of a process group of its own."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code; :class:`subprocess.TimeoutExpired` if it has none in time."""
+
+
+Start = Callable[[str, Path, Path, Mapping[str, str]], Running]
+"""Starts a command in a folder; what it prints goes into a file."""
+
+
+def in_a_shell(command: str, place: Path, said: Path, more: Mapping[str, str]) -> Running:
+    """Start a command line."""
+    with said.open("w") as file:
+        return subprocess.Popen(
+            command, shell=True, cwd=place, start_new_session=True, env=environment(**more), stdout=file,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+class Forked:
+    """A function of a module in a process that is forked from one which has imported everything: what has a second to
+    run need not have five to start."""
+
+    def __init__(self, function: Callable[[str], None], command: str, place: Path, said: Path, more: Mapping[str, str]):
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_forked, args=(function, command, str(place), str(said), dict(more)))
+        self._process.start()
+
+    @classmethod
+    def starter(cls, function: Callable[[str], None], preload: Sequence[str]) -> Start:
+        """Starts that function, given the command, where modules are imported already."""
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(preload))
+        return lambda *arguments: cls(function, *arguments)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self._process.exitcode) is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0)
+        return code
+
+
+def _forked(function: Callable[[str], None], command: str, place: str, said: str, more: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(place)
+    os.environ.update(more)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    function(command)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +101,17 @@ class Trials:
     Args:
         inputs: The folder to run it in; it is copied for every trial.
         scratch: Where copies go, and TMPDIR lies.
+        start: How its commands are started.
 
     Attributes:
         seconds: What an uninterrupted run takes.
+        idle_s: How much of it is over before anything is written; until then there is nothing to be torn.
         kills: How many there were so far.
         begun: How many of them left more than there was before, be it a temporary file.
     """
 
-    def __init__(self, target: Target, inputs: Path, scratch: Path) -> None:
-        self.target, self._scratch = target, scratch
+    def __init__(self, target: Target, inputs: Path, scratch: Path, start: Start = in_a_shell) -> None:
+        self.target, self._scratch, self._start = target, scratch, start
         self.kills = self.begun = 0
         (scratch / "tmp").mkdir(parents=True)
         self._before = scratch / "before"
@@ -57,9 +122,7 @@ class Trials:
         for _ in range(2):  # the first time for the system's caches
             shutil.rmtree(done, ignore_errors=True)
             shutil.copytree(self._before, done)
-            began = time.perf_counter()
-            self._run(target.command, done)
-            self.seconds = time.perf_counter() - began
+            self.idle_s, self.seconds = self._timed(target.command, done)
         self._old, self._new = self._results(self._before), self._results(done)
         self._names = names(done)
         assert self._new
@@ -77,7 +140,7 @@ class Trials:
         shutil.copytree(self._before, place)
         command = self.target.command
         for _ in range(rng.choice((1, 1, 1, 3))):
-            if self._killed(command, place, rng.uniform(0, self.seconds)):
+            if self._killed(command, place, rng.uniform(self.idle_s, self.seconds)):
                 self.kills += 1
                 self.begun += names(place) != names(self._before)
             self._check_whole(place)
@@ -99,23 +162,43 @@ class Trials:
     def _environment(self) -> dict[str, str]:
         return {"TMPDIR": str(self._scratch / "tmp"), "OMP_NUM_THREADS": "1"}
 
+    def _started(self, command: str, place: Path) -> Running:
+        return self._start(command, place, self._scratch / "said.txt", self._environment())
+
     def _run(self, command: str, place: Path) -> None:
-        said: Said = shell(command, place, **self._environment())
-        assert said.code == 0, said
+        assert self._started(command, place).wait() == 0, (self._scratch / "said.txt").read_text()
+
+    def _timed(self, command: str, place: Path) -> tuple[float, float]:
+        """Seconds until something is there that was not before, and until the end."""
+        before = names(place)
+        began = time.perf_counter()
+        process = self._started(command, place)
+        idle_s = None
+        while True:
+            try:
+                code = process.wait(0.005)
+                break
+            except subprocess.TimeoutExpired:
+                if idle_s is None and names(place) != before:
+                    idle_s = time.perf_counter() - began
+        assert code == 0, (self._scratch / "said.txt").read_text()
+        return idle_s or 0.0, time.perf_counter() - began
 
     def _killed(self, command: str, place: Path, after_s: float) -> bool:
         """Whether it was still running by then."""
-        process = subprocess.Popen(
-            command, shell=True, cwd=place, start_new_session=True, env=environment(**self._environment()),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
         began = time.perf_counter()
+        process = self._started(command, place)
         try:
-            process.wait(after_s)
-            self.seconds = min(self.seconds, time.perf_counter() - began)  # the machine has less else to do by now
+            process.wait(max(0.0, began + after_s - time.perf_counter()))
+            if command == self.target.command and (taken := time.perf_counter() - began) < self.seconds:
+                self.idle_s, self.seconds = self.idle_s * taken / self.seconds, taken  # the machine has less else to do
             return False
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            assert process.pid is not None
+            with suppress(ProcessLookupError):  # a forked one that has no group of its own yet
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
             process.wait()
             return True
 

@@ -1,35 +1,58 @@
-"""``topt-deploy train``, killed at random instants: it goes on to the very model of a run that was left alone."""
+"""``topt-deploy train``, killed at random instants: it goes on to the very model of a run that was left alone.
 
-import shutil
+Every training is the command itself, in a process forked from one that has imported PyTorch: a city and a model so
+small that it is over in a second or two, most of which something is being written.
+"""
+
+from pathlib import Path
 from random import Random
 
+from commands import shell
 from figures import FULL, record
-from killing import Target, Trials
+from killing import Forked, Target, Trials
 
 from topt_deploy.runs import RUN_FILE
 
-TRAIN = "topt-deploy train . --out run"
-SETTINGS = "--set srel.epochs=12 --set prompt4re.epochs=12 --set checkpoint_every=2 --task crime --task check_in"
-RESUME = f"""\
-if grep -qs '"finished": true' run/{RUN_FILE}; then true
-elif test -e run/{RUN_FILE}; then {TRAIN} --resume
-else {TRAIN} {SETTINGS}; fi"""
-POINTS = 60
+TRAIN = ("train", ".", "--out", "run")
+FRESH, GO_ON = "topt-deploy train . --out run", "the same with --resume where it has begun"
+POINTS = 200
+SETTINGS = """\
+preset = "srel"
+checkpoint_every = 2
+[srel]
+width = 16
+ffn_width = 16
+layers = 1
+epochs = 12
+[prompt4re]
+epochs = 12
+folds = 2
+[tasks.crime]
+"""
+IMPORTED = ("torch", "torch._dynamo", "sklearn.ensemble", "topt_deploy.train.command", "topt_deploy.train.run")
 
 
-def test_killed_and_resumed(tmp_path, demo_city):
-    (tmp_path / "city").mkdir()
-    for name in ("regions.parquet", "mobility.parquet", "topt.toml"):
-        shutil.copy(demo_city / name, tmp_path / "city")
-    target = Target(
-        command=f"{TRAIN} {SETTINGS}",
-        resume=RESUME,
-        results=("model.safetensors", "inputs.safetensors", "held_out.parquet"),
-    )
-    trials = Trials(target, tmp_path / "city", tmp_path / "scratch")
+def train(command: str) -> None:
+    """The command, or what goes on with it; in a process of its own."""
+    from topt_deploy.cli import cli
+    from topt_deploy.commandline import run
+
+    there = Path("run", RUN_FILE)
+    if command == GO_ON and there.exists() and '"finished": true' in there.read_text():
+        return
+    run(cli, [*TRAIN, *(["--resume"] if command == GO_ON and there.exists() else [])])
+
+
+def test_killed_and_resumed(tmp_path):
+    assert shell("topt-deploy sample --out city --regions 20", tmp_path).code == 0
+    (tmp_path / "city" / "topt.toml").write_text(SETTINGS)
+    results = ("model.safetensors", "inputs.safetensors", "held_out.parquet")
+    target = Target(command=FRESH, resume=GO_ON, results=results)
+    trials = Trials(target, tmp_path / "city", tmp_path / "scratch", Forked.starter(train, IMPORTED))
     rng = Random(3)
     while trials.kills < (POINTS if FULL else 2):
         trials(rng)
     record(
-        "kill", command=f"{TRAIN} …", again=False, seconds=trials.seconds, kills=trials.kills, begun=trials.begun,
+        "kill", command=FRESH, again=False, seconds=trials.seconds, idle_s=trials.idle_s, kills=trials.kills,
+        begun=trials.begun,
     )  # fmt: skip

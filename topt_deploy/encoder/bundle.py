@@ -1,7 +1,7 @@
 """An exported prompt encoder: a sealed folder of its own, or the folder ``encoder/`` of a city's bundle."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ SCHEMA_VERSION = 1
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "embedding.weights"
 GOLDEN = "golden"
+WIDTH_LIMIT = 1 << 17
+PIXELS_LIMIT = 1 << 26
+"""Of an image as a model reads it, its tiles and frames counted: five times what the largest asks for."""
+EDGES = ("patch", "frames", "merge", "window", "side", "patches")
+EDGE_LIMIT = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +147,19 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         )
 
     require(all(isinstance(spec.get(key), str) for key in ("family", "name", "weights_sha256")), "spec")
-    require(type(spec.get("width")) is int and spec["width"] > 0, "spec")
+    require(type(spec.get("width")) is int and 0 < spec["width"] <= WIDTH_LIMIT, "spec")
     require(isinstance(spec.get("settings"), dict), "spec")
     require(all(sound(key, value) for key, value in spec["settings"].items()), "spec")
+    _check_pixels(spec["settings"])
     for frame in (spec.get("chat"), spec.get("imageless") or spec.get("chat")):
         require(isinstance(frame, dict) and all(isinstance(text, str) for text in frame.values()), "spec")
         Chat(**dict(frame or {}))
+
+
+def _check_pixels(settings: Mapping[str, Any]) -> None:
+    """Refuse preprocessing that would make an image of a few bytes take more memory than any model reads."""
+    require(all(settings.get(key, 0) <= EDGE_LIMIT for key in EDGES), "spec")
+    images: list[Sequence[int]] = [(settings.get("min_pixels", 0),), (settings.get("max_pixels", 0),)]
+    images += [(settings.get("tile", 0), settings.get("tile", 0), settings.get("tiles", 1))]
+    images += settings.get("resolutions", [])
+    require(all(math.prod(image) * settings.get("frames", 1) <= PIXELS_LIMIT for image in images), "spec")

@@ -10,7 +10,7 @@ import pyarrow as pa
 from topt_deploy.columns import GEOMETRY
 from topt_deploy.errors import BadData, NoInput
 from topt_deploy.fileio import sha256_file
-from topt_deploy.geometry import centroids, geo_library
+from topt_deploy.geometry import geo_library, read_shapes
 from topt_deploy.runs import Run
 from topt_deploy.table import City, Flows, Schema, read_city
 
@@ -70,11 +70,11 @@ def _lost(file: Path, recorded: str) -> str:
 def _from_table(city: City) -> tuple[Outlines, str]:
     """Polygons, or else points in longitude and latitude and a sentence that says why."""
     try:
-        shapes = _polygons(city)
+        polygons = _polygons(city)
     except BadData as error:
         points = point_outlines(project_m(city.lonlat, centre=city.lonlat[0]))
         return points, f"Regions are drawn as points: {error.message}."
-    return polygon_outlines(shapes), "Outlines are those of the city's table, simplified for the screen."
+    return polygon_outlines(polygons), "Outlines are those of the city's table, simplified for the screen."
 
 
 def _from_position(position: Array, reason: str) -> tuple[Outlines, str]:
@@ -95,10 +95,9 @@ def _polygons(city: City) -> Array:
     column, described = city.geometry
     table = pa.table({GEOMETRY: column}).replace_schema_metadata({b"geo": described} if described else None)
     in_input_order = city.region_id[np.argsort(city.input_row)]
-    centroids(table, REGIONS, in_input_order)  # refuses what is not valid, or not in longitude and latitude
+    found = read_shapes(table, REGIONS, in_input_order)[city.input_row]
     shapely = geo_library("shapely")
-    shapes = shapely.from_wkb(column.to_numpy())[city.input_row]
     polygons = [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON]
-    if not np.isin(shapely.get_type_id(shapes), polygons).all():
+    if not np.isin(shapely.get_type_id(found), polygons).all():
         raise BadData("the city's geometry is not made of polygons")
-    return shapes
+    return found

@@ -13,6 +13,9 @@ import pytest
 from batch import NAMES, alive, children, done, kill, outputs, spoil, start, wait_for, write_cities
 from commands import shell, without_privileges
 
+from topt_deploy.runtime.batch import local
+from topt_deploy.runtime.city import Job
+
 DONE, USAGE, PARTIAL, BAD_DATA, NO_INPUT, NO_DEVICE, CANNOT_CREATE, TRY_AGAIN = 0, 2, 3, 65, 66, 69, 73, 75
 BAD_BUNDLE, INTERRUPTED = 76, 130
 PER_CITY = {"predictions.parquet", "predictions.receipt.json"}
@@ -322,3 +325,13 @@ def test_a_name_that_is_not_utf_8(cities, apart, batch, tmp_path):
     assert said.code == DONE, said
     assert (tmp_path / "out" / f"city={name}" / "predictions.parquet").is_file()
     assert outputs(tmp_path / "out")["city=B/predictions.parquet"] == apart["city=B/predictions.parquet"]
+
+
+def test_small_cities_have_two_workers_per_processor(monkeypatch):
+    """They wait for the disk as long as they are worked on; large ones take memory."""
+    monkeypatch.setattr(local, "usable_cpus", lambda: 3)
+    small, large = (
+        Job(name="", regions="", mobility=None, out="", size=size) for size in (10_000, local.SMALL_BYTES + 1)
+    )
+    assert local.workers_for([small, small]) == 6
+    assert local.workers_for([small, large]) == 3

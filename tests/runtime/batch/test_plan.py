@@ -10,6 +10,7 @@ import pytest
 
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.runtime.batch.plan import alone, plan
+from topt_deploy.runtime.batch.remote import joined, shown
 
 REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 
@@ -228,10 +229,13 @@ class TestUris:
             plan([given], "out", mobility=True)
         assert "s3://" in caught.value.expected
 
-    def test_settings_within_are_refused(self):
-        """They would be lost on the way to the files below."""
-        with pytest.raises(UsageError, match="AWS_ENDPOINT_URL"):
-            plan(["s3://bucket/x?endpoint_override=localhost"], "out", mobility=True)
+    def test_settings_go_with_every_file_and_are_told_nowhere(self):
+        assert (
+            joined("s3://bucket/out?scheme=http", "city=A/x.parquet") == "s3://bucket/out/city=A/x.parquet?scheme=http"
+        )
+        assert joined("out?", "a?") == "out?/a?", "of a path it is a part"
+        assert shown("s3://key:secret@bucket/x?scheme=http") == "s3://key@bucket/x"
+        assert shown("what?") == "what?"
 
     def test_azures_account_comes_from_the_environment(self, monkeypatch):
         monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)

@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from batch import kill_at_work, outputs, spoil, start
+from batch import BLIND, kill_at_work, outputs, spoil, start
 from commands import environment, shell
 
 pytestmark = [
@@ -57,8 +57,7 @@ def on_ray(cluster, demo_bundle, tmp_path):
 def ended(process):
     """Its code, its cities by name, its last line, and what it said besides."""
     out, err = process.communicate(timeout=120)
-    # Of a killed worker Ray itself tells on standard output.
-    *lines, last = [json.loads(line) for line in out.splitlines() if "(raylet)" not in line]
+    *lines, last = [json.loads(line) for line in out.splitlines()]  # and nothing of Ray's own
     assert len({line["city"] for line in lines}) == len(lines), "each city once"
     return process.returncode, {line["city"]: line for line in lines}, last, err
 
@@ -125,6 +124,15 @@ def test_a_cluster_that_does_not_let_us_in(cluster, cities, demo_bundle, tmp_pat
     assert said.code == NO_DEVICE, said
     assert said.err.startswith("error: Ray's cluster does not answer")
     assert cluster in said.err
+
+
+def test_a_bundle_that_a_node_cannot_see(cluster, cities, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BLIND.format(engine="ray"), cities, tmp_path / "out"],
+        env=environment(RAY_ADDRESS=cluster, **TOKEN), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.split() == ["66"] * 6, done
+    assert "put the same bundle where every node sees it" in done.stderr
 
 
 def test_without_ray_it_is_said(cities, demo_bundle, tmp_path):

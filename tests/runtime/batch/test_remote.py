@@ -1,6 +1,7 @@
 """Cities behind URIs: the same bytes as on the disk, and errors that name what the user has named.
 
-``file://`` is the one scheme that is run here; of the object stores only what happens when there is none.
+``file://`` is the one scheme that is run here; of the object stores what happens when there is none. Stores themselves
+are run by test_stores.py.
 """
 
 import json

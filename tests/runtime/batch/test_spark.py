@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-from batch import kill_at_work, outputs, spoil, start
-from commands import shell
+from batch import BLIND, ancestor, kill_at_work, outputs, spoil, start
+from commands import environment, shell
 
 pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(find_spec("pyspark") is None, reason="no Spark here: pip install 'topt-deploy[spark]'"),
     pytest.mark.skipif(shutil.which("java") is None, reason="no Java here: apt-get install openjdk-17-jre-headless"),
 ]
+SUBMITTED = Path(__file__).parents[3] / "examples/spark/topt_run.py"
 DONE, PARTIAL, BAD_DATA, NO_DEVICE, TRY_AGAIN = 0, 3, 65, 69, 75
 
 
@@ -67,6 +71,38 @@ def test_a_city_that_kills_its_workers_fails_alone(on_spark, one_slow, demo_bund
     said = shell(f"topt-run predict {cities} --bundle {demo_bundle} --out out --resume", tmp_path)
     assert said.out.splitlines()[0] == "6 cities: 1 done, 5 skipped"
     assert outputs(tmp_path / "out") == expected
+
+
+def test_submitted_to_a_cluster_that_loses_an_executor(one_slow, demo_bundle, tmp_path):
+    """spark-submit, and a cluster of two executors, JVMs of their own, one of which is killed with a city at work."""
+    cities, expected = one_slow
+    submit = Path(find_spec("pyspark").origin).parent / "bin/spark-submit"
+    words = ["predict", cities, "--bundle", demo_bundle, "--out", tmp_path / "out", "--engine", "spark"]
+    settings = ["--conf", "spark.ui.enabled=false", "--conf", f"spark.local.dir={tmp_path}"]
+    process = start(
+        [submit, "--master", "local-cluster[2,1,1024]", *settings, SUBMITTED, *words, "--log-format", "json"], tmp_path,
+        PYSPARK_PYTHON=sys.executable, PYSPARK_DRIVER_PYTHON=sys.executable,
+    )  # fmt: skip
+    killed = kill_at_work(
+        tmp_path / "out/city=C/predictions.parquet", 1, lambda: process.poll() is None,
+        lambda pid: ancestor(pid, "CoarseGrainedExecutorBackend"),
+    )  # fmt: skip
+    code, found, last, err = ended(process)
+    assert len(killed) == 1
+    assert "Lost executor" in err
+    assert code == DONE, err
+    assert len(found) == 6
+    assert last["cities"] == {"done": 6}
+    assert outputs(tmp_path / "out") == expected
+
+
+def test_a_bundle_that_a_node_cannot_see(cities, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BLIND.format(engine="spark"), cities, tmp_path / "out"], env=environment(),
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout.split() == ["66"] * 6, done
+    assert "put the same bundle where every node sees it" in done.stderr
 
 
 @pytest.mark.parametrize("lacking", ["pyspark", "java"])
