@@ -138,10 +138,10 @@ def export_encoder(
         raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
     made = recipe(checkpoint)
     spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
-    profile, forms = default_profile(spec), FORMS
+    profile, forms = default_profile(spec), [*FORMS]
     if target is not None:
         target.check()
-        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), (*FORMS, TENSORRT)
+        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), [*FORMS, TENSORRT]
     regions = golden_regions(templates, images=spec.family != TEXT)
     questions = list(templates.questions.values())
     past = {
@@ -236,8 +236,9 @@ def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
 def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
     """What the gate checks.
 
-    The form for TensorRT is checked whatever the size, for nothing else can do it where there is no GPU. Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
-    second copy; ``topt-run selftest --encoder-engine openvino`` checks it on the target.
+    The form for TensorRT is checked whatever the size, for where there is no GPU nothing else can do it. Of a large
+    model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a second copy;
+    ``topt-run selftest --encoder-engine openvino`` checks it on the target.
     """
 
     def files(form: str) -> dict[str, Path]:
