@@ -1,7 +1,6 @@
 """The fused model for TensorRT: what its graphs hold and say, and that TensorRT-RTX builds them without a GPU."""
 
 from collections import Counter
-from copy import deepcopy
 
 import numpy as np
 import onnx
@@ -50,10 +49,12 @@ def graphs(model, inputs):
     found = {"fp16": export_for_engine(model, inputs, precision="fp16", most=4096)}
     kept = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_module, "quantise", lambda proto, precision, names: kept.update(proto=proto, names=names))
+        patch.setattr(
+            graph_module, "quantise", lambda p, _, names: kept.update(data=p.SerializeToString(), names=names)
+        )
         export_for_engine(model, inputs, precision="int8", most=4096)
     for precision in ("int8", "int4"):
-        proto = deepcopy(kept["proto"])
+        proto = onnx.load_model_from_string(kept["data"])
         graph_module.quantise(proto, precision, kept["names"])
         onnx.checker.check_model(proto, full_check=True)
         found[precision] = graph_module._split(proto, every_type=True)
@@ -183,6 +184,74 @@ def test_where_tensorrt_is_not_the_target_builds(place, monkeypatch):
     assert made.library is None
     assert made.checked == ("onnx.checker",)
     assert "the target builds it at first use" in made.told
+
+
+def test_the_command_makes_a_bundle_with_engines(demo_run, demo_bundle, topt_deploy, topt_run, desk, tmp_path):
+    """One more variant beside the portable one, sealed with it; predictions come from the portable one as before."""
+    rtx()
+    out = tmp_path / "city.topt"
+    made = ("--format", "trt", "--flavour", "rtx", "--precision", "int8", "--capability", "8.9")
+    said = topt_deploy("export", demo_run, "--out", out, *made, "--profile", "1,77,300")
+    assert said.code == 0, said.err
+    assert "rtx-int8: checked by onnx.checker and TensorRT-RTX" in said.err
+    manifest = open_bundle(out).manifest
+    assert set(manifest.variants) == {"fp32", "rtx-int8"}
+    assert manifest.variants["fp32"] == open_bundle(demo_bundle).manifest.variants["fp32"]
+    variant = manifest.variants["rtx-int8"]
+    folder = "models/rtx-int8"
+    assert variant["engines"] == {"8.9": f"{folder}/topt.sm89.engine"}
+    assert {variant["graph"], variant["weights"], *variant["engines"].values()} <= set(manifest.files)
+    assert (variant["flavour"], variant["precision"]) == ("rtx", "int8")
+    assert variant["profile"] == {"regions": [1, 77, 300]}
+    assert variant["library"].startswith("TensorRT-RTX 1.")
+    assert variant["tolerance"] == TOLERANCES["int8"]
+    assert [p["city"] for p in variant["parity"]] == ["training city", "golden-7", "golden-31", "synthetic-203"]
+    assert all(0 < p["worst"] <= TOLERANCES["int8"] and p["swapped"] == 0 for p in variant["parity"])
+    said = topt_run("info", out)
+    assert "rtx-int8" in said.out
+    assert topt_run("predict", desk.regions, "--bundle", out).code == 0
+    (out / variant["engines"]["8.9"]).write_bytes(b"another")
+    assert topt_run("info", out).code == 76
+
+
+def test_what_the_command_asks_for_is_refused_before_the_work(demo_run, topt_deploy, tmp_path):
+    for arguments, part in (
+        (("--profile", "1,2,3"), "--format trt"),
+        (("--format", "trt", "--profile", "5,2,3"), "no profile of regions"),
+        (("--format", "trt", "--profile", "tokens=1,2,3"), "no such dimension"),
+        (("--format", "trt", "--capability", "8.9"), "builds for the GPU that it runs on"),
+        (("--format", "trt", "--flavour", "rtx"), "is to be told what for"),
+    ):
+        said = topt_deploy("export", demo_run, "--out", tmp_path / "city.topt", *arguments)
+        assert said.code == 2
+        assert part in said.err
+        assert "exporting" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda variant: variant.pop("precision"),
+        lambda variant: variant.update(profile={}),
+        lambda variant: variant.update(profile={"regions": [9, 2, 3]}),
+        lambda variant: variant.update(engines={"8.9": "models/topt.weights"}),
+        lambda variant: variant.update(engines={"8.9": "models/nowhere.engine"}),
+        lambda variant: variant.update(flavour="trt"),
+        lambda variant: variant.update(checked=[1]),
+    ],
+    ids=["no precision", "no profile", "wrong profile", "no engine's name", "no file", "flavour", "checked"],
+)
+def test_a_manifest_that_is_not_of_that_form(desk, reseal, change):
+    own = {
+        "flavour": "rtx", "precision": "fp16", "profile": {"regions": [1, 2, 3]}, "library": "x", "engines": {},
+        "checked": ["onnx.checker"],
+    }  # fmt: skip
+    reseal(desk.bundle, lambda record: record["variants"].update(more=record["variants"]["fp32"] | own))
+    assert set(open_bundle(desk.bundle).manifest.variants) == {"fp32", "more"}
+    reseal(desk.bundle, lambda record: change(record["variants"]["more"]))
+    with pytest.raises(BadBundle, match=r"variants is not of the right form|no profile of regions"):
+        open_bundle(desk.bundle)
 
 
 @pytest.mark.parametrize(
