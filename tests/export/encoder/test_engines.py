@@ -76,7 +76,7 @@ def test_every_network_builds_for_two_capabilities(graphs, family, precision):
     ("family", "precision"), [*product(FAMILIES, PRECISIONS), ("text", "fp32"), ("deepseek_vl2", "fp32")]
 )
 def test_it_says_what_pytorch_says(graphs, encoders, family, precision):
-    """The gate, with what PyTorch said when the family's bundle was made. In float32 experts that see all say the same."""
+    """The gate, with what PyTorch said when the family's bundle was made; in float32 where experts see all tokens."""
     files, spec = graphs(family, precision)
     bundle = open_encoder_bundle(encoders(family))
     regions, expected = read_golden(bundle)
