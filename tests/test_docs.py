@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 PAGES = (
     "README.md",
     *("docs/configuration.md", "docs/operations.md", "docs/chicago.md", "docs/evaluation.md", "docs/report.md"),
-    *("docs/encoder.md", "docs/batch.md", "docs/security.md", "docs/devices.md"),
+    *("docs/encoder.md", "docs/batch.md", "docs/security.md", "docs/devices.md", "docs/tensorrt.md"),
 )
 BY_CI = {"make demo", "make test"}
 """Run by .ci/run, whole; not from inside the suite."""
@@ -74,7 +74,7 @@ def test_commands_of_the_page_run(page: str, folder: Path, request: pytest.Fixtu
         shown = ["topt-deploy train", "topt-deploy export", *shown]
     if page in ("README.md", "docs/encoder.md"):  # a model of the name, with random weights
         tiny_text(folder / "models/SmolLM2-135M-Instruct")
-    if page == "docs/report.md":  # and this one where a run is
+    if page in ("docs/report.md", "docs/tensorrt.md"):  # and these where a run is
         shown = ["topt-deploy train", *shown]
     if page == "docs/configuration.md":
         shown = [line for line in shown if "--resume" not in line]  # test_end_to_end.py interrupts and resumes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graph import OPSET
 from .builder import MICROSOFT, Array, Builder, Weights
-from .lower import FORMS, Linear, attention, linear
+from .lower import FORMS, TENSORRT, Linear, attention, linear
 from .network import Network, Use
 from .ops import ATTENTION, DOMAIN, LINEAR
 from .trace import Traced, trace
@@ -59,11 +59,12 @@ def assemble(
     with Weights(folder / f"{network.name}.weights") as weights:
         builders = {form: Builder(weights) for form in forms}
         for use in network.uses:
-            if use.piece.name not in traced:
-                traced[use.piece.name] = trace(use.piece)
             layers = _Layers(use, load, kept, precision)
             for form, builder in builders.items():
-                names[form] |= _add(builder, form, use, traced[use.piece.name], names[form], layers)
+                piece = use.piece.for_engines if form == TENSORRT and use.piece.for_engines else use.piece
+                if piece.name not in traced:
+                    traced[piece.name] = trace(piece)
+                names[form] |= _add(builder, form, use, traced[piece.name], names[form], layers)
     graphs = {}
     for form, builder in builders.items():
         graphs[form] = folder / f"{network.name}.{form}.onnx"

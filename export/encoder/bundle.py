@@ -26,9 +26,10 @@ from topt_deploy.encoder.encode import limit_pixels
 from topt_deploy.encoder.golden import write_golden
 from topt_deploy.encoder.graphs import VISION, GraphBackend
 from topt_deploy.encoder.prompt import Array
-from topt_deploy.encoder.spec import TEXT
+from topt_deploy.encoder.spec import TEXT, EncoderSpec
 from topt_deploy.encoder.templates import Templates, load_templates
-from topt_deploy.engine.profile import parse_profile
+from topt_deploy.engine.library import RTX
+from topt_deploy.engine.profile import as_record, parse_profile
 from topt_deploy.errors import UsageError
 from topt_deploy.fileio import atomic_folder
 from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, quiet, torch_backend
@@ -96,6 +97,9 @@ def make_encoder(
             "precision": there.manifest.precision,
             "templates": there.templates.whole_sha256,
         }
+        if target is not None:  # one with engines serves where none are asked for, and not the other way round
+            wanted |= {"engines": _asked(target, checkpoint.spec)}
+            found |= {"engines": _there(there, target)}
         if found != wanted:
             raise UsageError(
                 "another encoder is there", file=out, expected=wanted, found=found, fix="name another --encoder-bundle"
@@ -105,6 +109,22 @@ def make_encoder(
     with atomic_folder(out) as folder:
         export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)
     return open_encoder_bundle(out)
+
+
+def _asked(target: Target, spec: EncoderSpec) -> str:
+    """Flavour, capabilities and profile that are asked for, to be compared and shown."""
+    profile = parse_profile(target.profile, default_profile(spec), unnamed=TOKENS)
+    return f"{target.flavour}, for {sorted(target.capabilities)}, {sorted(as_record(profile).items())}"
+
+
+def _there(bundle: EncoderBundle, target: Target) -> str:
+    """The same of a bundle. TensorRT's engine is of the GPU that was there, and is not asked for."""
+    facts = [network[TENSORRT] for network in bundle.manifest.networks.values() if TENSORRT in network]
+    if not facts:
+        return "none"
+    profile = {name: sizes for of in facts for name, sizes in of["profile"].items()}
+    capabilities = sorted(facts[0]["engines"]) if facts[0]["flavour"] == RTX else sorted(target.capabilities)
+    return f"{facts[0]['flavour']}, for {capabilities}, {sorted(profile.items())}"
 
 
 def export_encoder(
@@ -138,10 +158,10 @@ def export_encoder(
         raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
     made = recipe(checkpoint)
     spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
-    profile, forms = default_profile(spec), FORMS
+    profile, forms = default_profile(spec), [*FORMS]
     if target is not None:
         target.check()
-        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), (*FORMS, TENSORRT)
+        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), [*FORMS, TENSORRT]
     regions = golden_regions(templates, images=spec.family != TEXT)
     questions = list(templates.questions.values())
     past = {
@@ -236,8 +256,9 @@ def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
 def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
     """What the gate checks.
 
-    The form for TensorRT is checked whatever the size, for nothing else can do it where there is no GPU. Of a large model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a
-    second copy; ``topt-run selftest --encoder-engine openvino`` checks it on the target.
+    The form for TensorRT is checked whatever the size, for where there is no GPU nothing else can do it. Of a large
+    model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a second copy;
+    ``topt-run selftest --encoder-engine openvino`` checks it on the target.
     """
 
     def files(form: str) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """The decoder of causal language models whose layers are Llama's in form: rotary positions, layers, last norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def decoder(
     cache: tuple[int, int, int],
     norm: Callable[[], nn.Module],
     prefix: str,
+    for_engines: Mapping[str, Callable[[], nn.Module]] | None = None,
 ) -> Network:
     """The network from token embeddings to last hidden states.
 
@@ -109,6 +110,7 @@ def decoder(
         cache: Key heads, width of a key, width of a value.
         norm: Makes the last norm.
         prefix: Of the weights' names: ``"model."``.
+        for_engines: What makes a kind's layers for TensorRT (:attr:`.network.Piece.for_engines`).
     """
     heads, key_width, value_width = cache
     hidden = Spec(dtype=torch.float32, dims=(BATCH, TOKENS, width))
@@ -118,22 +120,21 @@ def decoder(
     begins = Spec(dtype=torch.int64, dims=(BATCH, TOKENS))
     mask = Spec(dtype=torch.bool, dims=(BATCH, 1, TOKENS, ALL))
     angles = Spec(dtype=torch.float32, dims=(BATCH, TOKENS, rotary_width))
-    kinds = {
-        kind: Piece(
-            name=kind,
-            build=lambda build=build: Layer(build()),  # type: ignore[misc]
-            inputs={
-                "hidden": hidden,
-                "allowed": mask,
-                "cos": angles,
-                "sin": angles,
-                "past_key": past_key,
-                "past_value": past_value,
-            },
-            outputs=("hidden", "present_key", "present_value"),
-        )
-        for kind, build in dict(layers).items()
+    layer_inputs = {
+        "hidden": hidden,
+        "allowed": mask,
+        "cos": angles,
+        "sin": angles,
+        "past_key": past_key,
+        "past_value": past_value,
     }
+
+    def piece(name: str, build: Callable[[], nn.Module], other: Piece | None = None) -> Piece:
+        outputs = ("hidden", "present_key", "present_value")
+        return Piece(name=name, build=lambda: Layer(build()), inputs=layer_inputs, outputs=outputs, for_engines=other)
+
+    others = {kind: piece(f"{kind} for engines", build) for kind, build in (for_engines or {}).items()}
+    kinds = {kind: piece(kind, build, others.get(kind)) for kind, build in dict(layers).items()}
     uses = [
         Use(piece=Piece(
             name="rotary", build=lambda: Rotary(rotary), inputs={"positions": positions}, outputs=("cos", "sin")

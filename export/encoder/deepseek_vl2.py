@@ -103,6 +103,7 @@ def _decoder(config: DeepseekVL2Config) -> Network:
         cache=(1, latent, head) if language.use_mla else (heads, head, head),
         norm=lambda: language_norm(language),
         prefix="language.model.",
+        for_engines={"routed": lambda: Layer(language, 0, routed=True, dense=True)},
     )
 
 

@@ -30,12 +30,14 @@ class Piece:
             by position in the order of ``inputs`` and returns a tuple in the order of ``outputs``.
         inputs: By the forward's names.
         outputs: Names.
+        for_engines: What computes the same for TensorRT, where ``build``'s has operators that it lacks.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Mapping[str, Spec]
     outputs: tuple[str, ...]
+    for_engines: "Piece | None" = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -120,6 +120,29 @@ def build_engine(
     return Built(engine=bytes(plan), timing_cache=cache, messages=_messages(work))
 
 
+def check_capability(library: Library, capability: str) -> Any:
+    """The library's own name of a compute capability.
+
+    Raises:
+        UsageError: If it does not build for that one.
+    """
+    if library.flavour != RTX:
+        raise UsageError(
+            "TensorRT builds for the GPU that it runs on", expected="no capability", found=capability,
+            fix="build on the target, or choose --flavour rtx",
+        )  # fmt: skip
+    known = library.module.ComputeCapability.__members__
+    name = f"SM{capability.replace('.', '')}"
+    if capability not in CAPABILITIES or name not in known:
+        raise UsageError(
+            f"{library.title} does not build for this compute capability",
+            expected=f"one of {', '.join(CAPABILITIES)}",
+            found=capability,
+            fix="name one of these; for Hopper (9.0) use --flavour tensorrt",
+        )
+    return known[name]
+
+
 def _parse(library: Library, graph: Path) -> _Work:
     if not graph.is_file():
         raise NoInput("no such graph", file=graph)
@@ -166,29 +189,6 @@ def _fault(fault: Any) -> str:
 def _harmless(text: str) -> bool:
     """Whether it is but the complaint that there is no driver, which all else than this is told with."""
     return "cudaError 35" in text
-
-
-def check_capability(library: Library, capability: str) -> Any:
-    """The library's own name of a compute capability.
-
-    Raises:
-        UsageError: If it does not build for that one.
-    """
-    if library.flavour != RTX:
-        raise UsageError(
-            "TensorRT builds for the GPU that it runs on", expected="no capability", found=capability,
-            fix="build on the target, or choose --flavour rtx",
-        )  # fmt: skip
-    known = library.module.ComputeCapability.__members__
-    name = f"SM{capability.replace('.', '')}"
-    if capability not in CAPABILITIES or name not in known:
-        raise UsageError(
-            f"{library.title} does not build for this compute capability",
-            expected=f"one of {', '.join(CAPABILITIES)}",
-            found=capability,
-            fix="name one of these; for Hopper (9.0) use --flavour tensorrt",
-        )
-    return known[name]
 
 
 def _inputs(work: _Work) -> dict[str, tuple[int | str | None, ...]]:

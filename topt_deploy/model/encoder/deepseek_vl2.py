@@ -333,10 +333,17 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """Routed and shared experts; every expert sees its own tokens alone."""
+    """Routed and shared experts; every expert sees its own tokens alone.
 
-    def __init__(self, config: DeepseekV2Config) -> None:
+    Args:
+        config: The language model's.
+        dense: Whether each sees all tokens instead, and what is not its own counts nothing: the same result, without
+            sizes that depend on what tokens say, which TensorRT-RTX has no operator for.
+    """
+
+    def __init__(self, config: DeepseekV2Config, *, dense: bool = False) -> None:
         super().__init__()
+        self.dense = dense
         inner = config.moe_intermediate_size
         self.gate = Gate(config)
         self.experts = nn.ModuleList(
@@ -350,6 +357,9 @@ class Experts(nn.Module):
         weights, chosen = self.gate(tokens)
         out = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
+            if self.dense:
+                out = out + expert(tokens) * (weights * (chosen == i)).sum(dim=1, keepdim=True).to(out.dtype)
+                continue
             row, slot = (chosen == i).nonzero(as_tuple=True)
             share = expert(tokens.index_select(0, row)) * weights[row, slot, None]
             # a token has an expert once, so this adds nothing twice; not every runtime has a scatter that adds
@@ -364,13 +374,15 @@ class Layer(DeepseekV2DecoderLayer):
         config: The language model's.
         layer_idx: Its place in the cache.
         routed: Whether it has experts.
+        dense: Of :class:`Experts`.
     """
 
-    def __init__(self, config: DeepseekV2Config, layer_idx: int, *, routed: bool) -> None:
+    def __init__(self, config: DeepseekV2Config, layer_idx: int, *, routed: bool, dense: bool = False) -> None:
         nn.Module.__init__(self)
         attention: Any = LatentAttention if config.use_mla else LlamaAttention
-        mlp: Any = Experts if routed else DeepseekV2MLP
-        self.self_attn, self.mlp = attention(config, layer_idx), mlp(config)
+        self.self_attn = attention(config, layer_idx)
+        mlp: Any = Experts(config, dense=dense) if routed else DeepseekV2MLP(config)
+        self.mlp = mlp
         self.input_layernorm = language_norm(config)
         self.post_attention_layernorm = language_norm(config)
 
