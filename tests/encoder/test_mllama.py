@@ -222,8 +222,8 @@ def test_pieces_take_every_weight_once_but_the_embedding_and_the_head(model, net
     assert sorted([*taken, *apart]) == sorted(model.state_dict())
 
 
-SMALL = {"t": 1, "B": 1, "S": 1, "P": 0, "tiles": 1, "L": 17, "P + S": 1}
-LARGE = {"t": 4, "B": 2, "S": 6, "P": 9, "tiles": 8, "L": 136, "P + S": 15}
+SMALL = {"tiles": 1, "batch": 1, "tokens": 1, "past": 0, "visible_tiles": 1, "image_states": 17, "past + tokens": 1}
+LARGE = {"tiles": 4, "batch": 2, "tokens": 6, "past": 9, "visible_tiles": 8, "image_states": 136, "past + tokens": 15}
 PIECES = [
     ("vision", "embed"), ("vision", "local"), ("vision", "between"), ("vision", "global"), ("vision", "project"),
     ("cross", "cross_keys"),
@@ -245,7 +245,18 @@ def test_traced_piece_fits_any_size(networks, weight, network, piece, monkeypatc
     module.load_state_dict({n: weight(use.weight(n)) for n, _ in module.named_parameters()}, strict=False, assign=True)
     module.requires_grad_(False)
     specs = use.piece.inputs.values()
-    sample = sizes_of(specs, {"t": 3, "B": 5, "S": 7, "P": 11, "tiles": 13, "L": 221, "P + S": 18})
+    sample = sizes_of(
+        specs,
+        {
+            "tiles": 3,
+            "batch": 5,
+            "tokens": 7,
+            "past": 11,
+            "visible_tiles": 13,
+            "image_states": 221,
+            "past + tokens": 18,
+        },
+    )
     dynamic = [{i: torch.export.Dim.DYNAMIC for i, d in enumerate(s.dims) if isinstance(d, str)} for s in specs]
     with torch.no_grad():
         traced = torch.export.export(module, tuple(sample), dynamic_shapes=tuple(dynamic_of(module, dynamic)))
