@@ -497,8 +497,7 @@ def _engines_of(setting: Setting, flavour: str) -> Path:
 def _opened_on(place: Path, device: str) -> Any:
     from topt_deploy.runtime.encoder import open_encoder
 
-    where = {} if device == "cpu" else {"device": device}  # the only device there was at first
-    return open_encoder(place, engine="onnxruntime", **where)
+    return open_encoder(place, engine="onnxruntime", device=device)
 
 
 def _opened(setting: Setting, device: str) -> Any:
