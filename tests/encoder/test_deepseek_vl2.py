@@ -500,7 +500,7 @@ class TestExport:
         network = nets["decoder"]
         embeds = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(2))
         state = {
-            name: torch.zeros([{"B": 2, "P": 0}.get(d, d) for d in spec.dims])
+            name: torch.zeros([{"batch": 2, "past": 0}.get(d, d) for d in spec.dims])
             for name, spec in network.inputs.items()
             if name.startswith("past")
         }
