@@ -196,7 +196,7 @@ def test_the_command_makes_a_bundle_with_engines(demo_run, demo_bundle, topt_dep
     assert "rtx-fp16: checked by onnx.checker and TensorRT-RTX" in said.err
     manifest = open_bundle(out).manifest
     assert set(manifest.variants) == {"fp32", "rtx-fp16"}
-    assert manifest.variants["fp32"] == open_bundle(demo_bundle).manifest.variants["fp32"]
+    assert manifest.files["models/topt.weights"] == open_bundle(demo_bundle).manifest.files["models/topt.weights"]
     variant = manifest.variants["rtx-fp16"]
     folder = "models/rtx-fp16"
     assert variant["engines"] == {"8.9": f"{folder}/topt.sm89.engine"}
