@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_OUT = f"model{SUFFIX}"
 ONNX, TRT = "onnx", "trt"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISION = "fp16"
 
 
 @click.command("export")
@@ -32,10 +33,10 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
     help="trt: also what TensorRT builds engines of.",
 )
 @click.option(
-    "--flavour", type=click.Choice(FLAVOURS), default=TENSORRT, show_default=True, help="TensorRT, or TensorRT-RTX."
+    "--flavour", type=click.Choice(FLAVOURS), help=f"TensorRT, or TensorRT-RTX [default with --format trt: {TENSORRT}]."
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True, help="Of --format trt's model."
+    "--precision", type=click.Choice(PRECISIONS), help=f"Of --format trt's model [default there: {PRECISION}]."
 )
 @click.option(
     "--profile",
@@ -70,8 +71,8 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 def export(
     run: Path | None,
     form: str,
-    flavour: str,
-    precision: str,
+    flavour: str | None,
+    precision: str | None,
     profile: tuple[str, ...],
     capability: tuple[str, ...],
     out: Path | None,
@@ -92,15 +93,19 @@ def export(
     target = encoder_target = None
     if form == TRT:
         target, encoder_target = _targets(
-            flavour,
-            (precision, encoder_precision),
+            flavour or TENSORRT,
+            (precision or PRECISION, encoder_precision),
             profile,
             capability,
             encoded=prompt_encoder is not None,
             only=encoder_only,
         )
-    elif profile or capability:
-        raise UsageError("--profile and --capability are of engines", fix="add --format trt, or leave them out")
+    elif flavour or precision or profile or capability:
+        raise UsageError(
+            "--flavour, --precision, --profile and --capability are of engines",
+            expected="the portable graph, which is float32, by --format onnx alone",
+            fix="add --format trt, or leave them out; an encoder's precision is --encoder-precision",
+        )
     made_with = {
         "precision": encoder_precision,
         "templates": templates,

@@ -1,6 +1,7 @@
 """``topt-run``: predict, inspect and test bundles on a machine without PyTorch."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,10 @@ def _told(opened: "Bundle") -> tuple[list[str], dict[str, Any]]:
         + (", flows" if m.mobility else ""),
         *(f"prompts    {c}: {f['width']} from {f.get('encoder') or 'unnamed'}" for c, f in m.prompts.items()),
         *([f"encoder    {m.encoder['identity']}, {m.encoder['bundle'] or 'inside'}"] if m.encoder else []),
-        *(f"variant    {name}: {v['graph']}, tolerance {v['tolerance']:g}" for name, v in m.variants.items()),
+        *(
+            f"variant    {name}: {v['graph']}, tolerance {v['tolerance']:g}{_built(v)}"
+            for name, v in m.variants.items()
+        ),
         f"protocol   {m.source['protocol']}",
     ]
     for task, described in m.tasks.items():
@@ -82,6 +86,14 @@ def _told(opened: "Bundle") -> tuple[list[str], dict[str, Any]]:
         "prompts": m.prompts,
     }
     return lines, {"source": m.source, **facts}
+
+
+def _built(variant: Mapping[str, Any]) -> str:
+    """What engines a variant holds, and what built them; nothing where it is for none."""
+    if "engines" not in variant:
+        return ""
+    built = ", ".join(variant["engines"])
+    return f", engines for {built} by {variant['library']}" if built else ", engines are built on the target"
 
 
 @cli.command()

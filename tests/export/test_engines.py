@@ -208,7 +208,7 @@ def test_the_command_makes_a_bundle_with_engines(demo_run, demo_bundle, topt_dep
     assert [p["city"] for p in variant["parity"]] == ["training city", "golden-7", "golden-31", "synthetic-203"]
     assert all(0 < p["worst"] <= TOLERANCES["fp16"] and p["swapped"] == 0 for p in variant["parity"])
     said = topt_run("info", out)
-    assert "rtx-fp16" in said.out
+    assert f"rtx-fp16: {variant['graph']}, tolerance 0.01, engines for 8.9 by TensorRT-RTX 1." in said.out
     assert topt_run("predict", desk.regions, "--bundle", out).code == 0
     (out / variant["engines"]["8.9"]).write_bytes(b"another")
     assert topt_run("info", out).code == 76
@@ -217,6 +217,8 @@ def test_the_command_makes_a_bundle_with_engines(demo_run, demo_bundle, topt_dep
 def test_what_the_command_asks_for_is_refused_before_the_work(demo_run, topt_deploy, tmp_path):
     for arguments, part in (
         (("--profile", "1,2,3"), "--format trt"),
+        (("--precision", "int8"), "--format trt"),
+        (("--format", "onnx", "--flavour", "rtx"), "--format trt"),
         (("--format", "trt", "--profile", "5,2,3"), "no profile of regions"),
         (("--format", "trt", "--profile", "tokens=1,2,3"), "no such dimension"),
         (("--format", "trt", "--capability", "8.9"), "builds for the GPU that it runs on"),
