@@ -134,7 +134,8 @@ def test_one_embedding_per_problem_and_seed_whatever_the_task(city: City, proble
     for task in TASKS:
         rows = np.tile(city.labels[task], (4, 1))
         predicted = method.predict(problem, task, rows, [7, 8, 7, 8])
-        np.testing.assert_array_equal(predicted[:2], predicted[2:])
+        # But for the last bit, which linear algebra rounds by a row's place among others on some processors.
+        np.testing.assert_allclose(predicted[:2], predicted[2:], rtol=4e-15, atol=0)
         assert not np.allclose(predicted[0], predicted[1])
     assert method.calls == 2
     method.predict(problem_of(city), "crime", rows, [7, 7, 7, 7])
