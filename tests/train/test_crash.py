@@ -4,17 +4,13 @@ Every training is the command itself, in a process forked from one that has impo
 small that it is over in a second or two, most of which something is being written.
 """
 
-from pathlib import Path
 from random import Random
 
 from commands import shell
 from figures import FULL, record
 from killing import Forked, Target, Trials
+from train_again import FRESH, GO_ON, IMPORTED, train
 
-from topt_deploy.runs import RUN_FILE
-
-TRAIN = ("train", ".", "--out", "run")
-FRESH, GO_ON = "topt-deploy train . --out run", "the same with --resume where it has begun"
 POINTS = 200
 SETTINGS = """\
 preset = "srel"
@@ -29,18 +25,6 @@ epochs = 12
 folds = 2
 [tasks.crime]
 """
-IMPORTED = ("torch", "torch._dynamo", "sklearn.ensemble", "topt_deploy.train.command", "topt_deploy.train.run")
-
-
-def train(command: str) -> None:
-    """The command, or what goes on with it; in a process of its own."""
-    from topt_deploy.cli import cli
-    from topt_deploy.commandline import run
-
-    there = Path("run", RUN_FILE)
-    if command == GO_ON and there.exists() and '"finished": true' in there.read_text():
-        return
-    run(cli, [*TRAIN, *(["--resume"] if command == GO_ON and there.exists() else [])])
 
 
 def test_killed_and_resumed(tmp_path):
