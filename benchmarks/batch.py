@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from reliability import BIN, machine, write_section
 
 from topt_deploy.parquet import read_parquet, write_parquet
@@ -113,14 +115,22 @@ def make_cities(demo: Path, folder: Path, count: int) -> None:
             write_parquet(place / f"{file}.parquet", table)
 
 
-def model_alone(bundle: Path, cities: Path, count: int) -> Taken:
-    """``Session.run`` on the cities' arrays, which lie in memory, in two processes at once."""
+def alone(part: Callable[[Path, list[Path], Path], list[Callable[[], Any]]], bundle: Path, cities: Path, out: Path,
+          count: int) -> Taken:  # fmt: skip
+    """One part of what a city takes, and nothing else, in two processes at once.
+
+    Args:
+        part: Of :func:`model` and :func:`tables`: makes ready, and gives what is to be called for every city.
+        bundle, cities, out: Of :func:`measure`.
+        count: How many cities.
+    """
     context = multiprocessing.get_context("spawn")
     ready, queue = context.Barrier(PROCESSES), context.Queue()
     places = sorted(cities.iterdir())[:count]
+    out.mkdir(exist_ok=True)
     pool = [
-        context.Process(target=_model_alone, args=(bundle, places[part::PROCESSES], ready, queue))
-        for part in range(PROCESSES)
+        context.Process(target=_alone, args=(part, bundle, places[number::PROCESSES], out, ready, queue))
+        for number in range(PROCESSES)
     ]
     for process in pool:
         process.start()
@@ -131,16 +141,53 @@ def model_alone(bundle: Path, cities: Path, count: int) -> Taken:
     return Taken(wall_s=ended - began, cpu_s=sum(t[2] for t in times), cities=len(places))
 
 
-def _model_alone(bundle: Path, places: list[Path], ready: Any, queue: Any) -> None:
-    predictor, arrays = _in_memory(bundle, places)
-    session = predictor.session
-    session.run(arrays[0], predictor.tasks)
+def _alone(part: Any, bundle: Path, places: list[Path], out: Path, ready: Any, queue: Any) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    calls = part(bundle, places, out)
+    calls[0]()
     gc.collect()
     ready.wait()
     began, cpu = time.time(), time.process_time()
-    for city in arrays:
-        session.run(city, predictor.tasks)
+    for call in calls:
+        call()
     queue.put((began, time.time(), time.process_time() - cpu))
+
+
+def model(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]]:
+    """``Session.run`` on the cities' arrays, which lie in memory."""
+    predictor, arrays = _in_memory(bundle, places)
+    return [partial(predictor.session.run, city, predictor.tasks) for city in arrays]
+
+
+def tables(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]]:
+    """What Arrow takes for the tables: those that the model reads are read, one of predictions is written.
+
+    Nothing is hashed or checked, no features are made, no receipt is written; the file is flushed and renamed, or it
+    could be torn.
+    """
+    from topt_deploy.runtime.predictor import open_predictor
+
+    predictor = open_predictor(bundle, threads=1)
+    schema, first = predictor.bundle.manifest.schema, places[0]
+    views = tuple(f"{view}_" for view in schema.views)
+    columns = [
+        name
+        for name in pq.read_schema(first / "regions.parquet").names
+        if name in ("region_id", "city_id", "lon", "lat", *schema.prompts) or name.startswith(views)
+    ]
+    predicted = predictor.predict(first / "regions.parquet", first / "mobility.parquet")
+
+    def city(place: Path) -> None:
+        pq.read_table(place / "regions.parquet", columns=columns, use_threads=False, partitioning=None)
+        if schema.mobility:
+            pq.read_table(place / "mobility.parquet", use_threads=False, partitioning=None)
+        written, final = out / f".{place.name}", out / f"{place.name}.parquet"
+        pq.write_table(predicted, written)
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        written.replace(final)
+
+    return [partial(city, place) for place in places]
 
 
 def _in_memory(bundle: Path, places: list[Path]) -> tuple[Any, list[Any]]:
@@ -245,7 +292,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
             return command(BIN / "topt-run", "predict", *what, "--bundle", bundle, cities=count)
 
         ways: dict[str, Callable[[], Taken]] = {
-            "model": lambda bundle=bundle: model_alone(bundle, cities, options.cities),
+            "model": lambda bundle=bundle: alone(model, bundle, cities, out, options.cities),
+            "tables": lambda bundle=bundle: alone(tables, bundle, cities, out, options.cities),
             "2 workers": lambda: predict(cities, "--out", out, "--workers", "2", count=options.cities),
             "4 workers": lambda: predict(cities, "--out", out, "--workers", "4", count=options.cities),
             "loop": lambda: loop(predict, cities, out, options.loop),
@@ -260,11 +308,11 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
             for way, runs in taken.items()
         }
         for way, m in middle.items():
-            model, alone = middle["model"], middle["loop"]
+            base, one_by_one = middle["model"], middle["loop"]
             rows.append(
-                f"| {name} | {way} | {1000 / m['wall_ms']:.0f} | {alone['wall_ms'] / m['wall_ms']:.1f} |"
-                f" {m['wall_ms']:.2f} | {m['wall_ms'] / model['wall_ms']:.2f} |"
-                f" {m['cpu_ms']:.2f} | {m['cpu_ms'] / model['cpu_ms']:.2f} |"
+                f"| {name} | {way} | {1000 / m['wall_ms']:.0f} | {one_by_one['wall_ms'] / m['wall_ms']:.1f} |"
+                f" {m['wall_ms']:.2f} | {m['wall_ms'] / base['wall_ms']:.2f} |"
+                f" {m['cpu_ms']:.2f} | {m['cpu_ms'] / base['cpu_ms']:.2f} |"
             )
         memory += [f"| {name} | {way} | {quarters(taken[way][-1])} |" for way in ("2 workers", "4 workers")]
         shutil.rmtree(out, ignore_errors=True)
@@ -284,11 +332,14 @@ def page(rows: list[str], parts: dict[str, dict[str, float]], memory: list[str],
     """The section's text."""
     labels = sorted(next(iter(parts.values())), key=lambda label: -next(iter(parts.values()))[label])
     split = [f"| {label} | {' | '.join(f'{part.get(label, 0):.2f}' for part in parts.values())} |" for label in labels]
+    rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds"
     return f"""`make batch` ({Path(__file__).name}); {machine()}. {options.cities} cities of {REGIONS}
-regions, the sample city with other counts and flows; medians of {options.rounds} rounds, the ways by turns. *Model*:
-nothing but `Session.run` on arrays that lie in memory, two processes at once. *Loop*: one `topt-run predict` per city,
-one after the other, over {options.loop} cities. The others are one `topt-run predict`, all of it: start, reading,
-checking, features, model, tables, hashes, receipts and flushing to the disk. Processor time is that of all processes.
+regions, the sample city with other counts and flows; {rounds}, the ways by turns. *Model*: nothing but `Session.run` on
+arrays that lie in memory, two processes at once. *Tables*: Arrow alone, likewise, reads what the model reads, and
+writes, flushes and renames a table of predictions; nothing is hashed, checked or computed, and there is no receipt.
+*Loop*: one `topt-run predict` per city, one after the other, over {options.loop} cities. The others are one
+`topt-run predict`, all of it: start, reading, checking, features, model, tables, hashes, receipts and flushing to the
+disk. Processor time is that of all processes.
 
 | bundle | way | cities per second | × loop | wall ms per city | × model | processor ms per city | × model |
 |---|---|---|---|---|---|---|---|
