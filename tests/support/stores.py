@@ -1,11 +1,6 @@
-"""Object stores on this machine: emulators of S3, Google's and Azure's, in environments of their own.
-
-Each is found where its variable names its program, or on the PATH; ``make stores`` installs the first two, and
-``npm install azurite`` the third. Imports no torch.
-"""
+"""Object stores on this machine: emulators of S3, Google's and Azure's. Imports no torch."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -16,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
+from services import service
 
 BUCKET = "bucket"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """Azurite's, the same everywhere: no secret."""
 PROGRAMS = {
-    "s3": ("TOPT_MOTO_SERVER", "moto_server"),
-    "gs": ("TOPT_GCS_EMULATOR", "gcp-storage-emulator"),
-    "az": ("TOPT_AZURITE", "azurite-blob"),
+    "s3": "stores/bin/moto_server",
+    "gs": "stores/bin/gcp-storage-emulator",
+    "az": "azurite/node_modules/.bin/azurite-blob",
 }
 PATIENCE_S = 60
 
@@ -74,15 +70,9 @@ class Store:
         self.system.delete_file(f"{BUCKET}/{path}")
 
 
-def program(kind: str) -> str | None:
-    """The emulator's program, where this machine has it."""
-    variable, name = PROGRAMS[kind]
-    return os.environ.get(variable) or shutil.which(name)
-
-
 @contextmanager
 def running(kind: str, folder: Path) -> Iterator[Store]:
-    """A store, and its end; what it says goes into ``folder``."""
+    """A store, and its end; what it says goes into ``folder``. Skips where the emulator is not installed."""
     with {"s3": _s3, "gs": _gs, "az": _az}[kind](folder) as store:
         yield store
 
@@ -140,7 +130,7 @@ def _process(kind: str, folder: Path, *options: str, port_option: str = "-p{}", 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(program(kind)), *options, port_option.format(port)]
+    command = [service(PROGRAMS[kind]), *options, port_option.format(port)]
     with (folder / f"{kind}-{port}.txt").open("w") as said:
         process = subprocess.Popen(command, cwd=folder, env=os.environ | more, stdout=said, stderr=subprocess.STDOUT)
     try:

@@ -5,16 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 from batch import outputs, spoil
-from stores import PROGRAMS, Store, program, running
+from stores import PROGRAMS, Store, running
 
 DONE, USAGE, PARTIAL, BAD_DATA, NO_INPUT, CANNOT_CREATE, NO_PERMISSION = 0, 2, 3, 65, 66, 73, 77
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
 def store(request, tmp_path_factory) -> Iterator[Store]:
-    if program(request.param) is None:
-        variable, name = PROGRAMS[request.param]
-        pytest.skip(f"{name} is absent: ${variable} or the PATH has to name it (docs/batch.md)")
     with running(request.param, tmp_path_factory.mktemp(request.param)) as store:
         yield store
 
