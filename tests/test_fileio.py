@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -99,7 +100,7 @@ class TestAtomicFile:
 
     @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
     def test_a_refusal_of_the_system_is_not_a_disk_failure(self, tmp_path, monkeypatch, code):
-        monkeypatch.setattr(Path, "touch", lambda *_, **__: raise_os_error(code))
+        monkeypatch.setattr(os, "open", lambda *_, **__: raise_os_error(code))
         with pytest.raises(CannotCreate, match=os.strerror(code)):
             write_text(tmp_path / "out.txt", "x")
 
@@ -363,3 +364,54 @@ def test_hashes(tmp_path):
     assert sha256_file(tmp_path / "x") == sha256_bytes(data) == hashlib.sha256(data).hexdigest()
     with pytest.raises(NoInput):
         sha256_file(tmp_path / "y")
+
+
+class TestWhatAKilledProcessLeft:
+    """A temporary file is told from a living process's by its lock."""
+
+    def test_goes_when_the_file_is_written_again(self, tmp_path):
+        killed = (
+            "import os, pathlib\n"
+            "from topt_deploy.fileio import atomic_file\n"
+            "with atomic_file(pathlib.Path('record.json')) as temporary:\n"
+            "    temporary.write_text('half')\n"
+            "    os.kill(os.getpid(), 9)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path)
+        assert done.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        assert left.read_text() == "half"
+        write_text(tmp_path / "record.json", "whole")
+        assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+    def test_stays_while_its_process_lives(self, tmp_path):
+        path = tmp_path / "record.json"
+        with atomic_file(path) as temporary:
+            temporary.write_text("first")
+            write_text(path, "second")
+            sweep_folder(tmp_path)
+            assert path.read_text() == "second"
+        assert path.read_text() == "first"
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_where_there_are_no_locks_nothing_is_swept(self, tmp_path, monkeypatch):
+        def refuse(descriptor, operation):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        (tmp_path / ".record.0123456789ab.json").write_text("perhaps somebody's")
+        write_text(tmp_path / "record.json", "whole")
+        assert len(list(tmp_path.iterdir())) == 2
+        assert (tmp_path / "record.json").read_text() == "whole"
+
+    def test_a_file_that_is_swept_before_it_is_locked_is_made_again(self, tmp_path, monkeypatch):
+        calls = iter(["swept", "locked"])
+
+        def flock(descriptor, operation):
+            if next(calls) == "swept":
+                raise BlockingIOError
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        write_text(tmp_path / "record.json", "whole")
+        assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+        assert next(calls, None) is None

@@ -8,7 +8,7 @@ import re
 import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder; flush it and rename it to ``path`` on success.
 
     The temporary name starts with a dot and keeps the suffix. Whatever happens, ``path`` is either the old
-    whole file or the new whole file, and no temporary file stays behind unless the process is killed.
+    whole file or the new whole file, and no temporary file stays behind; that of a process that was killed goes when
+    ``path`` is written again.
 
     Raises:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
     check_place(path)
+    sweep(path)
     with writing(path), atomic_files([path]) as (temporary,):
         yield temporary
 
@@ -149,12 +151,12 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     None is renamed before all are on the disk, so that a full one leaves every old file. A process that is killed
     between two renames leaves the first ones new and the others old: what vouches for the rest comes last.
     """
-    temporaries = [path.with_name(f".{path.stem}.{_token()}{path.suffix}") for path in paths]
-    pairs = list(zip(temporaries, paths, strict=True))
-    try:
-        for temporary, path in pairs:
+    with ExitStack() as stack:
+        temporaries = []
+        for path in paths:
             with writing(path):
-                temporary.touch(exist_ok=False)
+                temporaries.append(stack.enter_context(_temporary(path)))
+        pairs = list(zip(temporaries, paths, strict=True))
         yield temporaries
         for temporary, path in pairs:
             with writing(path):
@@ -165,10 +167,33 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for folder in dict.fromkeys(path.parent for path in paths):
             with writing(folder):
                 _sync(folder)
-    finally:
-        for temporary in temporaries:
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path``, removed in the end unless it is renamed before.
+
+    It is locked, if the file system has locks, so that :func:`sweep` can tell it from a dead process's.
+    """
+    import fcntl  # POSIX only
+
+    while True:
+        temporary = path.with_name(f".{path.stem}.{_token()}{path.suffix}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:  # it is being swept
+                    continue
+            if not os.path.exists(temporary):  # it has been
+                continue
+            yield temporary
+            return
+        finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 @contextmanager
@@ -209,13 +234,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sweep(*paths: Path) -> None:
-    """Remove what killed processes left of :func:`atomic_file` for ``paths``; their locks must be held."""
+    """Remove what killed processes left of :func:`atomic_file` for ``paths``."""
     for folder in dict.fromkeys(path.parent for path in paths):
         _sweep(folder, {(path.stem, path.suffix) for path in paths if path.parent == folder})
 
 
 def sweep_folder(folder: Path) -> None:
-    """Remove what killed processes left of :func:`atomic_file` in ``folder``, which nobody else may be writing to."""
+    """Remove what killed processes left of :func:`atomic_file` in ``folder``."""
     _sweep(folder, None)
 
 
@@ -225,7 +250,20 @@ def _sweep(folder: Path, names: Collection[tuple[str, str]] | None) -> None:
         for entry in os.scandir(folder):
             left = _TEMPORARY.match(entry.name)
             if left and (names is None or left.groups("") in names):
-                os.unlink(entry.path)
+                _unlink_if_left(entry.path)
+
+
+def _unlink_if_left(temporary: str) -> None:
+    """Remove a temporary file that no living process has locked."""
+    import fcntl  # POSIX only
+
+    with suppress(OSError):
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(temporary)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

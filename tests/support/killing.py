@@ -147,7 +147,7 @@ class Trials:
             command = self.target.resume
         self._run(command, place)
         assert self._results(place) == self._new
-        assert names(place) == self._names
+        assert set(names(place)) == set(self._names), f"other files: {set(names(place)) ^ set(self._names)}"
 
     def left(self) -> list[str]:
         """What killed processes left in TMPDIR: a day later, and after one more run."""
