@@ -129,32 +129,41 @@ def cache_limit() -> int:
     return int(min(limit, 1e9) * 1e9)
 
 
-class EngineCache:
-    """Engines in a folder of this user's own.
-
-    Args:
-        folder: Made where it is absent, for this user alone.
-        limit: Bytes; what was used longest ago is removed when there is more.
+def own_folder(folder: Path) -> Path:
+    """Make a folder for this user alone, unless it is there and is one.
 
     Raises:
         CannotCreate, IOFailure: If there can be no such folder, or others may write to it.
     """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        facts = os.lstat(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & _OTHERS_MAY_WRITE:
+        raise CannotCreate(
+            "engines are not kept where others may write", file=folder, expected="a folder of this user's alone",
+            found=f"owner {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):04o}",
+            fix=f"chmod 700 it, or name another place in ${PLACE}",
+        )  # fmt: skip
+    return folder
+
+
+class EngineCache:
+    """Engines in a folder of this user's own.
+
+    Args:
+        folder: Of :func:`own_folder`.
+        limit: Bytes; what was used longest ago is removed when there is more.
+
+    Raises:
+        CannotCreate, IOFailure: Likewise.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
-            facts = os.lstat(folder)
-        except OSError as error:
-            raise write_error(folder, error) from error
-        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & _OTHERS_MAY_WRITE:
-            raise CannotCreate(
-                "engines are not kept where others may write", file=folder, expected="a folder of this user's alone",
-                found=f"owner {facts.st_uid}, mode {stat.S_IMODE(facts.st_mode):04o}",
-                fix=f"chmod 700 it, or name another place in ${PLACE}",
-            )  # fmt: skip
+        self.folder, self.limit = own_folder(folder), limit
 
     def engine(self, fingerprint: Fingerprint, build: Callable[[bytes | None], Built]) -> Buffer:
         """The engine of a fingerprint, kept or built; the log says which, and why.

@@ -17,12 +17,12 @@ from topt_deploy.engine.build import build_engine
 from topt_deploy.engine.library import TENSORRT, Library, find_library
 from topt_deploy.engine.profile import Profile, as_record, read_profile, shapes
 from topt_deploy.errors import NoDevice
-from topt_deploy.gpu import Driver, driver
+from topt_deploy.gpu import Driver, Gpu, driver
 from topt_deploy.graphcheck import graph_inputs
 
 from .bound import BetweenBound, BoundSession
 from .device import reason
-from .enginecache import EngineCache, Fingerprint, cache_folder, cache_limit
+from .enginecache import EngineCache, Fingerprint, cache_folder, cache_limit, own_folder
 from .mapped import mapped
 from .session import check_device, no_device
 from .tensorrt import BetweenEngines, Engine
@@ -50,6 +50,14 @@ class Target:
     profile: Profile
     engines: Mapping[str, Path] = field(default_factory=dict)
     library: str | None = None
+
+    def fingerprint(self, gpu: Gpu, flavour: str, version: str) -> Fingerprint:
+        """What an engine of it depends on that this library builds for this GPU."""
+        return Fingerprint(
+            graph=self.graph_sha256, weights=self.weights_sha256, flavour=flavour, version=version, cuda=gpu.cuda,
+            driver=gpu.driver, gpu=gpu.name, capability=gpu.capability, precision=self.precision,
+            profile=as_record(self.profile),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,21 +96,9 @@ class OwnRuntime:
             return Engine(self.library, shipped.read_bytes(), self.driver, source=shipped)
         if shipped is not None:
             log.info("%s: the bundle's engine is for %s, not %s", source.name, target.library, self.library.title)
-        fingerprint = Fingerprint(
-            graph=target.graph_sha256,
-            weights=target.weights_sha256,
-            flavour=self.library.flavour,
-            version=self.library.version,
-            cuda=gpu.cuda,
-            driver=gpu.driver,
-            gpu=gpu.name,
-            capability=gpu.capability,
-            precision=target.precision,
-            profile=as_record(target.profile),
-        )
         cache = EngineCache(cache_folder(), cache_limit())
         engine = cache.engine(
-            fingerprint,
+            target.fingerprint(gpu, self.library.flavour, self.library.version),
             lambda timing: build_engine(self.library, target.graph, target.profile, timing_cache=timing),
         )
         return Engine(self.library, engine, self.driver, source=source)
@@ -134,15 +130,9 @@ class Provider:
         """
         import onnxruntime
 
-        gpu = driver().gpu
-        fingerprint = Fingerprint(
-            graph=target.graph_sha256, weights=target.weights_sha256, flavour="onnxruntime",
-            version=onnxruntime.__version__, cuda=gpu.cuda, driver=gpu.driver, gpu=gpu.name, capability=gpu.capability,
-            precision=target.precision, profile=as_record(target.profile),
-        )  # fmt: skip
         # Two models of one graph would share an entry of ONNX Runtime's own cache, which knows no weights.
-        own = EngineCache(cache_folder(), cache_limit()).folder
-        kept = EngineCache(own / fingerprint.key, cache_limit()).folder
+        fingerprint = target.fingerprint(driver().gpu, "onnxruntime", onnxruntime.__version__)
+        kept = own_folder(own_folder(cache_folder()) / fingerprint.key)
         options = {
             "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept),
             "trt_timing_cache_enable": "1", "trt_timing_cache_path": str(kept),
