@@ -13,6 +13,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from builders import ENSEMBLE, PROMPT4RE, SREL, quiet, task_config, tiny_city, tiny_city_tables, tiny_config
 from fake_cuda import CUDA, fake_cuda
 from torch import nn
@@ -74,9 +75,9 @@ def eager():
 
 
 @pytest.mark.skipif(which("g++") is None, reason="TorchInductor needs a C++ compiler")
-def test_compiled_steps_give_what_eager_ones_do(monkeypatch):
+@torch._inductor.config.patch(fallback_random=True)  # the numbers that eager steps draw
+def test_compiled_steps_give_what_eager_ones_do():
     """The networks alone: a compiler is given minutes by an attention's gradient."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)  # the numbers that eager steps draw
     settings, prompts = config(kernel=False), inputs_on()["prompt_crime"]
     found = {}
     for engine in (CPU, replace(CPU, compile=True)):

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn, optim
 
 from ..config import Config
-from ..errors import BadConfig, BadData, IOFailure
+from ..errors import BadConfig, BadData
 from ..fileio import atomic_file, reading
 from ..table import Schema
 from .topt import ModelSpec, TopT
@@ -22,11 +22,10 @@ _MODEL, _OPTIMISER, _RANDOM = "model.", "optimiser.", "random."
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write tensors and JSON facts atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # save_file has a temporary file of its own in the same folder, whose name nobody knows who would sweep it.
+    data = save(plain, metadata={"facts": json.dumps(facts)})
     with atomic_file(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
-        except SafetensorError as error:  # what it makes of the operating system's errors
-            raise IOFailure(f"writing failed ({error})", file=path, fix="free space, then run again") from error
+        temporary.write_bytes(data)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
