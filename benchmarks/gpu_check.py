@@ -300,13 +300,10 @@ def engines(setting: Setting) -> Iterator[Check]:
         for flavour in ("tensorrt", "rtx"):
             yield Check.skipped(f"engines of {flavour}", "needs CUDA")
         return
-    try:
-        from topt_deploy.engine.library import find_library
-    except ImportError:
-        yield Check.skipped("engines", "this version has no topt_deploy.engine")
-        return
+    from topt_deploy.engine.library import find_library
     from topt_deploy.errors import NoDevice
     from topt_deploy.runtime import load
+    from topt_deploy.runtime.encoder import open_encoder
 
     folder, run = _run(setting, "default")
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
@@ -337,7 +334,7 @@ def engines(setting: Setting) -> Iterator[Check]:
                 "--encoder-precision", "fp16", "--format", "trt", "--flavour", flavour, *own,
             )  # fmt: skip
             began = time.perf_counter()
-            opened = _opened_on(place, "tensorrt")
+            opened = open_encoder(place, device="tensorrt")
             seconds = time.perf_counter() - began
             prompt, expected = _host_prompt(setting), np.load(setting.work / EXPECTED)
             cosine = _cosine(opened.encoder.vectors([prompt])[0], expected)
@@ -354,6 +351,7 @@ def speed(setting: Setting) -> Iterator[Check]:
     from transformers import AutoModelForCausalLM
 
     from topt_deploy.model.encoder.load import open_checkpoint, torch_backend
+    from topt_deploy.runtime.encoder import open_encoder
 
     model, device = _decoder(setting), setting.device
     checkpoint = open_checkpoint(str(model))
@@ -392,7 +390,7 @@ def speed(setting: Setting) -> Iterator[Check]:
     ways: dict[str, Callable[[], Any]] = {f"ours, exported fp16 on {device}": lambda: _opened(setting, device)}
     for flavour in ("tensorrt", "rtx"):
         if (place := _engines_of(setting, flavour)).exists():  # part engines made it
-            ways[f"ours, engines of {flavour} fp16"] = partial(_opened_on, place, "tensorrt")
+            ways[f"ours, engines of {flavour} fp16"] = partial(open_encoder, place, device="tensorrt")
     for name, way in ways.items():
         with _faults(name) as fault:
             encoder_ = way().encoder
@@ -494,21 +492,16 @@ def _engines_of(setting: Setting, flavour: str) -> Path:
     return setting.work / f"encoder-{flavour}.topt"
 
 
-def _opened_on(place: Path, device: str) -> Any:
-    from topt_deploy.runtime.encoder import open_encoder
-
-    return open_encoder(place, engine="onnxruntime", device=device)
-
-
 def _opened(setting: Setting, device: str) -> Any:
     """The exported encoder in half precision, on a device."""
     from topt_deploy.export.encoder.bundle import make_encoder
+    from topt_deploy.runtime.encoder import open_encoder
 
     out = setting.work / "encoder-fp16.topt"
     make_encoder(
         str(_decoder(setting)), out, precision="fp16", templates=None, max_pixels=None, say=lambda text: None
     )  # fmt: skip
-    return _opened_on(out, device)
+    return open_encoder(out, device=device)
 
 
 def _cosine(found: Any, expected: Any) -> float:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
-from topt_deploy.errors import BadConfig, NoDevice
+from topt_deploy.errors import BadConfig
 from topt_deploy.model.checkpoint import restore_training, save_training
+from topt_deploy.model.device import check_device
 from topt_deploy.model.tiles import SETTLED
 
 from .progress import Reporter
@@ -52,14 +53,8 @@ class Engine:
             NoDevice: If CUDA was asked for and is not there.
             BadConfig: If the precision does not exist on the device.
         """
+        check_device(device)
         cuda = device == "cuda"
-        if cuda and not torch.cuda.is_available():
-            raise NoDevice(
-                "CUDA was requested and PyTorch finds no CUDA device",
-                expected="an NVIDIA GPU with its driver, and a CUDA build of PyTorch",
-                found=f"PyTorch {torch.__version__}",
-                fix="use --device cpu, or install a CUDA build of PyTorch",
-            )
         if precision == "tf32" and not cuda:
             raise BadConfig("precision tf32 exists on CUDA only", expected="fp32 or bf16", found="device cpu")
         return cls(

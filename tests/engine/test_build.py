@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from engines import rtx, write_external, write_graph
+from engines import UNSUPPORTED, rtx, write_external, write_graph
 
 from topt_deploy.engine.build import CAPABILITIES, build_engine, parse
 from topt_deploy.engine.library import TENSORRT, Library
@@ -49,13 +49,7 @@ def test_weights_beside_the_graph_are_read(library, tmp_path):
 
 
 def test_an_unsupported_operator_is_named_with_its_node(library, tmp_path):
-    path = write_graph(
-        tmp_path / "bad.onnx",
-        """g (float[regions, 3] x) => (float[regions, 3] y) {
-            [dynamic] q, s, z = DynamicQuantizeLinear(x)
-            y = DequantizeLinear(q, s, z)
-        }""",
-    )
+    path = write_graph(tmp_path / "bad.onnx", UNSUPPORTED)
     with pytest.raises(BadBundle) as refused:
         build_engine(library, path, PROFILE, capability="8.0")
     assert "DynamicQuantizeLinear (node dynamic)" in refused.value.found

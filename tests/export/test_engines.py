@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from engines import rtx, write_graph
+from engines import UNSUPPORTED, rtx, write_graph
 from onnx import numpy_helper
 
 from topt_deploy.bundle import open_bundle
@@ -162,15 +162,8 @@ def test_a_wrong_profile_names_the_dimension(place):
 
 
 def test_an_unsupported_operator_is_named(tmp_path):
-    """What checkers of the standard let pass, and what ONNX Runtime's own quantiser writes."""
     rtx()
-    path = write_graph(
-        tmp_path / "dynamic.onnx",
-        """g (float[regions, 3] x) => (float[regions, 3] y) {
-            [dynamic] q, s, z = DynamicQuantizeLinear(x)
-            y = DequantizeLinear(q, s, z)
-        }""",
-    )
+    path = write_graph(tmp_path / "dynamic.onnx", UNSUPPORTED)
     with pytest.raises(BadBundle) as refused:
         make_engines(Target(flavour=TENSORRT, precision="int8"), path, PROFILE)
     assert "DynamicQuantizeLinear (node dynamic)" in refused.value.found

@@ -11,6 +11,11 @@ from onnx.parser import parse_model
 from topt_deploy.engine.library import RTX, Library, find_library
 from topt_deploy.errors import NoDevice
 
+UNSUPPORTED = """g (float[regions, 3] x) => (float[regions, 3] y) {
+    [dynamic] q, s, z = DynamicQuantizeLinear(x)
+    y = DequantizeLinear(q, s, z)
+}"""
+"""A graph that checkers of the standard let pass, and that ONNX Runtime's own quantiser writes."""
 HEADER = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>'
 
 

@@ -6,6 +6,7 @@ computed a second time for the gradient instead of being kept; in an exported gr
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -72,14 +73,27 @@ class Computed:
 
 
 _PLAN: ContextVar[Tensor | None] = ContextVar("plan", default=None)
-_WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
-_HELD: ContextVar[int | None] = ContextVar("held", default=None)
+_HELD: ContextVar[float | None] = ContextVar("held", default=None)
+"""Entries that are held at once: infinity where there is but one tile, None for :data:`ENTRIES`."""
 
 
 @contextmanager
 def held_on(device: torch.device) -> Iterator[None]:
     """Tiles of the size that suits a device; elsewhere they are the processor's."""
-    token = _HELD.set(CUDA_ENTRIES if device.type == "cuda" else None)
+    with _held(CUDA_ENTRIES if device.type == "cuda" else None):
+        yield
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """One tile, whatever N is: for an engine that is made for cities up to some size."""
+    with _held(math.inf):
+        yield
+
+
+@contextmanager
+def _held(entries: float | None) -> Iterator[None]:
+    token = _HELD.set(entries)
     try:
         yield
     finally:
@@ -98,16 +112,6 @@ def planned(rows: Tensor) -> Iterator[None]:
         yield
     finally:
         _PLAN.reset(token)
-
-
-@contextmanager
-def whole() -> Iterator[None]:
-    """One tile, whatever N is: for an engine that is made for cities up to some size."""
-    token = _WHOLE.set(True)
-    try:
-        yield
-    finally:
-        _WHOLE.reset(token)
 
 
 def matrix(n: int, rows: Callable[[Any], Tensor], columns: Callable[[Any], Tensor] | None = None) -> Matrix:
@@ -149,11 +153,13 @@ def _plan() -> Tensor | None:
 
 def one_tile(n: int) -> bool:
     """Whether N regions are a single tile."""
-    return _PLAN.get() is None and (_WHOLE.get() or n * n <= _entries())
+    most = _entries()
+    return _PLAN.get() is None and (most == math.inf or n * n <= most)  # asked of a traced N, it would be a guard
 
 
-def _entries() -> int:
-    return _HELD.get() or ENTRIES
+def _entries() -> float:
+    held = _HELD.get()
+    return ENTRIES if held is None else held
 
 
 SETTLED = (_plan, one_tile)
@@ -164,7 +170,7 @@ while it compiles as given for good."""
 def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
     _give_back_at_once()
     run = partial(checkpoint, tile, use_reentrant=False) if torch.is_grad_enabled() else tile
-    height = max(LEAST, _entries() // n)
+    height = max(LEAST, int(_entries() // n))
     parts = [run(slice(start, min(start + height, n))) for start in range(0, n, height)]
     return tuple(torch.cat(part, dim=axis) for part in zip(*parts, strict=True))
 

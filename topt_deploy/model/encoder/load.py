@@ -19,9 +19,10 @@ from topt_deploy.encoder.mllama import MllamaSettings
 from topt_deploy.encoder.prompt import Prompt, TokenSequence
 from topt_deploy.encoder.qwen2_5_vl import Qwen25VLSettings
 from topt_deploy.encoder.spec import DEEPSEEK, MLLAMA, QWEN, TEXT, EncoderSpec
-from topt_deploy.errors import BadConfig, BadData, NoDevice, NoInput, UsageError
+from topt_deploy.errors import BadConfig, BadData, NoInput, UsageError
 from topt_deploy.fileio import reading, sha256_bytes, sha256_file
 
+from ..device import check_device
 from .backend import TorchBackend
 from .deepseek_vl2 import DeepseekBackend, DeepseekVL2
 from .frames import chat_frames
@@ -181,21 +182,6 @@ def torch_backend(checkpoint: Checkpoint, *, device: str, precision: str) -> Bac
     backend = TorchBackend(model.get_input_embeddings(), model)
     _check_shares(backend, model, checkpoint)
     return backend
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        NoDevice: Naming what to do.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise NoDevice(
-            "CUDA was requested and PyTorch finds no CUDA device",
-            expected="an NVIDIA GPU with its driver, and a CUDA build of PyTorch",
-            found=f"PyTorch {torch.__version__}",
-            fix="use --device cpu, or install a CUDA build of PyTorch",
-        )
 
 
 def from_pretrained(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -12,7 +12,8 @@ from topt_deploy.encoder.prompt import Array
 from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.errors import BadConfig
 
-from .load import PRECISIONS, Checkpoint, check_device, from_pretrained
+from ..device import check_device
+from .load import PRECISIONS, Checkpoint, from_pretrained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
