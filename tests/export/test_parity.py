@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 
 from topt_deploy.bundle import open_bundle
 from topt_deploy.errors import BadBundle
 from topt_deploy.export import bundle as exporting
 from topt_deploy.export.graph import Graph
-from topt_deploy.export.parity import TOLERANCES, compare
-from topt_deploy.runs import open_run
+from topt_deploy.export.parity import TOLERANCES, compare, rounding, run_model
+from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, open_run
 
 EXPECTED = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
 
@@ -44,6 +46,13 @@ class TestCompare:
         found = {"crime": np.array([5.000001, 5.0, 1.0, 4.999999], dtype=np.float32)}
         assert compare(ties, found, "x").swapped == 0
 
+    def test_what_rounding_alone_can_swap_has_no_order(self):
+        close = {"crime": np.array([1.0, 1.00002, 5.0], dtype=np.float32)}
+        found = {"crime": np.array([1.00002, 1.0, 5.0], dtype=np.float32)}
+        assert compare(close, found, "x", rounding={"crime": 6e-6}).swapped == 0
+        assert compare(close, found, "x", rounding={"crime": 4e-6}).swapped == 1
+        assert compare(close, found, "x", rounding={"crime": 6e-6}).worst == compare(close, found, "x").worst
+
     @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
     def test_what_is_no_number_fails(self, wrong):
         assert not self.found(10, 20, wrong, 40).worst <= TOLERANCES["fp32"]
@@ -54,6 +63,17 @@ class TestCompare:
         expected = {"a": np.ones(3), "b": np.ones(3)}
         assert compare(expected, {"a": np.ones(3), "b": np.array([1.0, 2.0, 1.0])}, "x").worst == 1.0
         assert compare(expected, {"a": np.array([1.0, np.nan, 1.0]), "b": np.ones(3)}, "x").worst == np.inf
+
+
+def test_rounding_is_what_float32_loses(demo_run):
+    """A few last bits, and the model that is asked stays in float32."""
+    run = open_run(demo_run)
+    model, (inputs, _) = load_model(run.path / MODEL_FILE), load_tensors(run.path / INPUTS_FILE)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    lost = rounding(model, arrays)
+    assert set(lost) == set(run_model(model, arrays))
+    assert all(2**-24 < of < 2e-5 for of in lost.values())
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
 
 
 @pytest.fixture
