@@ -89,7 +89,8 @@ def measure(way: str, model: Path, bundles: Path) -> dict[str, float]:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from topt_deploy.model.encoder.load import open_checkpoint, torch_backend
+        from topt_deploy.model.encoder.checkpoint import open_checkpoint
+        from topt_deploy.model.encoder.load import torch_backend
 
         torch.set_num_threads(1)
         checkpoint = open_checkpoint(str(model))

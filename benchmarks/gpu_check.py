@@ -268,7 +268,8 @@ def encoder(setting: Setting) -> Iterator[Check]:
     import numpy as np
 
     from topt_deploy.encoder.backend import pooled
-    from topt_deploy.model.encoder.load import open_checkpoint, torch_backend
+    from topt_deploy.model.encoder.checkpoint import open_checkpoint
+    from topt_deploy.model.encoder.load import torch_backend
 
     model = _decoder(setting)
     checkpoint = open_checkpoint(str(model))
@@ -350,7 +351,8 @@ def speed(setting: Setting) -> Iterator[Check]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from topt_deploy.model.encoder.load import open_checkpoint, torch_backend
+    from topt_deploy.model.encoder.checkpoint import open_checkpoint
+    from topt_deploy.model.encoder.load import torch_backend
     from topt_deploy.runtime.encoder import open_encoder
 
     model, device = _decoder(setting), setting.device
@@ -482,7 +484,7 @@ def _prompt(host: Any, setting: Setting, tasks: int = 3) -> Any:
 
 
 def _host_prompt(setting: Setting) -> Any:
-    from topt_deploy.model.encoder.load import open_checkpoint
+    from topt_deploy.model.encoder.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(_decoder(setting)))
     return _prompt(checkpoint.spec.host(checkpoint.tokenizer), setting)

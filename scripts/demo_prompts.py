@@ -17,7 +17,8 @@ from topt_deploy.encoder.encode import encode
 from topt_deploy.encoder.job import Lines
 from topt_deploy.encoder.table import read_regions
 from topt_deploy.encoder.templates import load_templates
-from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
+from topt_deploy.model.encoder.load import torch_encoder
 from topt_deploy.train.sample import TASKS, make_sample
 from topt_deploy.train.sample_prompts import FILE, store_prompts
 

@@ -83,7 +83,8 @@ def encode(
     import torch
 
     from topt_deploy.model.device import check_device
-    from topt_deploy.model.encoder.load import open_checkpoint, quiet, torch_encoder
+    from topt_deploy.model.encoder.checkpoint import open_checkpoint, quiet
+    from topt_deploy.model.encoder.load import torch_encoder
 
     quiet()
     torch.set_num_threads(threads)

@@ -32,7 +32,8 @@ from topt_deploy.engine.library import RTX
 from topt_deploy.engine.profile import as_record, parse_profile
 from topt_deploy.errors import UsageError
 from topt_deploy.fileio import atomic_folder
-from topt_deploy.model.encoder.load import Checkpoint, open_checkpoint, quiet, torch_backend
+from topt_deploy.model.encoder.checkpoint import Checkpoint, open_checkpoint, quiet
+from topt_deploy.model.encoder.load import torch_backend
 
 from ..engines import Target, make_engines
 from .assemble import Assembled, assemble

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from topt_deploy.encoder.spec import DEEPSEEK, MLLAMA, QWEN, TEXT
 from topt_deploy.errors import BadData, UsageError
+from topt_deploy.model.encoder.checkpoint import Checkpoint
 from topt_deploy.model.encoder.deepseek_vl2 import DeepseekVL2Config
-from topt_deploy.model.encoder.load import Checkpoint
 
 from . import causal, deepseek_vl2, mllama, qwen2_5_vl
 from .network import Network

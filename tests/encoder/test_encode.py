@@ -15,7 +15,8 @@ from topt_deploy.encoder.encode import Encoder, PooledEncoder, encode, limit_pix
 from topt_deploy.encoder.table import read_regions
 from topt_deploy.encoder.templates import load_templates
 from topt_deploy.errors import BadData, UsageError
-from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
+from topt_deploy.model.encoder.load import torch_encoder
 from topt_deploy.parquet import read_parquet, write_parquet
 
 TASKS = ("crime", "none")

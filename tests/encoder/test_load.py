@@ -26,8 +26,9 @@ from transformers import (
 
 from topt_deploy.encoder.chat import Chat, Tokens
 from topt_deploy.errors import BadConfig, BadData, NoDevice, NoInput, UsageError
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
 from topt_deploy.model.encoder.frames import chat_frames
-from topt_deploy.model.encoder.load import open_checkpoint, torch_backend, torch_encoder
+from topt_deploy.model.encoder.load import torch_backend, torch_encoder
 
 QUESTIONS = ["How much crime is there?", "", "And check-ins?"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -21,7 +21,8 @@ from topt_deploy.encoder.golden import compare
 from topt_deploy.encoder.templates import load_templates
 from topt_deploy.errors import BadBundle, NoDevice, NoInput, UsageError
 from topt_deploy.export.encoder.gate import TOLERANCE
-from topt_deploy.model.encoder.load import open_checkpoint, torch_encoder
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
+from topt_deploy.model.encoder.load import torch_encoder
 from topt_deploy.runtime import session
 from topt_deploy.runtime.encoder import ENGINES, open_encoder
 

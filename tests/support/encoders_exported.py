@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from topt_deploy.encoder.templates import load_templates
 from topt_deploy.export.encoder import assemble, bundle
 from topt_deploy.fileio import atomic_folder
-from topt_deploy.model.encoder.load import open_checkpoint
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
 
 OUTLIER = 60.0
 

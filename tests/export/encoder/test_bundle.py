@@ -20,7 +20,7 @@ from topt_deploy.export.encoder.bundle import make_encoder
 from topt_deploy.export.encoder.gate import TOLERANCE, Candidate, FileRunner, gate
 from topt_deploy.export.encoder.lower import FORMS, ONNXRUNTIME, STANDARD
 from topt_deploy.fileio import sha256_file
-from topt_deploy.model.encoder.load import open_checkpoint
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
 
 
 def operators(bundle, network, form):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from topt_deploy.errors import BadData, UsageError
 from topt_deploy.export.encoder.checkpoint import Tensors, recipe
-from topt_deploy.model.encoder.load import OTHER, open_checkpoint
+from topt_deploy.model.encoder.checkpoint import OTHER, open_checkpoint
 
 UNREAD = ("lm_head", "language.lm_head", "language_model.lm_head", "vision.attn_pool")
 """What no hidden state depends on."""

@@ -27,7 +27,7 @@ from topt_deploy.export.encoder.lower import TENSORRT
 from topt_deploy.export.encoder.profiles import default_profile, of_network
 from topt_deploy.export.engines import Target, make_engines
 from topt_deploy.graphcheck import check_graph
-from topt_deploy.model.encoder.load import open_checkpoint
+from topt_deploy.model.encoder.checkpoint import open_checkpoint
 
 PRECISIONS = ("fp16", "int8", "int4")
 

@@ -13,7 +13,7 @@ from topt_deploy.encoder.spec import EncoderSpec
 from topt_deploy.errors import BadConfig
 
 from ..device import check_device
-from .load import PRECISIONS, Checkpoint, from_pretrained
+from .checkpoint import PRECISIONS, Checkpoint, from_pretrained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
