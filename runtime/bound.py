@@ -134,9 +134,7 @@ class BetweenBound:
     """What is done between them, on the device (:class:`topt_deploy.encoder.graphs.Between`).
 
     Args:
-        networks: The sessions, by name.
-        features: The network that gives features, where there is one, and the name of what it puts out.
-        decoder: The decoder.
+        decoder, vision: The networks.
         width: H.
         device, threads: Of the sessions.
     """
