@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import time
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from large_n import peak_mb
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "encoder"
@@ -124,7 +125,7 @@ def measure(way: str, model: Path, bundles: Path) -> dict[str, float]:
         seconds.append(time.perf_counter() - began)
     np.save(bundles / f"{model.name}-{way.replace(' ', '-')}.npy", vectors)
     tokens = [len(sequence.ids) for sequence in prompt.sequences]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_mb() * 2**20
     return {"seconds": min(seconds), "peak": peak, "tokens": max(tokens)}
 
 
@@ -134,7 +135,7 @@ def exported(model: Path, out: Path, precision: str) -> dict[str, float]:
 
     began = time.perf_counter()
     make_encoder(str(model), out, precision=precision, templates=None, max_pixels=None, say=lambda text: None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_mb() * 2**20
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"seconds": time.perf_counter() - began, "peak": peak, "bytes": size}
 
@@ -145,6 +146,16 @@ def child(*arguments: object) -> dict[str, float]:
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, env=environment, check=True, text=True, stdout=subprocess.PIPE)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def export(model: Path, precision: str, *, keep: bool) -> dict[str, float]:
+    """What exporting a model took, now or, with ``keep``, in an earlier run."""
+    out = WORK / f"{model.name}-{precision}.topt"
+    told = out.with_suffix(".json")
+    if not (keep and told.exists()):
+        shutil.rmtree(out, ignore_errors=True)
+        told.write_text(json.dumps(child("--export", model, out, precision)))
+    return dict(json.loads(told.read_text()))
 
 
 def table(model: Path, bundles: Path) -> list[str]:
@@ -177,6 +188,7 @@ def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("smollm2", type=Path, nargs="?", help="folder of SmolLM2-135M-Instruct as safetensors")
+    parser.add_argument("--keep", action="store_true", help="measure what an earlier run has exported")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -205,14 +217,10 @@ def main() -> None:
     for model in (arguments.smollm2, small):
         costs = []
         for precision in ("fp32", "int8", "int4"):
-            out = WORK / f"{model.name}-{precision}.topt"
-            shutil.rmtree(out, ignore_errors=True)
-            cost = child("--export", model, out, precision)
+            cost = export(model, precision, keep=arguments.keep)
             costs.append(f"{precision} {cost['seconds']:.0f} s, {cost['bytes'] / 1e6:,.0f} MB on disk")
         lines += [f"## {model.name}", "", *table(model, WORK), "", f"Exported: {'; '.join(costs)}.", ""]
-    out = WORK / f"{large.name}-int8.topt"
-    shutil.rmtree(out, ignore_errors=True)
-    cost = child("--export", large, out, "int8")
+    cost = export(large, "int8", keep=arguments.keep)
     numbers = sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2
     lines += [
         f"## Exporting {large.name}",
