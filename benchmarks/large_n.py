@@ -214,9 +214,6 @@ with PyTorch and, as an ONNX Scan, in the exported graph. Up to {_one_tile():,} 
 
 N × N in memory all the same: the evaluation's other methods (`topt-deploy evaluate`), which reproduce published code,
 and a report's attention and Moran's I (`topt-deploy report`), which are about pairs of regions.
-
-Not run: training at 100,000 regions. By the step from 10,000 to 30,000 an epoch would take five hours and some 20 GB:
-every tile leaves a little behind for the gradient, and in larger cities there are more of them.
 """
 
 

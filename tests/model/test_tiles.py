@@ -27,6 +27,7 @@ def tile(monkeypatch):
     def height(rows):
         monkeypatch.setattr(tiles, "ENTRIES", 1)
         monkeypatch.setattr(tiles, "LEAST", rows)
+        monkeypatch.setattr(tiles, "LEAST_KEPT", rows)
 
     return height
 
@@ -172,3 +173,23 @@ def test_a_small_city_is_one_tile_and_a_large_one_is_not():
     tiles.in_tiles(edge + 1, lambda which: (rows(which),))
     np.testing.assert_array_equal(np.concatenate([np.arange(edge + 1)[c] for c in calls]), np.arange(edge + 1))
     assert len(calls) == 2
+
+
+def test_there_are_not_more_tiles_than_regions_however_many():
+    """Each of them leaves something behind for the gradient."""
+    n = 100_000
+    seen = []
+
+    def tile(rows):
+        seen.append(rows)
+        return (torch.zeros(rows.stop - rows.start),)
+
+    with torch.enable_grad():
+        (found,) = tiles.in_tiles(n, tile)
+    assert len(found) == n
+    assert len(seen) <= n / 32
+    assert seen[0] == slice(0, 32)
+    seen.clear()
+    with torch.no_grad():
+        tiles.in_tiles(n, tile)
+    assert seen[0] == slice(0, 4)

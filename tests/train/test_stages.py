@@ -108,7 +108,8 @@ class TestStage1:
     def test_a_large_city_is_trained_as_a_small_one(self, monkeypatch):
         config = tiny_config({"crime": task_config(srel={"dropout": 0.0})})
         srel, expected = train_srel(tiny_city(N), config=config)
-        monkeypatch.setattr(tiles, "ENTRIES", 5 * N)  # tiles of five rows
+        monkeypatch.setattr(tiles, "ENTRIES", 1)
+        monkeypatch.setattr(tiles, "LEAST_KEPT", 5)
         tiled, found = train_srel(tiny_city(N), config=config)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert tiled.adjacency.length_m == srel.adjacency.length_m

@@ -25,7 +25,10 @@ CUDA_ENTRIES = 1 << 22
 M_MMAP_THRESHOLD = -3
 """glibc's number of the setting."""
 LEAST = 4
-"""Rows of a tile, whatever N is: what is kept of every tile, such as the state of the random numbers, is O(N), too."""
+"""Rows of a tile, whatever N is."""
+LEAST_KEPT = 32
+"""Rows of a tile in training, likewise: of every tile 0.3 MB are kept for the gradient, its operations and the state of
+the random numbers, so that the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
 ALL = slice(None)
@@ -169,8 +172,9 @@ while it compiles as given for good."""
 
 def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tuple[Tensor, ...]:
     _give_back_at_once()
-    run = partial(checkpoint, tile, use_reentrant=False) if torch.is_grad_enabled() else tile
-    height = max(LEAST, int(_entries() // n))
+    trained = torch.is_grad_enabled()
+    run = partial(checkpoint, tile, use_reentrant=False) if trained else tile
+    height = max(LEAST_KEPT if trained else LEAST, int(_entries() // n))
     parts = [run(slice(start, min(start + height, n))) for start in range(0, n, height)]
     return tuple(torch.cat(part, dim=axis) for part in zip(*parts, strict=True))
 
