@@ -8,21 +8,43 @@ Array = np.ndarray[Any, Any]
 
 BLOCK = 32
 """Inputs that share a scale in 4 bits."""
+LARGEST_CODE = 127
+LARGEST_PAIR = 128
+"""The most that two neighbouring codes of one sign may add up to, so that their products with unsigned 8-bit numbers
+fit 16 bits: 255 · 128 = 32,640 of 32,767. Processors without VNNI multiply in 8 bits with an instruction (VPMADDUBSW)
+that adds each pair of products in 16 bits, and cuts off what is beyond."""
+_ABOVE_ROUNDING = np.float32(1 + 2**-20)
 
 
-def in_8_bits(weight: Array, scale_type: type[np.floating]) -> tuple[Array, Array]:
-    """A scale per output, its largest magnitude to 127.
+def in_8_bits(weight: Array, scale_type: type[np.floating], *, pairs_fit_16_bits: bool = False) -> tuple[Array, Array]:
+    """Round a weight to whole multiples of one scale per output, whose largest magnitude becomes 127.
 
     Args:
         weight: float32 (out, in).
-        scale_type: Of the scales. What they are rounded to is what the numbers go by.
+        scale_type: Type of the scales. The codes are computed from the scales as rounded to it.
+        pairs_fit_16_bits: Raise an output's scale where two neighbouring codes of one sign would add up to more than
+            :data:`LARGEST_PAIR`. Exact in 16 bits only with float32 scales.
 
     Returns:
         int8 (out, in), and scales (out,).
     """
-    scale = _at_least_tiny(np.abs(weight).max(axis=1) / np.float32(127), scale_type)
-    codes = np.clip(np.rint(weight / scale.astype(np.float32)[:, None]), -127, 127)
+    largest = np.abs(weight).max(axis=1) / np.float32(LARGEST_CODE)
+    if pairs_fit_16_bits:
+        pairs = _largest_pairs(weight) * (_ABOVE_ROUNDING / np.float32(LARGEST_PAIR))
+        largest = np.maximum(largest, pairs)
+    scale = _at_least_tiny(largest, scale_type)
+    codes = np.clip(np.rint(weight / scale.astype(np.float32)[:, None]), -LARGEST_CODE, LARGEST_CODE)
     return codes.astype(np.int8), scale
+
+
+def _largest_pairs(weight: Array) -> Array:
+    """Return the largest magnitude (out,) of the sum of inputs 2i and 2i + 1, as the instruction pairs them.
+
+    Where the two have opposite signs their sum is smaller than the larger one, which has a limit of its own.
+    """
+    even, odd = weight[:, 0::2], weight[:, 1::2]
+    found: Array = np.abs(even[:, : odd.shape[1]] + odd).max(axis=1, initial=0)
+    return found
 
 
 def in_4_bits(weight: Array, scale_type: type[np.floating]) -> tuple[Array, Array]:

@@ -23,12 +23,15 @@ from topt_deploy.signature import check_signature
 
 from .device import CPU, CUDA, TENSORRT, Chosen, choose
 from .mapped import mapped
+from .processor import processor_name, saturates_8_bit_sums
 
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
 """Which form of a graph an engine runs."""
 STANDARD, HALF = "standard", "tensorrt"
 """What CUDA runs: the second form, where there is one, computes products in half where weights are in fp16."""
+MULTIPLIES_IN_8_BITS = b"MatMulIntegerToFloat"
+"""The operator of ONNX Runtime that multiplies 8-bit numbers, as a graph's file names it."""
 GPU_CHUNK = 512
 CHUNKS = {ONNXRUNTIME: 128, OPENVINO: 384}
 """Tokens read at once: ONNX Runtime's attention is fastest while its scores fit a core's cache; OpenVINO's is fused,
@@ -402,6 +405,8 @@ def _on_cpu(bundle: EncoderBundle, engine: str, threads: int) -> _Loaded:
     networks: dict[str, Runner] = {}
     with mapped(bundle, files) as folder:
         embedding = _embedding(bundle, folder)
+        if engine == ONNXRUNTIME:
+            _check_8_bit_sums(bundle, [folder / graph for graph in graphs.values()])
         for name, graph in graphs.items():
             if engine == ONNXRUNTIME:
                 from .session import MappedSession
@@ -411,6 +416,23 @@ def _on_cpu(bundle: EncoderBundle, engine: str, threads: int) -> _Loaded:
                 weights = folder / m.networks[name]["weights"]
                 networks[name] = _OpenVino(folder / graph, weights=weights, threads=threads, precision=m.precision)
     return _Loaded(runtime=engine, networks=networks, embedding=embedding, chunk=CHUNKS[engine], files=files)
+
+
+def _check_8_bit_sums(bundle: EncoderBundle, graphs: Sequence[Path]) -> None:
+    """Refuse 8-bit weights whose sums this processor would cut off: vectors would be wrong without a word.
+
+    Raises:
+        BadBundle: If the bundle is from a topt-deploy that did not limit its weights, and the processor has no VNNI.
+    """
+    if bundle.manifest.exact_without_vnni or not saturates_8_bit_sums():
+        return
+    if any(MULTIPLIES_IN_8_BITS in graph.read_bytes() for graph in graphs):
+        raise BadBundle(
+            "the encoder's 8-bit weights are too large for this processor, which would compute wrong vectors",
+            file=bundle.path, expected="an encoder that is exact without VNNI, or a processor with VNNI",
+            found=f"an encoder of topt-deploy {bundle.manifest.version} on {processor_name()}",
+            fix="export the encoder again, or run it with --encoder-engine openvino",
+        )  # fmt: skip
 
 
 def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:

@@ -7,10 +7,11 @@ higher precision.
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bits import BLOCK
+from ..bits import BLOCK, in_8_bits
 
 LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
 """By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
@@ -36,7 +37,10 @@ class Outliers:
         if len(x) == 0:
             return
         exact = x @ weight.T
-        coded = x @ _in_4_bits(weight).T if self.precision == "int4" else _in_8_bits(x) @ _in_8_bits(weight).T
+        if self.precision == "int4":
+            coded = x @ _in_4_bits(weight).T
+        else:
+            coded = _rows_in_8_bits(x) @ _weight_in_8_bits(weight).T
         error = float(((coded - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(_TINY)).mean())
         self.errors[name] = max(self.errors.get(name, 0.0), error)
 
@@ -46,8 +50,14 @@ class Outliers:
         return {name: higher for name, error in sorted(self.errors.items()) if error > limit}
 
 
-def _in_8_bits(rows: Tensor) -> Tensor:
-    """Rows rounded to 255 steps of each one's largest magnitude, as :mod:`.lower` has it."""
+def _weight_in_8_bits(weight: Tensor) -> Tensor:
+    """Return a weight (out, in) as its codes give it, in float32."""
+    codes, scale = in_8_bits(weight.numpy(), np.float32, pairs_fit_16_bits=True)
+    return torch.from_numpy(codes * scale[:, None])
+
+
+def _rows_in_8_bits(rows: Tensor) -> Tensor:
+    """Return activations (tokens, in) rounded to 255 steps of each row's largest magnitude, as :mod:`.lower` has it."""
     scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
     return (rows / scale).round() * scale
 

@@ -46,6 +46,8 @@ class EncoderManifest:
             root mean square.
         parity: What the gate measured, per golden region.
         golden: Names of the golden regions under ``golden/``.
+        exact_without_vnni: True where sums of two products of 8-bit weights fit 16 bits, so that processors without
+            VNNI compute the same vectors. Bundles from before this was recorded lack it: their weights may not fit.
         files: Every other file: size in bytes and SHA-256.
     """
 
@@ -62,6 +64,7 @@ class EncoderManifest:
     tolerance: Mapping[str, float]
     parity: tuple[Mapping[str, Any], ...]
     golden: tuple[str, ...]
+    exact_without_vnni: bool = False
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -120,6 +123,7 @@ def _check_form(manifest: EncoderManifest) -> None:
     require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
     shape = manifest.embedding.get("shape")
     require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
+    require(isinstance(manifest.exact_without_vnni, bool), "exact_without_vnni")
     require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
     for sizes in manifest.past.values():
         require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes), "past")

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from rounding import in_8_bits, weight_in_8_bits
 from torch import nn
 
 from topt_deploy.export.encoder.assemble import assemble
@@ -46,16 +47,6 @@ def weights(width, seed=0):
     return {"w.map.weight": weight, "w.map.bias": rng.normal(size=OUT).astype(np.float32)}
 
 
-def in_8_bits(rows):
-    """Each row to whole steps of its largest magnitude over 127."""
-    out = np.zeros_like(rows)
-    for i, row in enumerate(rows):
-        if row.any():
-            step = np.abs(row).max() / 127
-            out[i] = np.round(row / step) * step
-    return out
-
-
 def in_4_bits(weight):
     """Each 32 of a row to -8 … 7 steps, whose sign is such that the largest magnitude is -8 of them."""
     out = np.zeros_like(weight)
@@ -74,7 +65,7 @@ def restated(x, weight, precision, form):
     if precision == "fp16":
         weight = weight.astype(np.float16).astype(np.float32)
     elif precision == "int8":
-        weight = in_8_bits(weight)
+        weight = weight_in_8_bits(weight)
         flat = in_8_bits(flat) if form == "onnxruntime" else flat
     elif precision == "int4":
         weight = in_4_bits(weight)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from rounding import in_8_bits, weight_in_8_bits
 from torch import nn
 
 from topt_deploy.export.encoder.assemble import assemble
@@ -79,10 +80,7 @@ def test_the_error_is_that_of_a_product_in_8_bits(given):
         tensors["layers.0.map.weight"].numpy().astype(np.float64),
     )
 
-    def in_8_bits(matrix):
-        return np.stack([np.round(row / (np.abs(row).max() / 127)) * (np.abs(row).max() / 127) for row in matrix])
-
-    exact, found = rows @ weight.T, in_8_bits(rows) @ in_8_bits(weight).T
+    exact, found = rows @ weight.T, in_8_bits(rows) @ weight_in_8_bits(weight).T
     expected = np.mean([np.linalg.norm(f - e) / np.linalg.norm(e) for e, f in zip(exact, found, strict=True)])
     assert outliers.errors["layers.0.map"] == pytest.approx(expected, rel=1e-3)
     assert outliers.errors["layers.0.map"] < LIMITS["int8"][0] < outliers.errors[f"layers.{BAD}.map"]
@@ -90,7 +88,7 @@ def test_the_error_is_that_of_a_product_in_8_bits(given):
 
 def test_the_worst_of_several_inputs_counts_and_none_of_no_tokens(given):
     calm, wild = given.copy(), given.copy()
-    wild[..., 3] *= 500
+    wild[..., 3] *= 100
     none = given[:, :0]
     alone = [observed(weights(1.0), x)[0].errors["layers.0.map"] for x in (calm, wild)]
     assert alone[1] > 2 * alone[0]
