@@ -77,18 +77,18 @@ HAFUSION ?= ../shared/data/HAFusion
 PROMPT4RE ?= ../shared/data/Prompt4RE
 
 benchmark: install
-	$(BIN)/python benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
+	$(BIN)/python dev/benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
 
 # Into docs/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
 reliability: install
-	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python dev/benchmarks/reliability.py
 
 batch: install
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/batch.py
+	OMP_NUM_THREADS=1 $(BIN)/python dev/benchmarks/batch.py
 
 # What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/gpu.md).
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --write-docs
+	$(PYTHON) dev/benchmarks/gpu_check.py --write-docs
 
 # Every night: 60 seconds a target.
 fuzz: install
@@ -96,4 +96,4 @@ fuzz: install
 
 # docs/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install
-	$(BIN)/python benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
+	$(BIN)/python dev/benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)

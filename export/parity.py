@@ -14,7 +14,7 @@ import torch
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
 
-from .graph import WEIGHTS, Graph
+from .onnx_graph import WEIGHTS, Graph
 
 Array = np.ndarray[Any, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from topt_deploy.columns import CITY_ID, REGION_ID
+from topt_deploy.data.columns import CITY_ID, REGION_ID
 from topt_deploy.errors import BadData
 
 from .predictor import Predictor, load

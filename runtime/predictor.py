@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.bundle import ENCODER, Bundle, open_bundle
-from topt_deploy.columns import GEOMETRY, REGION_ID, Given, file_of
-from topt_deploy.encoder.precision import comparable
+from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
+from topt_deploy.bundle.signature import check_signature
+from topt_deploy.data.city import City, hive_city
+from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, file_of
+from topt_deploy.data.features import features, range_columns
+from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
-from topt_deploy.features import features, range_columns
 from topt_deploy.intervals import SCALE, carries, interval
-from topt_deploy.parquet import ParquetFile
-from topt_deploy.signature import check_signature
-from topt_deploy.table import City, hive_city
+from topt_deploy.prompts.precision import comparable
 
-from .device import CPU, CUDA, TENSORRT, choose
-from .quarantine import FAIL, Sieve
-from .session import PROVIDERS, Session, check_device
+from .backends.onnxruntime import PROVIDERS, Session, check_device
+from .bad_rows import FAIL, Sieve
+from .device_choice import CPU, CUDA, TENSORRT, choose
 
 if TYPE_CHECKING:
-    from .engines import HostSession
-    from .prompts import PromptEncoder
+    from .backends.tensorrt import HostSession
+    from .missing_prompts import PromptEncoder
 
 Array = np.ndarray[Any, Any]
 
@@ -55,7 +55,7 @@ class Predictor:
 
     Args:
         bundle: An opened bundle.
-        device: One of :data:`.device.DEVICES`.
+        device: One of :data:`.device_choice.DEVICES`.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder.
@@ -84,7 +84,7 @@ class Predictor:
         self._session: Session | HostSession | None = None
         self._place, self._engine, self._asked = encoder, engine, device
         if device != CPU:
-            from .encoder import check_engine
+            from .prompt_encoder import check_engine
 
             check_engine(engine, device)
         # Elsewhere the model is prepared at once: only then is it known to work there.
@@ -107,7 +107,7 @@ class Predictor:
             return self._session
 
     def _open_engine(self) -> "HostSession":
-        from .engines import open_model
+        from .backends.tensorrt import open_model
 
         session = open_model(self.bundle, threads=self._threads)
         self._check_names(session)
@@ -199,7 +199,7 @@ class Predictor:
         """What :meth:`predict` gives, to be laid out as either table.
 
         Args:
-            on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.quarantine`).
+            on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.bad_rows`).
             cache: Whether prompts that are made here are kept beside the regions' file, and taken from there.
             progress: Told, while they are made, how many regions are done, and of how many.
         """
@@ -291,7 +291,7 @@ class Predictor:
             sieve.read(replace(manifest.schema, prompts={}), id_col=id_col)
         with self._lock:
             if self._encoder is None:
-                from .prompts import PromptEncoder
+                from .missing_prompts import PromptEncoder
 
                 self._encoder = PromptEncoder(
                     self.bundle, self._place, engine=self._engine, device=self._asked, threads=self._threads

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.bundle import SCHEMA_VERSION, open_sealed
-from topt_deploy.encoder.bundle import EncoderBundle
-from topt_deploy.encoder.golden import read_golden, reproduce
+from topt_deploy.bundle.encoder_manifest import EncoderBundle
+from topt_deploy.bundle.manifest import SCHEMA_VERSION, open_sealed
+from topt_deploy.prompts.golden_regions import read_golden, reproduce
 
-from .encoder import check_engine, encoder_of, find_encoder, load_encoder, locate
 from .predictor import load
+from .prompt_encoder import check_engine, encoder_of, find_encoder, load_encoder, locate
 
 
 @dataclass(frozen=True, kw_only=True)

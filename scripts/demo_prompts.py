@@ -1,10 +1,10 @@
-"""The demo city's prompt vectors, which `topt-deploy sample` takes from train/sample_prompts.npz, made anew.
+"""The demo city's prompt vectors, which `topt-deploy sample` takes from train/datasets/sample_prompts.npz, made anew.
 
     python scripts/smollm2.py models/SmolLM2-135M-Instruct
     python scripts/demo_prompts.py models/SmolLM2-135M-Instruct
 
-To be run after any change of the demo's texts or of the shipped templates: tests/train/test_sample.py tells. In float32
-in PyTorch on one thread of the CPU; two to five minutes.
+To be run after any change of the demo's texts or of the shipped templates: tests/train/datasets/test_sample.py tells.
+In float32 in PyTorch on one thread of the CPU; two to five minutes.
 """
 
 import argparse
@@ -13,16 +13,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from topt_deploy.encoder.encode import encode
-from topt_deploy.encoder.job import Lines
-from topt_deploy.encoder.table import read_regions
-from topt_deploy.encoder.templates import load_templates
-from topt_deploy.model.encoder.checkpoint import open_checkpoint
-from topt_deploy.model.encoder.load import torch_encoder
-from topt_deploy.train.sample import TASKS, make_sample
-from topt_deploy.train.sample_prompts import FILE, store_prompts
+from topt_deploy.prompts.encode import encode
+from topt_deploy.prompts.encode_job import Lines
+from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
+from topt_deploy.prompts.pytorch.load import torch_encoder
+from topt_deploy.prompts.table import read_regions
+from topt_deploy.prompts.templates import load_templates
+from topt_deploy.train.datasets.sample import TASKS, make_sample
+from topt_deploy.train.datasets.sample_prompts import FILE, store_prompts
 
-OUT = Path(__file__).resolve().parents[1] / "train" / FILE
+OUT = Path(__file__).resolve().parents[1] / "train" / "datasets" / FILE
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 from commands import Desk, Said, shell
 
 from topt_deploy.cli import cli
-from topt_deploy.commandline import run
+from topt_deploy.console import run
 from topt_deploy.runtime.cli import cli as runtime_cli
 
 ROOT = Path(__file__).parent.parent

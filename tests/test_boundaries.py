@@ -16,6 +16,8 @@ PACKAGES = {
     "runtime": "topt_deploy.runtime",
 }
 STAGES = PACKAGES.keys() - {"topt_deploy"}
+# What is gated is what serves, so export runs a bundle with the runtime itself. No other stage imports another.
+ALLOWED = {("export", "runtime")}
 
 # What predicts may import this and nothing else, so that the runtime image stays as small as it is promised.
 SERVING = sys.stdlib_module_names | {"topt_deploy", "numpy", "pyarrow", "click"}
@@ -62,23 +64,30 @@ def imports(tree: ast.AST, package: str, in_function: bool = False) -> Iterator[
         yield from imports(node, package, in_function or function)
 
 
+def needs_pytorch(module: str) -> bool:
+    """Whether this module of the core is one of those that import PyTorch: in topt_deploy.model, or named pytorch."""
+    return within(module, "topt_deploy.model") or (within(module, "topt_deploy") and "pytorch" in module.split("."))
+
+
 def faults(area: str, found: Import) -> Iterator[str]:
-    """What is wrong with an import found in `area`: core, model or a stage."""
+    """What is wrong with an import found in `area`: core, pytorch (the core's part that needs it) or a stage."""
     root = found.name.split(".")[0]
     if root in STAGES:
         yield f"{root} is importable only from the repository's root"
     owner = next((stage for stage in STAGES if within(found.name, PACKAGES[stage])), "core")
-    if owner in STAGES and owner != area:
+    if owner in STAGES and owner != area and (area, owner) not in ALLOWED:
         yield f"{area} imports the stage {owner}"
-    elif owner in STAGES and not found.relative:
+    elif owner in STAGES and owner == area and not found.relative:
         yield "a stage's own modules are imported relatively"
+    elif owner in STAGES and owner != area and found.relative:
+        yield "another stage is imported absolutely"
     elif owner == "core" and area in STAGES and found.relative:
         yield "the core is imported absolutely"
     if area in ("core", "runtime"):
         if root not in SERVING | SERVING_EXTRAS | STAGES:
             yield f"{root} is not installed where predictions are made"
-        if within(found.name, "topt_deploy.model"):
-            yield "topt_deploy.model needs torch, which is not installed where predictions are made"
+        if needs_pytorch(found.name):
+            yield f"{found.name} needs torch, which is not installed where predictions are made"
     if root in ONLY_IN_FUNCTIONS and not found.in_function:
         yield f"{root} is optional: import it inside the function that needs it"
 
@@ -89,7 +98,8 @@ def check(root: Path) -> tuple[set[str], list[str]]:
     for folder, package in PACKAGES.items():
         for path in sorted((root / folder).rglob("*.py")):
             below = path.relative_to(root / folder).parent.parts
-            area = folder if folder in STAGES else "model" if below[:1] == ("model",) else "core"
+            module = ".".join([package, *below, path.stem])
+            area = folder if folder in STAGES else "pytorch" if needs_pytorch(module) else "core"
             areas.add(area)
             for found in imports(ast.parse(path.read_text()), ".".join([package, *below])):
                 where = f"{path.relative_to(root)}:{found.line}"
@@ -99,7 +109,7 @@ def check(root: Path) -> tuple[set[str], list[str]]:
 
 def test_the_tree_keeps_the_boundaries():
     areas, report = check(ROOT)
-    assert areas == {"core", "model", "train", "export", "runtime"}
+    assert areas == {"core", "pytorch", "train", "export", "runtime"}
     assert not report, "\n".join(report)
 
 
@@ -109,11 +119,18 @@ def test_the_tree_keeps_the_boundaries():
         ("topt_deploy/graph.py", "from topt_deploy.train import data", "core imports the stage train"),
         ("topt_deploy/graph.py", "def f():\n    from .runtime import x", "core imports the stage runtime"),
         ("topt_deploy/cli.py", "from topt_deploy import export", "core imports the stage export"),
-        ("topt_deploy/model/srel.py", "from ..train import loop", "model imports the stage train"),
+        ("topt_deploy/model/srel.py", "from ..train import loop", "pytorch imports the stage train"),
         ("topt_deploy/graph.py", "import torch", "torch is not installed"),
         ("topt_deploy/graph.py", "def f():\n    import torch.nn as nn", "torch is not installed"),
         ("topt_deploy/graph.py", "if x:\n    y = importlib.import_module('torch')", "torch is not installed"),
-        ("topt_deploy/graph.py", "from .model import srel", "topt_deploy.model needs torch"),
+        ("topt_deploy/graph.py", "from .model import srel", "topt_deploy.model.srel needs torch"),
+        ("topt_deploy/prompts/pooling.py", "from .pytorch import load", "prompts.pytorch.load needs torch"),
+        ("topt_deploy/prompts/families/qwen/host.py", "from .pytorch import Backend", "pytorch.Backend needs torch"),
+        (
+            "topt_deploy/prompts/families/qwen/pytorch.py",
+            "from ....train import loop",
+            "pytorch imports the stage train",
+        ),
         ("topt_deploy/graph.py", "import shapely", "shapely is optional"),
         ("topt_deploy/model/srel.py", "from shapely import wkb", "shapely is optional"),
         ("train/loop.py", "from topt_deploy.export import onnx", "train imports the stage export"),
@@ -124,8 +141,13 @@ def test_the_tree_keeps_the_boundaries():
         ("train/report/page.py", "from topt_deploy.train.run import x", "imported relatively"),
         ("train/evaluation/literature/mgfn.py", "from ....export import x", "train imports the stage export"),
         ("export/parity.py", "import runtime.session", "runtime is importable only"),
+        ("export/parity.py", "from topt_deploy.train import run", "export imports the stage train"),
+        ("export/parity.py", "from ..runtime import predictor", "another stage is imported absolutely"),
+        ("runtime/selftest.py", "from topt_deploy.export import parity", "runtime imports the stage export"),
+        ("train/loop.py", "from topt_deploy.runtime import load", "train imports the stage runtime"),
         ("runtime/predict.py", "from train import data", "train is importable only"),
-        ("runtime/predict.py", "from topt_deploy.model import srel", "topt_deploy.model needs torch"),
+        ("runtime/predict.py", "from topt_deploy.model import srel", "topt_deploy.model.srel needs torch"),
+        ("runtime/predict.py", "from topt_deploy.prompts.pytorch import load", "prompts.pytorch.load needs torch"),
         ("runtime/predict.py", "async def f():\n    import transformers", "transformers is not installed"),
         ("runtime/io/read.py", "from ...train import data", "runtime imports the stage train"),
         ("runtime/io/read.py", "class A:\n    import pandas", "pandas is not installed"),
@@ -152,6 +174,9 @@ def test_a_planted_fault_is_found(tmp_path, file, source, fault):
         ("train/evaluation/plain.py", "from ..report import page\nfrom .problem import Method"),
         ("train/evaluation/literature/mgfn.py", "from ...run import x\nfrom topt_deploy.features import y"),
         ("export/onnx.py", "import onnx, torch\nfrom topt_deploy import bundle"),
+        ("export/parity.py", "from topt_deploy.runtime.predictor import load"),
+        ("topt_deploy/prompts/families/qwen/pytorch.py", "import torch, transformers\nfrom .host import Settings"),
+        ("topt_deploy/prompts/pytorch/load.py", "import torch\nfrom ..families.qwen.pytorch import Backend"),
         ("runtime/session.py", "import onnxruntime, pyarrow.parquet\nfrom topt_deploy.bundle import load"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from commands import environment, shell
 
 from topt_deploy.cli import cli as topt_deploy
-from topt_deploy.commandline import run
+from topt_deploy.console import run
 from topt_deploy.errors import BadData, Exit
 from topt_deploy.runtime.cli import cli as topt_run
 

@@ -124,7 +124,7 @@ def test_python_of_the_readme_runs(demo_bundle: Path, demo_city: Path, tmp_path:
 
 @pytest.mark.skipif(find_spec("mlflow") is None or find_spec("pandas") is None, reason="mlflow or pandas is absent")
 def test_python_of_the_batch_page_runs(demo_bundle: Path, folder: Path) -> None:
-    from topt_deploy.export.mlflow import write_mlflow
+    from topt_deploy.export.mlflow_model import write_mlflow
 
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/batch.md").read_text(encoding="utf-8"), re.S | re.M)
     write_mlflow(folder / "registered", demo_bundle)
@@ -173,7 +173,7 @@ def test_alerts_of_the_batch_page_are_on_metrics_that_there_are() -> None:
 
 
 def test_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
-    from topt_deploy.config import load_config
+    from topt_deploy.config.settings import load_config
 
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```toml\n(.*?)^```", page, re.S | re.M)

@@ -16,7 +16,7 @@ from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables
 from commands import environment, shell
 from safetensors.numpy import load_file
 
-from topt_deploy.config import Config, load_config
+from topt_deploy.config.settings import Config, load_config
 
 TASKS = ("crime", "check_in", "service_call")
 TINY = """\
@@ -126,7 +126,7 @@ def write(folder, regions, mobility):
 
 def train_at(city, config):
     """Train the city in this folder within this process; the run is its folder ``run``."""
-    from topt_deploy.train.fit import Engine
+    from topt_deploy.train.loop import Engine
     from topt_deploy.train.run import start_run, train_run
 
     mobility = city / "mobility.parquet" if config.mobility else None
@@ -296,8 +296,8 @@ def exported(shared, once):
 
     def call(name, toml, tables):
         def make(folder):
-            from topt_deploy.export.bundle import export_bundle
-            from topt_deploy.runs import open_run
+            from topt_deploy.export.city_bundle import export_bundle
+            from topt_deploy.run_folder import open_run
 
             city = write(folder / name, *tables)
             (city / "topt.toml").write_text(toml)

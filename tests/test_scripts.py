@@ -13,11 +13,11 @@ TASKS = ("crime", "check_in", "service_call")
 
 
 def test_the_wheels_model_is_the_one_that_made_the_demos_prompts(tmp_path, monkeypatch):
-    from topt_deploy.encoder.templates import load_templates
-    from topt_deploy.model.encoder.checkpoint import open_checkpoint
-    from topt_deploy.model.encoder.load import torch_encoder
-    from topt_deploy.train.sample import make_sample
-    from topt_deploy.train.sample_prompts import shipped_prompts
+    from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
+    from topt_deploy.prompts.pytorch.load import torch_encoder
+    from topt_deploy.prompts.templates import load_templates
+    from topt_deploy.train.datasets.sample import make_sample
+    from topt_deploy.train.datasets.sample_prompts import shipped_prompts
 
     def converted():
         return subprocess.run(

@@ -5,23 +5,23 @@ import importlib
 import click
 
 from . import __version__
-from .commandline import run
+from .console import run
 
 _COMMANDS = {
-    "sample": ("topt_deploy.train.commands_data:sample", "Make up a synthetic city to try everything on."),
-    "import": ("topt_deploy.train.commands_data:import_group", "Turn published research data into a city."),
-    "encode": ("topt_deploy.train.encode:encode", "Turn texts and images into prompt vectors with a frozen model."),
-    "train": ("topt_deploy.train.command:train", "Train both stages on a city."),
-    "evaluate": ("topt_deploy.train.evaluation.command:evaluate", "Compare methods on labels that were held out."),
+    "sample": ("topt_deploy.train.cli.datasets:sample", "Make up a synthetic city to try everything on."),
+    "import": ("topt_deploy.train.cli.datasets:import_group", "Turn published research data into a city."),
+    "encode": ("topt_deploy.train.cli.encode:encode", "Turn texts and images into prompt vectors with a frozen model."),
+    "train": ("topt_deploy.train.cli.train:train", "Train both stages on a city."),
+    "evaluate": ("topt_deploy.train.cli.evaluate:evaluate", "Compare methods on labels that were held out."),
     "report": (
-        "topt_deploy.train.report.command:report",
+        "topt_deploy.train.cli.report:report",
         "Show a run's maps, errors and their pattern on one HTML page.",
     ),
     "export": (
-        "topt_deploy.export.command:export",
+        "topt_deploy.export.cli.export:export",
         "Export a trained run as a bundle, behind the parity gate.",
     ),
-    "sign": ("topt_deploy.export.sign:sign", "Sign a bundle with a private key."),
+    "sign": ("topt_deploy.export.cli.sign:sign", "Sign a bundle with a private key."),
 }
 """Where each command lives, and its short help: listing them must not import PyTorch."""
 

@@ -1,6 +1,6 @@
 """Prediction intervals from held-out errors (cross-conformal; Vovk 2015, Barber et al. 2021).
 
-An error is measured on the scale of ∛count, where its spread depends least on the size of the count (docs/log.md). A
+An error is measured on the scale of ∛count, where its spread depends least on the size of the count (dev/LOG.md). A
 region's score is the error of the fold that did not train on it. The interval of a new region is every count whose
 score would be no larger than a given share of those; it is right that often as far as the new region is like the
 labelled ones.

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.config import Config
-from topt_deploy.features import all_widths
-from topt_deploy.model.kernel import KernelHead, maximise_evidence
-from topt_deploy.model.network import Network
+from topt_deploy.config.settings import Config
+from topt_deploy.data.city import Schema
+from topt_deploy.data.features import all_widths
+from topt_deploy.model.gaussian_process import KernelHead, maximise_evidence
 from topt_deploy.model.prompt4re import PromptBasis
+from topt_deploy.model.residual_mlp import Network
 from topt_deploy.model.target import Target
 from topt_deploy.model.topt import EnsembleHead
-from topt_deploy.table import Schema
 
-from .fit import Workplace
-from .stage2 import HeadResult, one_label
+from .loop import Workplace
+from .prompt4re import HeadResult, one_label
 
 Array = np.ndarray[Any, Any]
 
@@ -39,7 +39,7 @@ def train_ensemble(
     the random frequencies are the same for all rows, and see no label.
 
     Args:
-        inputs: :func:`topt_deploy.features.features` as tensors on the engine's device.
+        inputs: :func:`topt_deploy.data.features.features` as tensors on the engine's device.
         prompts: (N, H), or None without prompts.
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """

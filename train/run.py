@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 
 from topt_deploy import __version__
-from topt_deploy.config import Config
+from topt_deploy.config.settings import Config
+from topt_deploy.data.city import City, infer_schema, read_city
+from topt_deploy.data.features import features, range_columns
+from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, UsageError
-from topt_deploy.features import features, range_columns
-from topt_deploy.fileio import sha256_file, sweep_folder, writing
 from topt_deploy.intervals import scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
-from topt_deploy.parquet import write_parquet
-from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, Run
-from topt_deploy.table import City, infer_schema, read_city
+from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.storage.atomic import sha256_file, sweep_folder, writing
 
-from .baseline import boosted_trees
+from .boosted_trees import boosted_trees
 from .ensemble import train_ensemble
-from .fit import Engine, Workplace
+from .loop import Engine, Workplace
 from .metrics import Metrics, metrics
 from .progress import Reporter
-from .stage1 import embed, train_embedding
-from .stage2 import HeadResult, fold_of, train_head, training_sets
+from .prompt4re import HeadResult, fold_of, train_head, training_sets
+from .srel import embed, train_embedding
 
 Array = np.ndarray[Any, Any]
 
@@ -53,7 +53,7 @@ class TaskReport:
             label is unknown.
         in_sample: The deployed model on regions it was trained on: how closely it fits, not how well it predicts.
         mean: Predicting the training folds' mean, under the same folds.
-        trees: :func:`topt_deploy.train.baseline.boosted_trees`, under the same folds.
+        trees: :func:`topt_deploy.train.boosted_trees.boosted_trees`, under the same folds.
     """
 
     held_out: Metrics
@@ -79,7 +79,7 @@ class Outcome:
 
     @classmethod
     def of(cls, result: HeadResult, fold: Array) -> "Outcome":
-        """From a head trained on :func:`topt_deploy.train.stage2.training_sets`."""
+        """From a head trained on :func:`topt_deploy.train.prompt4re.training_sets`."""
         own = result.predicted[fold, np.arange(len(fold))]  # fold -1 reads the last row, and is masked
         return cls(fold=fold, held_out=np.where(fold >= 0, own, np.nan), in_sample=result.predicted[-1])
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from topt_deploy.bundle import SUFFIX
+from topt_deploy.bundle.manifest import SUFFIX
+from topt_deploy.data.city import hive_city
 from topt_deploy.errors import NoInput, UsageError
-from topt_deploy.fileio import reading
-from topt_deploy.table import hive_city
+from topt_deploy.storage.atomic import reading
 
-from ..city import Job
-from .remote import is_uri, joined, listing, parted, shown, sizes
+from ..predict_city import Job
+from .object_stores import is_uri, joined, listing, parted, shown, sizes
 
 REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
 OURS = ("predictions", "prompts", "mobility")

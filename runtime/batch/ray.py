@@ -10,10 +10,10 @@ from typing import Any
 
 from topt_deploy.errors import NoDevice, ToptError
 
-from ..city import Job
+from ..predict_city import Job
 from ..predictor import Predictor
-from .quiet import only_this_thread, quiet
-from .work import ATTEMPTS, Result, Setting, lost_result, unopened, work
+from .city_task import ATTEMPTS, Result, Setting, lost_result, unopened, work
+from .silenced_output import only_this_thread, quiet
 
 
 class _Worker:
@@ -38,7 +38,7 @@ class _Worker:
 def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
     """Do every job on the cluster that ``RAY_ADDRESS`` names, or on a local one; results come as they are made.
 
-    Ray starts an actor anew that was lost, and tries its city :data:`.work.ATTEMPTS` times: to the same bytes.
+    Ray starts an actor anew that was lost, and tries its city :data:`.city_task.ATTEMPTS` times: to the same bytes.
 
     Args:
         jobs: In the order that they are begun in.

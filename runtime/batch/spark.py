@@ -10,10 +10,10 @@ from functools import cache
 
 from topt_deploy.errors import NoDevice, ToptError
 
-from ..city import Job
+from ..predict_city import Job
 from ..predictor import Predictor
-from .quiet import quiet
-from .work import ATTEMPTS, Result, Setting, lost_result, unopened, work
+from .city_task import ATTEMPTS, Result, Setting, lost_result, unopened, work
+from .silenced_output import quiet
 
 
 @cache

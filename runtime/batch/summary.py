@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import Exit
-from topt_deploy.fileio import write_text
+from topt_deploy.storage.atomic import write_text
 
-from ..city import DONE, PARTIAL, SKIPPED
-from .remote import is_uri, joined, put_text
-from .work import FAILED, Result
+from ..predict_city import DONE, PARTIAL, SKIPPED
+from .city_task import FAILED, Result
+from .object_stores import is_uri, joined, put_text
 
 RECORD = "_run.json"
 """Beside the cities' folders; readers of Hive partitions pass over names with an underscore."""

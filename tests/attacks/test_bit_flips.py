@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from topt_deploy.bundle import MANIFEST, SCHEMA_VERSION, open_sealed
+from topt_deploy.bundle.manifest import MANIFEST, SCHEMA_VERSION, open_sealed
 from topt_deploy.errors import BadBundle
 
 SAMPLED = 1000

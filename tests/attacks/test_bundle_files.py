@@ -1,7 +1,7 @@
 """What a bundle's files can be made to do: zips that swell, files that are swapped, links, pickles, odd manifests.
 
 Names that leave the folder, links, pipes, unlisted files, lying sizes and endless manifests are in
-tests/test_bundle.py and tests/runtime/test_bad_bundle.py.
+tests/bundle/test_manifest.py and tests/runtime/test_bad_bundle.py.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from dataclasses import fields
 import pytest
 from commands import shell
 
-from topt_deploy import bundle as bundle_module
-from topt_deploy.bundle import DIRECTORY_LIMIT_BYTES, MANIFEST, READ_LIMIT_BYTES, SEAL, open_bundle
-from topt_deploy.encoder.bundle import _check_spec
-from topt_deploy.encoder.chat import Chat
+from topt_deploy.bundle import manifest as bundle_module
+from topt_deploy.bundle.encoder_manifest import _check_spec
+from topt_deploy.bundle.manifest import DIRECTORY_LIMIT_BYTES, MANIFEST, READ_LIMIT_BYTES, SEAL, open_bundle
 from topt_deploy.errors import BadBundle, NoInput
+from topt_deploy.prompts.tokens import Chat
 from topt_deploy.runtime import load
 
 BAD_BUNDLE = 76
@@ -334,7 +334,7 @@ class TestPickles:
 
         root = Path(__file__).parents[2]
         bad = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-        for folder in ("topt_deploy", "train", "export", "runtime", "benchmarks", "scripts"):
+        for folder in ("topt_deploy", "train", "export", "runtime", "dev", "scripts"):
             for file in sorted((root / folder).rglob("*.py")):
                 for found in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                     where = f"{file.relative_to(root)}:{getattr(found, 'lineno', 0)}"

@@ -13,10 +13,10 @@ from encoders_exported import EXPORTED
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from topt_deploy.bundle import open_bundle
-from topt_deploy.encoder.bundle import open_encoder_bundle
+from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
+from topt_deploy.bundle.manifest import open_bundle
 from topt_deploy.errors import BadBundle
-from topt_deploy.graphcheck import check_graph
+from topt_deploy.hardening.onnx_operators import check_graph
 
 BAD_BUNDLE = 76
 GRAPH = "models/topt.onnx"

@@ -1,6 +1,6 @@
 """Tables that are sound Parquet and mean harm: shapes, metadata, ids and texts.
 
-Images (bombs, cut-off files, paths that leave the folder) are in tests/encoder/test_images.py and test_encode.py.
+Images (bombs, cut-off files, paths that leave the folder) are in tests/prompts/test_images.py and test_encode.py.
 """
 
 import json
@@ -14,9 +14,9 @@ import pytest
 from builders import replaced
 from commands import environment
 
+from topt_deploy.data.city import REGION_LIMIT
+from topt_deploy.data.geometry import centroids, geo_metadata, write_geo
 from topt_deploy.errors import BadData, printable
-from topt_deploy.geometry import centroids, geo_metadata, write_geo
-from topt_deploy.table import REGION_LIMIT
 
 shapely = pytest.importorskip("shapely")
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from commands import environment, shell
 
+from topt_deploy.data.parquet import COLUMN_LIMIT, FOOTER_LIMIT_BYTES, ParquetFile, read_parquet
 from topt_deploy.errors import BadData
-from topt_deploy.parquet import COLUMN_LIMIT, FOOTER_LIMIT_BYTES, ParquetFile, read_parquet
-from topt_deploy.parquetpages import memory, read_footer
+from topt_deploy.hardening.parquet_memory import memory, read_footer
 
 BAD_DATA = 65
 MANY = 2**31 - 1

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from topt_deploy.bundle import open_bundle
+from topt_deploy.bundle.manifest import open_bundle
 from topt_deploy.errors import BadBundle
-from topt_deploy.export import bundle as exporting
-from topt_deploy.export.graph import Graph
+from topt_deploy.export import city_bundle as exporting
+from topt_deploy.export.onnx_graph import Graph
 from topt_deploy.export.parity import TOLERANCES, compare, rounding, run_model
 from topt_deploy.model.checkpoint import load_model, load_tensors
-from topt_deploy.runs import INPUTS_FILE, MODEL_FILE, open_run
+from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, open_run
 
 EXPECTED = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
 

@@ -8,7 +8,7 @@ import pytest
 from fuzzing import contained, guided, mutations
 from hypothesis import given
 
-from topt_deploy.geometry import centroids, geometry_types
+from topt_deploy.data.geometry import centroids, geometry_types
 
 pytest.importorskip("shapely", reason="shapely is not installed (extra geo)")
 import shapely

@@ -12,14 +12,14 @@ from fuzzing import contained, guided, mutations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topt_deploy.encoder.table import merge_prompts
-from topt_deploy.parquet import ParquetFile
+from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.prompts.table import merge_prompts
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed (extra encoder)")
 from tokenizer import CONTROL, tiny_tokenizer
 
-from topt_deploy.encoder.chat import Chat, Tokens
-from topt_deploy.encoder.text import TextOnly
+from topt_deploy.prompts.families.text.host import TextOnly
+from topt_deploy.prompts.tokens import Chat, Tokens
 
 CHAT = Chat(before="<|im_start|>user\n", image="", after="<|im_end|>\n<|im_start|>assistant\n")
 OURS = 3

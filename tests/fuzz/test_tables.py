@@ -10,8 +10,8 @@ from builders import tiny_city_tables
 from fuzzing import contained, guided, mutations
 from hypothesis import given
 
-from topt_deploy.parquet import ParquetFile
-from topt_deploy.table import infer_schema, read_city
+from topt_deploy.data.city import infer_schema, read_city
+from topt_deploy.data.parquet import ParquetFile
 
 ASPECTS = {"compression": ["snappy", "none"], "data_page_version": ["1.0", "2.0"], "use_dictionary": [True, False]}
 

@@ -9,7 +9,7 @@ from builders import SREL, tiny_city
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topt_deploy.features import EARTH_RADIUS_M, POSITION, features, local_position_m
+from topt_deploy.data.features import EARTH_RADIUS_M, POSITION, features, local_position_m
 from topt_deploy.model.srel import Adjacency, GraphormerLayer, Srel, SrelLoss, distance_m
 
 WIDTHS = {"poi": 4, "land_use": 3, "mobility": 16}

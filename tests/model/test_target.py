@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from topt_deploy.config import TargetConfig
+from topt_deploy.config.settings import TargetConfig
 from topt_deploy.model.target import MAX_LOG, Target
 
 COUNTS = torch.tensor([0.0, 1.0, 3.0, 8.0, 25.0, 400.0, 0.0, 12.0], dtype=torch.float64)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from builders import LAND_USE, POI, TASKS, task_config, tiny_city, tiny_city_tables, tiny_config
 
-from topt_deploy.features import POSITION, all_widths, features
+from topt_deploy.data.city import Schema, infer_schema, read_city
+from topt_deploy.data.features import POSITION, all_widths, features
 from topt_deploy.model.checkpoint import load_model, save_model
 from topt_deploy.model.topt import ModelSpec, TopT, all_features, predict
-from topt_deploy.table import Schema, infer_schema, read_city
 
 PROMPT_WIDTH = 10
 COLUMNS = ("prompt_crime", "prompt_calls", "prompt_none", "prompt_fires")

@@ -15,7 +15,7 @@ from builders import replaced
 from commands import shell
 from onnx.external_data_helper import set_external_data
 
-from topt_deploy.bundle import MANIFEST, SEAL, open_bundle, seal_bundle
+from topt_deploy.bundle.manifest import MANIFEST, SEAL, open_bundle, seal_bundle
 
 BAD_BUNDLE = 76
 FILES = [

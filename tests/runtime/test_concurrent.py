@@ -7,7 +7,7 @@ from threading import Barrier
 
 import pyarrow as pa
 
-from topt_deploy.parquet import write_parquet
+from topt_deploy.data.parquet import write_parquet
 from topt_deploy.runtime import load
 
 CALLS = 24

@@ -10,15 +10,16 @@ import onnxruntime as ort
 import pytest
 from fake_gpu import fake_libcuda
 
-from topt_deploy import gpu
+from topt_deploy.data.city import read_city
+from topt_deploy.data.features import features
+from topt_deploy.data.parquet import read_parquet
 from topt_deploy.errors import BadBundle, NoDevice, UsageError
-from topt_deploy.features import features
-from topt_deploy.parquet import read_parquet
-from topt_deploy.runtime import load, session
-from topt_deploy.runtime.device import AUTO, BEST_FIRST, CPU, CUDA, TENSORRT, choose
-from topt_deploy.runtime.encoder import open_encoder
-from topt_deploy.runtime.session import PROVIDERS, Session, check_device, check_used
-from topt_deploy.table import read_city
+from topt_deploy.runtime import load
+from topt_deploy.runtime.backends import onnxruntime
+from topt_deploy.runtime.backends.onnxruntime import PROVIDERS, Session, check_device, check_used
+from topt_deploy.runtime.device_choice import AUTO, BEST_FIRST, CPU, CUDA, TENSORRT, choose
+from topt_deploy.runtime.prompt_encoder import open_encoder
+from topt_deploy.tensorrt import cuda_driver
 
 NO_DEVICE, USAGE = 69, 2
 HAS_CUDA = "CUDAExecutionProvider" in ort.get_available_providers()
@@ -108,7 +109,7 @@ class TestWhereNodesRun:
     @pytest.mark.parametrize("file", ["models/topt.onnx"])
     def test_onnx_runtime_tells_of_every_node(self, file, demo_bundle):
         """The real thing: all of a graph's operators, with the CPU as the only device there is."""
-        options = session.session_options("cuda", 1)
+        options = onnxruntime.session_options("cuda", 1)
         made = ort.InferenceSession(demo_bundle / file, options, providers=[PROVIDERS["cpu"]])
         told = made.get_provider_graph_assignment_info()
         assert {one.ep_name for one in told} == {PROVIDERS["cpu"]}
@@ -119,9 +120,9 @@ def test_weights_given_to_another_device_are_the_same_model(demo_bundle, demo_ci
     """What CUDA sessions are made with, all but the provider itself, which is the CPU's here."""
     predictor = load(demo_bundle)
     expected = predictor.session
-    monkeypatch.setattr(session, "check_device", lambda device: None)
-    monkeypatch.setattr(session, "check_used", lambda made, device: None)
-    monkeypatch.setattr(session, "providers", lambda device, exact: [(PROVIDERS["cpu"], {})])
+    monkeypatch.setattr(onnxruntime, "check_device", lambda device: None)
+    monkeypatch.setattr(onnxruntime, "check_used", lambda made, device: None)
+    monkeypatch.setattr(onnxruntime, "providers", lambda device, exact: [(PROVIDERS["cpu"], {})])
     found = Session(*predictor.parts, predictor.variant["initializers"], device="cuda", threads=1)
     schema = predictor.bundle.manifest.schema
     city = read_city(read_parquet(demo_city / "regions.parquet"), read_parquet(demo_city / "mobility.parquet"), schema)
@@ -201,11 +202,11 @@ def test_what_the_provider_lacks_is_said(tmp_path, monkeypatch):
     """As on a machine with GPU and driver, and onnxruntime-gpu without CUDA's libraries."""
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / "libonnxruntime_providers_cuda.so").write_bytes(b"no library")
-    driver = gpu.Driver(str(fake_libcuda(tmp_path)))
-    monkeypatch.setattr(gpu, "driver", lambda: driver)
-    monkeypatch.setattr(session.ort, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
-    monkeypatch.setattr(session.ort, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(session.ort, "preload_dlls", lambda: print("a library is missing"))
+    driver = cuda_driver.Driver(str(fake_libcuda(tmp_path)))
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    monkeypatch.setattr(onnxruntime.ort, "get_available_providers", lambda: [PROVIDERS["cuda"], PROVIDERS["cpu"]])
+    monkeypatch.setattr(onnxruntime.ort, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(onnxruntime.ort, "preload_dlls", lambda: print("a library is missing"))
     with pytest.raises(NoDevice) as caught:
         check_device("cuda")
     assert "libonnxruntime_providers_cuda.so" in caught.value.found

@@ -191,12 +191,11 @@ def test_a_killed_run_leaves_the_older_output_whole(desk, demo_bundle):
     desk.out.write_bytes(b"older")
     script = (
         "import os, signal, sys\n"
-        "from topt_deploy import parquet\n"
         "from topt_deploy.runtime.cli import main\n"
         "def killed(path):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "import topt_deploy.fileio\n"
-        "topt_deploy.fileio._sync = killed\n"
+        "import topt_deploy.storage.atomic\n"
+        "topt_deploy.storage.atomic._sync = killed\n"
         f"sys.argv = ['topt-run', 'predict', {str(desk.regions)!r}]\n"
         "main()\n"
     )

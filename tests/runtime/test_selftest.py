@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import fixed_lists, replaced
 
-from topt_deploy.bundle import ENCODER
+from topt_deploy.bundle.manifest import ENCODER
 
 BAD_BUNDLE = 76
 

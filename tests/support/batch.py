@@ -133,10 +133,10 @@ def kill_at_work(
 
 BLIND = """
 import sys
-from topt_deploy.runtime.pandas import with_pandas
+from topt_deploy.runtime.pandas_blocker import with_pandas
 with_pandas()
 from topt_deploy.runtime.batch.plan import plan
-from topt_deploy.runtime.batch.work import Setting
+from topt_deploy.runtime.batch.city_task import Setting
 from topt_deploy.runtime.batch.{engine} import run_{engine}
 jobs = plan([sys.argv[1]], sys.argv[2], mobility=True)
 for result in run_{engine}(jobs, Setting(bundle="/nowhere/model.topt"), workers=2):

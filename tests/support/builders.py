@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.config import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TargetConfig, TaskConfig
-from topt_deploy.table import City, infer_schema, read_city
+from topt_deploy.config.settings import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TargetConfig, TaskConfig
+from topt_deploy.data.city import City, infer_schema, read_city
 
 POI = ("bar", "café", "school", "shop")
 LAND_USE = ("green", "homes", "works")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from topt_deploy.parquet import read_parquet, write_parquet
+from topt_deploy.data.parquet import read_parquet, write_parquet
 
 TABLES = ("regions", "mobility")
 

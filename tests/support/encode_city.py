@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from topt_deploy.encoder.encode import Encoder
-from topt_deploy.parquet import write_parquet
+from topt_deploy.data.parquet import write_parquet
+from topt_deploy.prompts.encode import Encoder
 
 IDS = ("04", "00", "03", "01", "02")
 SIZES = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from topt_deploy.encoder.templates import load_templates
+from topt_deploy.prompts.templates import load_templates
 
 QUESTIONS = [load_templates().question("crime"), "", "How many check-ins?", "How many check-ins are there?"]
 REGIONS = {

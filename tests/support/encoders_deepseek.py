@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizer import tiny_tokenizer
 
-from topt_deploy.encoder.deepseek_vl2 import CONTROL
-from topt_deploy.model.encoder.deepseek_vl2 import DeepseekVL2, DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.host import CONTROL
+from topt_deploy.prompts.families.deepseek_vl2.pytorch import DeepseekVL2, DeepseekVL2Config
 
 TILE = 46
 """Three patches of 14 and a rest, as 384 has: an odd number of patches, which the projector fills up."""

@@ -14,10 +14,10 @@ from encoders_qwen import tiny_qwen
 from encoders_text import tiny_text
 from safetensors.torch import load_file, save_file
 
-from topt_deploy.encoder.templates import load_templates
-from topt_deploy.export.encoder import assemble, bundle
-from topt_deploy.fileio import atomic_folder
-from topt_deploy.model.encoder.checkpoint import open_checkpoint
+from topt_deploy.export.prompts import assemble, encoder_bundle
+from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
+from topt_deploy.prompts.templates import load_templates
+from topt_deploy.storage.atomic import atomic_folder
 
 OUTLIER = 60.0
 
@@ -59,10 +59,10 @@ def export_all(model: Path, folder: Path, precisions: Sequence[str]) -> None:
     checkpoint = open_checkpoint(str(model))
     with ExitStack() as stack:
         # Pieces are the same from one precision to the next, and so are their traces.
-        stack.enter_context(patch.object(bundle, "recipe", cache(bundle.recipe)))
+        stack.enter_context(patch.object(encoder_bundle, "recipe", cache(encoder_bundle.recipe)))
         stack.enter_context(patch.object(assemble, "trace", cache(assemble.trace)))
         for precision in precisions:
             with atomic_folder(folder / f"{precision}.topt") as place:
-                bundle.export_encoder(
+                encoder_bundle.export_encoder(
                     checkpoint, place, precision=precision, templates=load_templates(), say=lambda _: None
                 )

@@ -8,8 +8,8 @@ import pytest
 from onnx import numpy_helper
 from onnx.parser import parse_model
 
-from topt_deploy.engine.library import RTX, Library, find_library
 from topt_deploy.errors import NoDevice
+from topt_deploy.tensorrt.library import RTX, Library, find_library
 
 UNSUPPORTED = """g (float[regions, 3] x) => (float[regions, 3] y) {
     [dynamic] q, s, z = DynamicQuantizeLinear(x)

@@ -1,4 +1,4 @@
-/* The part of NVIDIA's libcuda that topt_deploy/gpu.py calls, with this process's memory as the GPU's, for machines
+/* The part of NVIDIA's libcuda that topt_deploy/tensorrt/cuda_driver.py calls, with this process's memory as the GPU's, for machines
    without one. Environment: FAKE_CUDA_INIT, what cuInit returns; FAKE_CUDA_GPUS, how many there are; FAKE_CUDA_BYTES,
    how much may be allocated. */
 #include <stdint.h>

@@ -1,4 +1,4 @@
-"""Figures that tests leave for docs/reliability.md, where benchmarks/reliability.py runs them at full length."""
+"""Figures that tests leave for docs/reliability.md, where dev/benchmarks/reliability.py runs them at full length."""
 
 import json
 import os

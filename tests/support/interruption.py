@@ -2,7 +2,7 @@
 
 import pytest
 
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.loop import Engine
 
 
 class Interrupted(Exception):

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.encoder.backend import Backend
-from topt_deploy.encoder.prompt import Prompt
+from topt_deploy.prompts.pooling import Backend
+from topt_deploy.prompts.prompt import Prompt
 
 
 def naive(backend: Backend, prompt: Prompt) -> np.ndarray[Any, Any]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from builders import tiny_city_tables
 from click.testing import CliRunner
 
+from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.cli import cli
-from topt_deploy.encoder.bundle import open_encoder_bundle
-from topt_deploy.export.bundle import export_bundle
-from topt_deploy.parquet import read_parquet, write_parquet
-from topt_deploy.runs import newest_run
+from topt_deploy.data.parquet import read_parquet, write_parquet
+from topt_deploy.export.city_bundle import export_bundle
+from topt_deploy.run_folder import newest_run
 
 TASKS = ("crime", "check_in")
 SETTINGS = """\

@@ -18,7 +18,7 @@ def tiny_tokenizer(control: Sequence[str] = (), *, vocabulary: int = 600, nfkc: 
         vocabulary: Tokens, control tokens apart.
         nfkc: Normalise the text, and find control tokens in what comes of it.
     """
-    text = (resources.files("topt_deploy.encoder") / "templates.toml").read_text(encoding="utf-8")
+    text = (resources.files("topt_deploy.prompts") / "templates.toml").read_text(encoding="utf-8")
     tokenizer = Tokenizer(models.BPE())
     if nfkc:
         tokenizer.normalizer = normalizers.NFKC()

@@ -12,15 +12,15 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
+from topt_deploy.data.city import Schema
+from topt_deploy.data.features import POSITION, all_widths, features
 from topt_deploy.errors import BadConfig
-from topt_deploy.features import POSITION, all_widths, features
-from topt_deploy.model.kernel import maximise_evidence
-from topt_deploy.model.network import Network
-from topt_deploy.table import Schema
-from topt_deploy.train import fit as fit_module
+from topt_deploy.model.gaussian_process import maximise_evidence
+from topt_deploy.model.residual_mlp import Network
+from topt_deploy.train import loop as fit_module
 from topt_deploy.train.ensemble import train_ensemble
-from topt_deploy.train.fit import Engine, Workplace, fit
-from topt_deploy.train.stage2 import fold_of, training_sets
+from topt_deploy.train.loop import Engine, Workplace, fit
+from topt_deploy.train.prompt4re import fold_of, training_sets
 
 CPU = Engine(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True, prompts={"prompt_crime": 10})

@@ -15,22 +15,22 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
+from topt_deploy.data.city import Schema, infer_schema, read_city
+from topt_deploy.data.features import features
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.features import features
-from topt_deploy.model import tiles
+from topt_deploy.model import row_tiles
 from topt_deploy.model.checkpoint import load_model
 from topt_deploy.model.prompt4re import ridge
 from topt_deploy.model.topt import TaskHead, predict
-from topt_deploy.runs import newest_run, open_run
-from topt_deploy.table import Schema, infer_schema, read_city
-from topt_deploy.train import baseline
-from topt_deploy.train import fit as fit_module
-from topt_deploy.train.baseline import boosted_trees
-from topt_deploy.train.city_files import write_city
-from topt_deploy.train.fit import Engine, Workplace, fit
+from topt_deploy.run_folder import newest_run, open_run
+from topt_deploy.train import boosted_trees as baseline
+from topt_deploy.train import loop as fit_module
+from topt_deploy.train.boosted_trees import boosted_trees
+from topt_deploy.train.datasets.city_files import write_city
+from topt_deploy.train.loop import Engine, Workplace, fit
+from topt_deploy.train.prompt4re import HeadResult, fold_of, one_label, train_head, training_sets
 from topt_deploy.train.run import Outcome, report, start_run, train_run
-from topt_deploy.train.stage1 import embed, flow_target, similarity_targets, train_embedding
-from topt_deploy.train.stage2 import HeadResult, fold_of, one_label, train_head, training_sets
+from topt_deploy.train.srel import embed, flow_target, similarity_targets, train_embedding
 
 CPU = Engine(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
@@ -87,7 +87,7 @@ class TestStage1Targets:
     def test_rows_of_a_large_city_are_those_of_the_whole(self, monkeypatch):
         city = tiny_city(N)
         whole = similarity_targets(city) | {"flow": flow_target(city), "back": flow_target(city).T}
-        monkeypatch.setattr(tiles, "ENTRIES", N * N - 1)
+        monkeypatch.setattr(row_tiles, "ENTRIES", N * N - 1)
         rows = similarity_targets(city) | {"flow": flow_target(city), "back": flow_target(city).T}
         for name, matrix in rows.items():
             assert not isinstance(matrix, torch.Tensor)
@@ -108,8 +108,8 @@ class TestStage1:
     def test_a_large_city_is_trained_as_a_small_one(self, monkeypatch):
         config = tiny_config({"crime": task_config(srel={"dropout": 0.0})})
         srel, expected = train_srel(tiny_city(N), config=config)
-        monkeypatch.setattr(tiles, "ENTRIES", 1)
-        monkeypatch.setattr(tiles, "LEAST_KEPT", 5)
+        monkeypatch.setattr(row_tiles, "ENTRIES", 1)
+        monkeypatch.setattr(row_tiles, "LEAST_KEPT", 5)
         tiled, found = train_srel(tiny_city(N), config=config)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert tiled.adjacency.length_m == srel.adjacency.length_m

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn, optim
 
-from ..config import Config
-from ..errors import BadConfig, BadData
-from ..fileio import atomic_file, reading
-from ..table import Schema
+from topt_deploy.config.settings import Config
+from topt_deploy.data.city import Schema
+from topt_deploy.errors import BadConfig, BadData
+from topt_deploy.storage.atomic import atomic_file, reading
+
 from .topt import ModelSpec, TopT
 
 _MODEL, _OPTIMISER, _RANDOM = "model.", "optimiser.", "random."

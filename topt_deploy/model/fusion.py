@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import SrelConfig
+from topt_deploy.config.settings import SrelConfig
+
 from .layers import Dropout, FeedForward, SelfAttention, Standardize
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .tiles import Matrix, Rows, apart, in_tiles, take
+from .row_tiles import Matrix, Rows, apart, in_tiles, take
 
 
 class Standardize(nn.Module):

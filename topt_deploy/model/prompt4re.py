@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import Prompt4ReConfig
+from topt_deploy.config.settings import Prompt4ReConfig
+
 from .layers import Dropout
-from .tiles import Rows, in_tiles, take
+from .row_tiles import Rows, in_tiles, take
 
 
 class PromptBasis(nn.Module):

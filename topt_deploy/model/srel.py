@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import SrelConfig
-from ..features import EARTH_RADIUS_M
+from topt_deploy.config.settings import SrelConfig
+from topt_deploy.data.features import EARTH_RADIUS_M
+
 from .fusion import ViewEncoder, ViewFusion
 from .layers import ByName, FeedForward, SelfAttention
-from .tiles import ALL, Matrix, Rows, in_tiles, matrix, take
+from .row_tiles import ALL, Matrix, Rows, in_tiles, matrix, take
 
 NEIGHBOURS = 5
 """The automatic decay length is the median distance to this many-th nearest region."""
@@ -89,7 +90,7 @@ class Srel(nn.Module):
     *Shape:* views {name: (N, F_v)}, adjacency (N, N) → E (N, D)
 
     Args:
-        feature_widths: F_v of every view, in order (:func:`topt_deploy.features.feature_widths`).
+        feature_widths: F_v of every view, in order (:func:`topt_deploy.data.features.feature_widths`).
         config: Stage-1 settings.
     """
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetConfig
+from topt_deploy.config.settings import TargetConfig
 
 POWERS = {"sqrt": 2, "cbrt": 3}
 """Roots that steady the variance of counts, and the power that undoes them."""

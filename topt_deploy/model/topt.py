@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, TaskConfig
-from ..features import POSITION, all_widths, feature_widths
-from ..table import Schema
-from .kernel import PROMPT, KernelHead
+from topt_deploy.config.settings import Config, TaskConfig
+from topt_deploy.data.city import Schema
+from topt_deploy.data.features import POSITION, all_widths, feature_widths
+
+from .gaussian_process import PROMPT, KernelHead
 from .layers import ByName, Standardize
-from .network import Network
 from .prompt4re import Prompt4Re, PromptBasis
+from .residual_mlp import Network
 from .srel import Srel
 from .target import Target
 
@@ -85,7 +86,7 @@ class EnsembleHead(nn.Module):
     *Shape:* {view: (N, F_v)}, prompts (N, H) or None → counts (1, N)
 
     Args:
-        widths: F_v of every view (:func:`topt_deploy.features.all_widths`).
+        widths: F_v of every view (:func:`topt_deploy.data.features.all_widths`).
         prompt_width, rank: H and R of the prompt basis; 0 without prompts.
         settings: The task's settings.
     """

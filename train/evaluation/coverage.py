@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.features import POSITION
+from topt_deploy.data.features import POSITION
 from topt_deploy.intervals import interval, scores
 
 from .problem import Method, Problem

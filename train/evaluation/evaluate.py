@@ -12,15 +12,15 @@ import numpy as np
 from torch import Tensor
 
 from topt_deploy import __version__
-from topt_deploy.columns import PROMPT_PREFIX
-from topt_deploy.config import Config
+from topt_deploy.config.settings import Config
+from topt_deploy.data.city import infer_schema, read_city
+from topt_deploy.data.columns import PROMPT_PREFIX
+from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import ToptError
-from topt_deploy.fileio import sha256_bytes, sha256_file, write_json, write_text
-from topt_deploy.parquet import ParquetFile
-from topt_deploy.table import infer_schema, read_city
+from topt_deploy.storage.atomic import sha256_bytes, sha256_file, write_json, write_text
 
-from ..city_files import MOBILITY, REGIONS
-from ..fit import Engine
+from ..datasets.city_files import MOBILITY, REGIONS
+from ..loop import Engine
 from ..progress import Reporter
 from .coverage import measure
 from .problem import Method, Problem

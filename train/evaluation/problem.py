@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.features import features
-from topt_deploy.table import City, Schema
+from topt_deploy.data.city import City, Schema
+from topt_deploy.data.features import features
 
-from ..fit import Engine
+from ..loop import Engine
 from ..progress import Reporter
 
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,7 @@ class Problem:
     Attributes:
         city: The city; its ``labels`` are empty.
         schema: What was read of it.
-        inputs: :func:`topt_deploy.features.features`, float32, on the engine's device.
+        inputs: :func:`topt_deploy.data.features.features`, float32, on the engine's device.
         engine: Where and how training steps are computed.
         reporter: Who is told of progress.
     """

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from topt_deploy.data.features import POSITION
 from topt_deploy.errors import UsageError
-from topt_deploy.features import POSITION
 
-from . import paper
+from . import published_protocol
 from .problem import Method, Problem
 from .splits import FOLDS, HeldOut, Splits, honest, spatial
-from .topt import Topt
+from .topt_variants import Topt
 
 Array = np.ndarray[Any, Any]
 
@@ -47,14 +47,14 @@ def _spatial(method: Method, problem: Problem, task: str, labels: Array, seeds: 
 
 
 def _paper(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], kept: Path) -> HeldOut:
-    if not isinstance(method, Topt) or method.preset != paper.PRESET:
+    if not isinstance(method, Topt) or method.preset != published_protocol.PRESET:
         raise UsageError(
             "the published protocol selects epochs of the paper's own models",
             expected="--variants 'paper*'",
             fix="evaluate other methods under honest or spatial",
         )
     settings = method.config(task, seeds[0]).tasks[task]
-    return paper.hold_out(problem, task, labels, settings, seeds=seeds, cache=kept / "embeddings")
+    return published_protocol.hold_out(problem, task, labels, settings, seeds=seeds, cache=kept / "embeddings")
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
@@ -69,5 +69,5 @@ PROTOCOLS: Mapping[str, Protocol] = {
         " positions), drawn anew with each seed. Expect this where no label is near.",
         predict=_spatial,
     ),
-    "paper": Protocol(meaning=paper.MEANING, predict=_paper),
+    "paper": Protocol(meaning=published_protocol.MEANING, predict=_paper),
 }

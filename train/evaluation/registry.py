@@ -8,9 +8,9 @@ from typing import Literal
 from topt_deploy.errors import UsageError
 
 from .literature import LITERATURE
-from .plain import PLAIN
+from .plain_baselines import PLAIN
 from .problem import Method
-from .topt import VARIANTS, Topt
+from .topt_variants import VARIANTS, Topt
 
 Group = Literal["variant", "literature", "plain"]
 

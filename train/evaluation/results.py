@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.parquet import read_parquet, write_parquet
 from topt_deploy.errors import BadConfig, ToptError
-from topt_deploy.fileio import reading, write_error, write_json
-from topt_deploy.parquet import read_parquet, write_parquet
+from topt_deploy.storage.atomic import reading, write_error, write_json
 
 from .coverage import Coverage, Stratum
 from .registry import Entry, Group

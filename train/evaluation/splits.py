@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from topt_deploy.errors import BadData
 
 from ..metrics import Metrics, metrics
-from ..stage2 import fold_of
+from ..prompt4re import fold_of
 
 Array = np.ndarray[Any, Any]
 
@@ -110,7 +110,7 @@ def spatial(labels: Array, position: Array, *, seeds: Sequence[int], folds: int 
 
     Args:
         labels: float64 (N,), NaN where unknown.
-        position: (N, 3), :func:`topt_deploy.features.local_position_m`.
+        position: (N, 3), :func:`topt_deploy.data.features.local_position_m`.
 
     Raises:
         BadData: If the labelled regions lie at fewer than 3 places.

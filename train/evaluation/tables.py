@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.commandline import decimal
+from topt_deploy.console import decimal
 
 from .coverage import SIZES
-from .paired import SIGNIFICANT, Paired, compare
+from .paired_tests import SIGNIFICANT, Paired, compare
 from .protocols import PROTOCOLS
 from .registry import MAIN, Group
 from .results import Result

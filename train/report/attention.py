@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.features import POSITION
+from topt_deploy.data.features import POSITION
 from topt_deploy.model.srel import GraphormerLayer, Srel
 from topt_deploy.model.topt import TopT
 
@@ -42,7 +42,7 @@ def read_attention(model: TopT, inputs: Mapping[str, Tensor]) -> list[Attention]
 
     Args:
         model: The fused model, in evaluation mode.
-        inputs: :func:`topt_deploy.features.features` of the city, as tensors.
+        inputs: :func:`topt_deploy.data.features.features` of the city, as tensors.
     """
     config = model.spec.config
     found = []

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.model.kernel import KernelHead, ViewKernels
+from topt_deploy.model.gaussian_process import KernelHead, ViewKernels
 from topt_deploy.model.topt import EnsembleHead, TopT
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +38,7 @@ def read_contributions(model: TopT, inputs: Mapping[str, Tensor]) -> dict[str, C
 
     Args:
         model: The fused model, in evaluation mode.
-        inputs: :func:`topt_deploy.features.features` of the city, as tensors.
+        inputs: :func:`topt_deploy.data.features.features` of the city, as tensors.
     """
     found = {}
     for task, settings in model.spec.config.tasks.items():

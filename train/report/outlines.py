@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from topt_deploy.features import EARTH_RADIUS_M
-from topt_deploy.geometry import geo_library
+from topt_deploy.data.features import EARTH_RADIUS_M
+from topt_deploy.data.geometry import geo_library
 
 Array = np.ndarray[Any, Any]
 
@@ -91,7 +91,7 @@ def east_north_m(position: Array) -> tuple[Array, bool]:
     which is linear in c. It takes four regions that do not lie on one circle, as those along a parallel do.
 
     Args:
-        position: float64 (N, 3), :func:`topt_deploy.features.local_position_m`, to float32's precision.
+        position: float64 (N, 3), :func:`topt_deploy.data.features.local_position_m`, to float32's precision.
 
     Returns:
         (N, 2) in the plane that touches the sphere at the centre, and whether north is up. Where that cannot be told:

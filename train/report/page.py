@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from topt_deploy.commandline import decimal
-from topt_deploy.config import DEFAULT_PRESET
-from topt_deploy.fileio import check_place, write_text
-from topt_deploy.runs import Run
-from topt_deploy.use import INTENDED_USE
+from topt_deploy.config.settings import DEFAULT_PRESET
+from topt_deploy.console import decimal
+from topt_deploy.intended_use import INTENDED_USE
+from topt_deploy.run_folder import Run
+from topt_deploy.storage.atomic import check_place, write_text
 
-from ..command import verdict
+from ..cli.train import verdict
 from .evaluation import Evaluation, read_evaluation
-from .facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
+from .explanations import MadeOf, attention_section, exchanged, made_of
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
-from .inside import MadeOf, attention_section, exchanged, made_of
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
+from .plain_words import sentence_case, title_of, view_name
+from .run_facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
 from .scales import BLUES, PURPLES, diverging, number, sequential
-from .words import sentence_case, title_of, view_name
 
 TEMPLATES = Path(__file__).parent / "templates"
 COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from topt_deploy.errors import NoInput, UsageError
+from topt_deploy.runtime.batch.object_stores import joined, shown
 from topt_deploy.runtime.batch.plan import alone, plan
-from topt_deploy.runtime.batch.remote import joined, shown
 
 REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 

@@ -11,7 +11,7 @@ import pytest
 from batch import NAMES, outputs, spoil
 from commands import environment, shell
 
-from topt_deploy.fileio import locked
+from topt_deploy.storage.atomic import locked
 
 DONE, PARTIAL, BAD_DATA, TRY_AGAIN = 0, 3, 65, 75
 
@@ -106,7 +106,7 @@ class TestOneCity:
 
     def test_another_version(self, again, monkeypatch):
         again()
-        monkeypatch.setattr("topt_deploy.runtime.city.__version__", "99.0")
+        monkeypatch.setattr("topt_deploy.runtime.predict_city.__version__", "99.0")
         assert again() == "predicted"
 
     @pytest.mark.parametrize("tamper", ["flip", "cut", "empty", "gone", "folder"])
@@ -227,7 +227,7 @@ class TestBatch:
         }  # fmt: skip
 
 
-HOLD = "import sys, time; from pathlib import Path; from topt_deploy.fileio import locked\n"
+HOLD = "import sys, time; from pathlib import Path; from topt_deploy.storage.atomic import locked\n"
 HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
 
 

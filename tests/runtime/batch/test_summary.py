@@ -8,8 +8,8 @@ import pytest
 from batch import NAMES, spoil
 from commands import shell
 
+from topt_deploy.runtime.batch.city_task import Result
 from topt_deploy.runtime.batch.summary import Summary
-from topt_deploy.runtime.batch.work import Result
 
 DONE, PARTIAL, BAD_DATA, NO_INPUT, BUG, IO_ERROR, TRY_AGAIN, BAD_BUNDLE = 0, 3, 65, 66, 70, 74, 75, 76
 
@@ -146,7 +146,7 @@ class TestMetrics:
         def fail(*_, **__):
             raise ZeroDivisionError
 
-        monkeypatch.setattr("topt_deploy.runtime.city.read_receipt", fail)
+        monkeypatch.setattr("topt_deploy.runtime.predict_city.read_receipt", fail)
         path = desk.folder / "x.prom"
         assert topt_run("predict", desk.regions, "--resume", "--metrics-file", path).code == BUG
         assert metrics(path)[("exit_code",)] == BUG

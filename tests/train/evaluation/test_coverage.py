@@ -15,7 +15,7 @@ from topt_deploy.train.evaluation.coverage import measure, nested_intervals
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, fit_and_hold_out
 from topt_deploy.train.evaluation.splits import honest
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.loop import Engine
 
 N = 41
 CITY = tiny_city(N)

@@ -11,21 +11,22 @@ import torch
 from builders import quiet, replaced, tiny_city, tiny_city_tables
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-from topt_deploy.config import load_config
+from topt_deploy.config.settings import load_config
+from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.table import infer_schema
-from topt_deploy.train import baseline
-from topt_deploy.train.city_files import write_city
-from topt_deploy.train.evaluation import command, plain, topt
+from topt_deploy.train import boosted_trees
+from topt_deploy.train.cli import evaluate as command
+from topt_deploy.train.datasets.city_files import write_city
+from topt_deploy.train.evaluation import plain_baselines, topt_variants
 from topt_deploy.train.evaluation.evaluate import Evaluation
 from topt_deploy.train.evaluation.literature.embedding import Recipe
-from topt_deploy.train.evaluation.plain import Mean
+from topt_deploy.train.evaluation.plain_baselines import Mean
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, Protocol, fit_and_hold_out
 from topt_deploy.train.evaluation.registry import METHODS, Entry
 from topt_deploy.train.evaluation.results import Store
 from topt_deploy.train.evaluation.splits import Splits
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.loop import Engine
 
 N = 14
 CITY = tiny_city(N, prompts=("prompt_crime", "prompt_none"))
@@ -46,12 +47,12 @@ FEW_STEPS = [
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Ensembles and trainings at a hundredth of their cost."""
-    for module, name in ((baseline, "GradientBoostingRegressor"), (plain, "ExtraTreesRegressor")):
+    for module, name in ((boosted_trees, "GradientBoostingRegressor"), (plain_baselines, "ExtraTreesRegressor")):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *_, whole=whole, **settings: whole(**settings | {"n_estimators": 3}))
     monkeypatch.setattr(Recipe, "epochs", property(lambda recipe: 3, lambda recipe, epochs: None), raising=False)
     monkeypatch.setattr(
-        topt, "load_config", lambda overrides, **more: load_config(overrides=[*overrides, *FEW_STEPS], **more)
+        topt_variants, "load_config", lambda overrides, **more: load_config(overrides=[*overrides, *FEW_STEPS], **more)
     )
 
 
@@ -134,7 +135,7 @@ class Copier:
         poi = problem.inputs["poi"].double().numpy()
         return np.stack(
             [
-                baseline.fit_predict(baseline.boosting(0), np.concatenate([poi, own[:, None]], axis=1), row)
+                boosted_trees.fit_predict(boosted_trees.boosting(0), np.concatenate([poi, own[:, None]], axis=1), row)
                 for row, own in zip(labels, filled(labels), strict=True)
             ]
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
-from topt_deploy.train.evaluation.paired import compare
+from topt_deploy.train.evaluation.paired_tests import compare
 from topt_deploy.train.evaluation.results import Result
 from topt_deploy.train.evaluation.splits import HeldOut, honest
 from topt_deploy.train.evaluation.tables import Spread, as_json, markdown, spreads, verdicts

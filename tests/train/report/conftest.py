@@ -8,9 +8,9 @@ import pytest
 import torch
 from builders import quiet
 
-from topt_deploy.config import Config
-from topt_deploy.parquet import write_parquet
-from topt_deploy.train.fit import Engine
+from topt_deploy.config.settings import Config
+from topt_deploy.data.parquet import write_parquet
+from topt_deploy.train.loop import Engine
 from topt_deploy.train.run import start_run, train_run
 
 

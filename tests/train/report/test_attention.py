@@ -5,10 +5,10 @@ import pytest
 import torch
 from builders import LAND_USE, POI, task_config, tiny_city, tiny_config
 
-from topt_deploy.features import features
+from topt_deploy.data.city import Schema
+from topt_deploy.data.features import features
 from topt_deploy.model.layers import ByName
 from topt_deploy.model.topt import ModelSpec, TopT, predict
-from topt_deploy.table import Schema
 from topt_deploy.train.report.attention import attended_most, read_attention, received, spread
 
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)

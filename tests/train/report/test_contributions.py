@@ -10,10 +10,10 @@ import torch
 from builders import LAND_USE, POI, task_config, tiny_city, tiny_config
 from torch import Tensor
 
-from topt_deploy.features import features
-from topt_deploy.model.kernel import KernelHead
+from topt_deploy.data.city import Schema
+from topt_deploy.data.features import features
+from topt_deploy.model.gaussian_process import KernelHead
 from topt_deploy.model.topt import EnsembleHead, ModelSpec, TopT, predict
-from topt_deploy.table import Schema
 from topt_deploy.train.report.contributions import contributions, read_contributions
 
 N = 11

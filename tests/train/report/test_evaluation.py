@@ -9,7 +9,7 @@ import pytest
 from builders import tiny_config
 
 from topt_deploy.errors import BadData, NoInput
-from topt_deploy.runs import Run
+from topt_deploy.run_folder import Run
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.evaluation.results import Result

@@ -18,16 +18,16 @@ from builders import replaced, task_config, tiny_city_tables, tiny_config
 from commands import Said
 from markupsafe import escape as markup
 
-from topt_deploy.config import Config
-from topt_deploy.geometry import geo_metadata
+from topt_deploy.config.settings import Config
+from topt_deploy.data.geometry import geo_metadata
+from topt_deploy.data.parquet import read_parquet, write_parquet
+from topt_deploy.intended_use import INTENDED_USE
 from topt_deploy.intervals import interval
-from topt_deploy.parquet import read_parquet, write_parquet
-from topt_deploy.runs import open_run
+from topt_deploy.run_folder import open_run
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
-from topt_deploy.train.report.facts import read_facts
 from topt_deploy.train.report.page import render, write_report
+from topt_deploy.train.report.run_facts import read_facts
 from topt_deploy.train.run import HELD_OUT_FILE
-from topt_deploy.use import INTENDED_USE
 
 N = 21
 MakeRun = Callable[[Path, pa.Table, pa.Table, Config], Path]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from topt_deploy.data.city import Flows
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ridge
-from topt_deploy.table import Flows
 
-from ...fit import LOG_EVERY
+from ...loop import LOG_EVERY
 from ..problem import Problem
 
 Array = np.ndarray[Any, Any]

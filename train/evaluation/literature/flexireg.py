@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.config import Config, load_config
+from topt_deploy.config.settings import Config, load_config
 from topt_deploy.errors import BadData
 
-from ...fit import Workplace
-from ...stage2 import train_head
+from ...loop import Workplace
+from ...prompt4re import train_head
 from ..problem import Problem
 from .embedding import Recipe
 from .hafusion import WIDTH, HaFusion

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.spatial import Delaunay, QhullError
 from sklearn.metrics.pairwise import cosine_similarity
 
+from topt_deploy.data.city import Flows
 from topt_deploy.errors import BadData
-from topt_deploy.table import Flows
 
 Array = np.ndarray[Any, Any]
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.config import SrelConfig
+from topt_deploy.config.settings import SrelConfig
 from topt_deploy.model.fusion import IntraViewBlock, ViewFusion
 from topt_deploy.model.layers import Dropout
 from topt_deploy.model.srel import GraphormerLayer, SrelLoss
 
-from ...stage1 import flow_target, similarity_targets
+from ...srel import flow_target, similarity_targets
 from ..problem import Problem
 from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
 from .graphs import od_matrix

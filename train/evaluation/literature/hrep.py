@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from topt_deploy.errors import BadData
 from topt_deploy.model.prompt4re import ridge
 
-from ...stage1 import flow_target, similarity_targets
+from ...srel import flow_target, similarity_targets
 from ..problem import Problem
 from .embedding import EmbeddingMethod, Learner, Recipe, minimise, need_flows
 from .graphs import Array, contiguity, mobility_similarities, nearest

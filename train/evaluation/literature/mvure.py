@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from topt_deploy.model.layers import Dropout
 
-from ...stage1 import flow_target, similarity_targets
+from ...srel import flow_target, similarity_targets
 from ..problem import Problem
 from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
 from .graphs import Array, mobility_similarities, nearest

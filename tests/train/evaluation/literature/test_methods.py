@@ -12,9 +12,9 @@ from builders import TASKS, quiet, tiny_city, tiny_city_tables
 from sklearn.linear_model import RidgeCV
 from torch import nn
 
+from topt_deploy.data.city import City, Schema, infer_schema, read_city
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ALPHAS
-from topt_deploy.table import City, Schema, infer_schema, read_city
 from topt_deploy.train.evaluation.literature import LITERATURE
 from topt_deploy.train.evaluation.literature.embedding import EmbeddingMethod, Learner, Recipe, minimise
 from topt_deploy.train.evaluation.literature.flexireg import FlexiRegStyle
@@ -25,7 +25,7 @@ from topt_deploy.train.evaluation.literature.mvure import Mvure
 from topt_deploy.train.evaluation.literature.recp import Recp
 from topt_deploy.train.evaluation.literature.regiondcl import RegionDcl
 from topt_deploy.train.evaluation.problem import Method, Problem
-from topt_deploy.train.fit import Engine
+from topt_deploy.train.loop import Engine
 
 SHORT = Recipe(epochs=3, lr=1e-3)
 METHODS: Mapping[str, Callable[[], EmbeddingMethod]] = {

@@ -1,0 +1,156 @@
+"""docs/results.md: Chicago under every protocol, ``make results``. Goes on where it was interrupted.
+
+Every figure on that page comes from the folders of results that this leaves in build/results/, one per suite. Methods
+are made once, so that what needs no label (embeddings) is computed once for all suites of a process.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from topt_deploy.config.settings import load_config
+from topt_deploy.train.cli.evaluate import FIRST_SEED
+from topt_deploy.train.evaluation.evaluate import evaluate_problem, read_problem
+from topt_deploy.train.evaluation.problem import Method
+from topt_deploy.train.evaluation.registry import METHODS, Entry
+from topt_deploy.train.loop import Engine
+from topt_deploy.train.progress import Reporter
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ("crime", "check_in", "service_call")
+PAPER = [name for name in METHODS if name.startswith("paper")]
+TABLE_1 = ["paper", "paper-no-prompt4re", "paper-no-task-prompt", "paper-no-alignment"]
+LITERATURE = [*(name for name, entry in METHODS.items() if entry.group == "literature"), "srel"]
+"""Methods with an embedding take a minute or more per task and seed, as the paper's do: one repetition."""
+QUICK = [name for name in METHODS if name not in {*LITERATURE, *PAPER}]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A folder of results: an encoder's city, a protocol, methods and repetitions."""
+
+    title: str
+    protocol: str
+    methods: list[str]
+    seeds: int
+    encoder: str = "llama"
+    coverage: float | None = None
+    first: int = FIRST_SEED
+
+
+_QWEN_TITLE = "Prompts of Qwen2.5-VL-7B"
+SUITES = {
+    "paper": Suite("The paper's Table 1: `paper`", "paper", PAPER, seeds=1, first=0),
+    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=1, first=0, encoder="qwen"),
+    "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
+    "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
+    "honest-paper": Suite("The paper's models, at their last epoch: `honest`", "honest", TABLE_1, seeds=1),
+    "honest-qwen": Suite(f"{_QWEN_TITLE}: `honest`", "honest", ["topt"], seeds=5, encoder="qwen"),
+    "coverage": Suite("Intervals: `honest`", "honest", ["topt"], seeds=1, coverage=0.9),
+    "spatial": Suite("Areas not seen: `spatial`", "spatial", QUICK, seeds=5),
+    "spatial-literature": Suite("The literature: `spatial`", "spatial", LITERATURE, seeds=1),
+    "spatial-paper": Suite("The paper's models, at their last epoch: `spatial`", "spatial", TABLE_1, seeds=1),
+    "spatial-qwen": Suite(f"{_QWEN_TITLE}: `spatial`", "spatial", ["topt"], seeds=5, encoder="qwen"),
+}
+
+
+PUBLISHED = {
+    "MVURE": ("100.4 / 129.2 / 0.461", "1693 / 3171 / 0.656", "190.3 / 266.9 / 0.441"),
+    "MGFN": ("107.4 / 137.9 / 0.386", "1281 / 2276 / 0.817", "208.2 / 293.4 / 0.329"),
+    "HREP": ("88.3 / 114.4 / 0.578", "1679 / 3135 / 0.664", "185.7 / 262.2 / 0.468"),
+    "ReCP": ("86.9 / 120.1 / 0.534", "1272 / 2341 / 0.804", "206.7 / 303.4 / 0.284"),
+    "RegionDCL": ("121.7 / 159.6 / 0.179", "2427 / 4184 / 0.402", "195.7 / 272.1 / 0.445"),
+    "HAFusion": ("77.8 / 107.1 / 0.631", "929 / 1947 / 0.870", "159.3 / 222.0 / 0.613"),
+    "FlexiReg": ("61.7 / 85.1 / 0.766", "922 / 1775 / 0.891", "121.1 / 178.2 / 0.753"),
+    "ToPT": ("49.3 / 62.7 / 0.874", "424.6 / 634.6 / 0.986", "95.6 / 127.4 / 0.874"),
+    "ToPT without Prompt4RE": ("62.5 / 82.4 / 0.781", "753.7 / 1419 / 0.931", "124.5 / 172.6 / 0.768"),
+    "ToPT without task-relevant prompt": ("52.2 / 66.0 / 0.858", "520.8 / 911.5 / 0.972", "105.3 / 146.5 / 0.833"),
+    "ToPT without alignment": ("56.4 / 77.8 / 0.805", "679.7 / 1315 / 0.941", "111.9 / 155.9 / 0.811"),
+}
+"""The published figures (Guo et al., arXiv 2602.01610, Table 1, Chicago): crime, check-in, service call."""
+
+
+def page(folder: Path) -> str:
+    """docs/results.md from the suites' folders."""
+    head = f"""# Chicago under every protocol
+
+Made by `make results` (results.py) on {date.today()}: {os.cpu_count()} cores, one thread a process, Python
+{platform.python_version()}, PyTorch {torch.__version__}. 77 community areas; HAFusion's `data_Chi`, prompts of
+Llama-3.2-11B-Vision from Prompt4RE where nothing else is said. What the methods are: [evaluation.md](evaluation.md) and
+[literature.md](literature.md). What the differences come from: [LOG.md](../dev/LOG.md).
+"""
+    published = "\n".join(
+        ["| published | check_in | crime | service_call |", "|---|---|---|---|"]
+        + [f"| {method} | {check_in} | {crime} | {calls} |" for method, (crime, check_in, calls) in PUBLISHED.items()]
+    )
+    blocks = [head]
+    for name, suite in SUITES.items():
+        if not (folder / name / "results.md").exists():
+            continue  # the suites that were asked for and no others
+        _, _, own = (folder / name / "results.md").read_text(encoding="utf-8").partition("\n\n")
+        blocks += [f"## {suite.title}\n", own]
+        if name == "paper":
+            blocks += ["As published (epochs chosen on the test folds as well):\n", published + "\n"]
+    return "\n".join(blocks)
+
+
+def import_city(encoder: str, hafusion: Path, prompt4re: Path, folder: Path) -> Path:
+    """Chicago with an encoder's prompts, by the user's own command."""
+    city = folder / f"chicago-{encoder}"
+    if not city.exists():
+        command = ["import", "hafusion", hafusion, "--city", "Chi", "--prompt4re", prompt4re]
+        options = ["--encoder", encoder, "--out", city]
+        subprocess.run([Path(sys.executable).with_name("topt-deploy"), *command, *options], check=True)
+    return city
+
+
+def once(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The same entries with every method made once."""
+    return {name: replace(entry, make=partial(_same, entry.make())) for name, entry in entries.items()}
+
+
+def _same(method: Method) -> Method:
+    return method
+
+
+def main() -> None:
+    """Run the chosen suites; write the page when all have their results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hafusion", required=True, type=Path)
+    parser.add_argument("--prompt4re", required=True, type=Path)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "results")
+    parser.add_argument("--only", nargs="*", choices=SUITES, default=list(SUITES), help="Suites [default: all].")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    methods, problems = once(METHODS), {}
+    with Reporter() as reporter:
+        for name in options.only:
+            suite = SUITES[name]
+            if suite.encoder not in problems:
+                city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
+                engine = Engine.choose("cpu", None, None)
+                problems[suite.encoder] = read_problem(city, load_config(tasks=TASKS), engine, reporter)
+            reporter.say(f"suite {name}")
+            evaluate_problem(
+                *problems[suite.encoder],
+                {method: methods[method] for method in suite.methods},
+                protocol=suite.protocol,
+                seeds=range(suite.first, suite.first + suite.seeds),
+                nominal=suite.coverage,
+                out=options.folder / name,
+            )
+    (ROOT / "docs" / "results.md").write_text(page(options.folder), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
+
+import errno
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from topt_deploy import __version__
+from topt_deploy.bundle.encoder_manifest import EncoderBundle
+from topt_deploy.bundle.manifest import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.data.city import read_city
+from topt_deploy.data.columns import PROMPT_PREFIX
+from topt_deploy.data.features import POSITION, features
+from topt_deploy.data.parquet import write_parquet
+from topt_deploy.errors import ToptError, UsageError
+from topt_deploy.intervals import SCALE
+from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.model.topt import TopT
+from topt_deploy.prompts.precision import comparable
+from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.storage.atomic import atomic_file, atomic_folder, write_error
+from topt_deploy.tensorrt.profile import Profile, Range, parse_profile
+
+from .golden_cities import SyntheticCity, synthetic_city
+from .model_card import model_card
+from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
+from .parity import TOLERANCES, Parity, parity_gate, run_model
+from .tensorrt_engines import Target, make_engines
+
+GRAPH = "models/topt.onnx"
+WEIGHTS_FILE = f"models/{WEIGHTS}"
+GOLDEN_SIZES = (7, 31)
+"""Regions of the golden cities that travel with the bundle."""
+GATE_SIZES = (203,)
+"""Regions of further cities that the parity gate sees, beside the golden ones and the training city."""
+PROFILE: Profile = {REGIONS_AXIS: Range(least=1, usual=256, most=4096)}
+"""Of an engine, where none is asked for: attention holds numbers for every pair of regions, a byte or four each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """An exported bundle and what the parity gate measured."""
+
+    path: Path
+    parity: tuple[Parity, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Variant:
+    """A graph for TensorRT, before its engines."""
+
+    target: Target
+    profile: Profile
+    graph: Graph
+    parity: tuple[Parity, ...]
+
+    def write(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        """Write graph and engines into a bundle's folder; what the manifest says of them."""
+        name = self.target.variant
+        place = folder / "models" / name / Path(GRAPH).name
+        place.parent.mkdir()
+        place.write_bytes(self.graph.model)
+        place.with_name(WEIGHTS).write_bytes(self.graph.weights)
+        made = make_engines(self.target, place, self.profile)
+        say(f"{name}: {made.told}")
+        return {
+            "graph": place.relative_to(folder).as_posix(),
+            "weights": place.with_name(WEIGHTS).relative_to(folder).as_posix(),
+            "initializers": {},
+            "providers": [],
+            "flavour": self.target.flavour,
+            "precision": self.target.precision,
+            "tolerance": TOLERANCES[self.target.precision],
+            "parity": [asdict(measured) for measured in self.parity],
+        } | made.as_record(self.profile, folder)
+
+
+def export_bundle(
+    run: Run,
+    out: Path,
+    *,
+    say: Callable[[str], None],
+    as_zip: bool = False,
+    encoder: EncoderBundle | None = None,
+    inside: bool = False,
+    target: Target | None = None,
+) -> Exported:
+    """Export ``run`` to ``out``; nothing stands under that name until all of it is right.
+
+    Args:
+        run: A finished run.
+        out: The bundle's folder, or file with ``as_zip``. An older bundle there is replaced.
+        say: Told what is being done.
+        encoder: The prompt encoder that goes with it.
+        inside: Whether a copy of that goes into the bundle; its own is referred to otherwise.
+        target: What TensorRT's engines are made for; they are one more variant, beside the portable one.
+
+    Raises:
+        BadBundle: If the parity gate fails, or TensorRT cannot build the model.
+        UsageError: If the run is not finished, ``out`` is something other than a bundle, the encoder is not the one
+            that the run's prompts are from, or what is asked of engines does not go together.
+        NoDevice: If engines are asked of a library that is not here.
+    """
+    profile = PROFILE
+    if target is not None:
+        target.check()
+        profile = parse_profile(target.profile, PROFILE, unnamed=REGIONS_AXIS)
+    if not run.finished:
+        raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
+    check_place(out, as_zip)
+    model = load_model(run.path / MODEL_FILE)
+    inputs, facts = load_tensors(run.path / INPUTS_FILE)
+    named = ("encoder", "template", "precision")
+    prompts: dict[str, dict[str, Any]] = {
+        column: {"width": width} | {what: facts[f"{what}s"].get(column) for what in named}
+        for column, width in model.spec.schema.prompts.items()
+    }
+    if encoder is not None:
+        _check_encoder(run, encoder, prompts)
+        served = encoder.manifest.precision
+        for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
+            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/encoder.md")
+    say("exporting the graph")
+    graph = export_graph(model, inputs)
+    say("parity gate: PyTorch against ONNX Runtime")
+    ranges = {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
+    position_m = inputs[POSITION].numpy()
+    cities = {f"golden-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GOLDEN_SIZES}
+    others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
+    schema = model.spec.schema
+    arrays = {
+        name: features(read_city(city.regions, city.mobility, schema), model.input_names())
+        for name, city in (cities | others).items()
+    }
+    arrays = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}} | arrays
+    parity = tuple(parity_gate(model, graph, arrays))
+    for measured in parity:
+        say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
+    variant = None if target is None else _variant(target, profile, model, inputs, arrays, say)
+    config = run.config
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        version=__version__,
+        source={
+            "run": run.path.name,
+            "city_id": run.facts["city_id"],
+            "regions": run.facts["regions"],
+            "regions_sha256": run.regions_sha256,
+            "mobility_sha256": run.mobility_sha256,
+            "preset": config.preset,
+            "seed": config.seed,
+            "versions": run.facts["versions"] | {"torch (export)": torch.__version__},
+            "protocol": run.facts["protocol"],
+            "synthetic": run.facts["synthetic"],
+        },
+        tasks={
+            task: {
+                "prompt": settings.prompt_column(task),
+                "report": run.facts["reports"][task],
+                "scores": run.facts["scores"][task],
+                "scale": SCALE,
+            }
+            for task, settings in config.tasks.items()
+        },
+        views={view: tuple(names) for view, names in schema.views.items()},
+        mobility=schema.mobility,
+        prompts=prompts,
+        ranges=ranges,
+        inputs=tuple(model.input_names()),
+        opset=OPSET,
+        variants={
+            "fp32": {
+                "graph": GRAPH,
+                "weights": WEIGHTS_FILE,
+                "initializers": graph.initializers,
+                "providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
+                "tolerance": TOLERANCES["fp32"],
+                "parity": [asdict(measured) for measured in parity],
+            }
+        },
+        golden=tuple(cities),
+        encoder=None
+        if encoder is None
+        else {
+            "identity": encoder.spec.identity,
+            "sha256": encoder.sha256,
+            "bundle": None if inside else encoder.path.name,
+        },
+    )
+    with atomic_folder(out) if not as_zip else _zipped(out) as folder:
+        (folder / "models").mkdir()
+        (folder / GRAPH).write_bytes(graph.model)
+        (folder / WEIGHTS_FILE).write_bytes(graph.weights)
+        (folder / "golden").mkdir()
+        for name, city in cities.items():
+            expected = {task: pa.array(values) for task, values in run_model(model, arrays[name]).items()}
+            _write_golden(folder / "golden", name, city, pa.table(expected))
+        if encoder is not None and inside:
+            shutil.copytree(encoder.path, folder / ENCODER)
+        if variant is not None:
+            written = {variant.target.variant: variant.write(folder, say)}
+            manifest = replace(manifest, variants={**manifest.variants, **written})
+        card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        seal_bundle(folder, manifest)
+        open_bundle(folder).verify()  # what no reader would take must not leave this machine
+    size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    return Exported(path=out, parity=parity, bytes=size)
+
+
+def _variant(
+    target: Target,
+    profile: Profile,
+    model: TopT,
+    inputs: Mapping[str, Any],
+    arrays: Mapping[str, Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> _Variant:
+    """The graph for TensorRT, behind the same gate on the same cities, its precision's tolerance apart."""
+    say(f"exporting the graph for {target.variant}")
+    most = profile[REGIONS_AXIS].most
+    graph = export_for_engine(model, inputs, precision=target.precision, most=most)
+    parity = tuple(parity_gate(model, graph, arrays, target.precision))
+    worst = max(measured.worst for measured in parity)
+    say(f"parity gate: {target.variant} on ONNX Runtime, largest relative difference {worst:.1e}")
+    return _Variant(target=target, profile=profile, graph=graph, parity=parity)
+
+
+def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an encoder that would give the model other prompts than it was trained with."""
+    if not prompts:
+        raise UsageError("this run reads no prompts", file=run.path, fix="export it without --prompt-encoder")
+    for column, facts in prompts.items():
+        task = column.removeprefix(PROMPT_PREFIX)
+        for what, expected, found in (
+            ("encoder", facts["encoder"], encoder.spec.identity),
+            ("template", facts["template"], encoder.templates.sha256(task)),
+        ):
+            if expected is not None and expected != found:
+                raise UsageError(
+                    f"the run was trained with prompts of another {what}", file=run.path, column=column,
+                    expected=expected, found=found,
+                    fix="export that one, or encode with this one (topt-deploy encode) and train again",
+                )  # fmt: skip
+        if not comparable(facts["precision"], encoder.manifest.precision):
+            raise UsageError(
+                "prompts in int4 are no stand-in for others", file=run.path, column=column,
+                expected=facts["precision"], found=encoder.manifest.precision,
+                fix="encode the training city with this encoder (--encoder-only, then topt-run encode) and train again",
+            )  # fmt: skip
+        if facts["width"] != encoder.spec.width:
+            raise UsageError(
+                "the run's prompts are of another width", file=run.path, column=column,
+                expected=facts["width"], found=encoder.spec.width,
+            )  # fmt: skip
+
+
+def check_place(out: Path, as_zip: bool) -> None:
+    """Refuse before the work what could not be written after it, and to replace what is no bundle."""
+    if not out.parent.is_dir():
+        raise write_error(out, FileNotFoundError(errno.ENOENT, "no such folder"))
+    if not out.exists():
+        return
+    try:
+        open_bundle(out)
+        replaceable = out.is_dir() != as_zip
+    except ToptError:
+        replaceable = not as_zip and (out / MANIFEST).exists()  # a damaged bundle may be replaced
+    if not replaceable:
+        raise UsageError("is there already, and is no bundle of this form", file=out, fix="name another --out")
+
+
+def _write_golden(folder: Path, name: str, city: SyntheticCity, expected: pa.Table) -> None:
+    """A golden city as Parquet: its two tables, and what PyTorch predicts of it in the order of its rows."""
+    tables = {"regions": city.regions, "mobility": city.mobility, "expected": expected}
+    for part, table in tables.items():
+        if table is not None:
+            write_parquet(folder / f"{name}.{part}.parquet", table)
+
+
+@contextmanager
+def _zipped(out: Path) -> Iterator[Path]:
+    """Yield a folder whose files become the zip file ``out``; the same content gives the same bytes."""
+    with atomic_file(out) as temporary, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield folder
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+                info = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # dated 1980: no clock in the bytes
+                info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                archive.writestr(info, file.read_bytes())

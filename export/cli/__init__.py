@@ -1,0 +1,1 @@
+"""The commands of ``topt-deploy`` that export and sign: one a file."""

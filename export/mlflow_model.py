@@ -1,0 +1,154 @@
+"""The exported bundle as an MLflow model: the files that ``mlflow.pyfunc.load_model`` reads, without any pickle.
+
+MLflow itself is not needed to write them. MLmodel and python_env.yaml are written as JSON, which is YAML.
+"""
+
+import errno
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pyarrow as pa
+
+from topt_deploy import __version__
+from topt_deploy.bundle.manifest import SUFFIX, Bundle, Manifest, open_bundle
+from topt_deploy.data.columns import CITY_ID, REGION_ID
+from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.errors import UsageError
+from topt_deploy.storage.atomic import atomic_folder, write_error
+
+LOADER = "topt_deploy.runtime.mlflow"
+DATA = f"model{SUFFIX}"
+EXAMPLE = "input_example.json"
+LEAVING = ("dest_id", "flow")
+"""The loader's columns of flows: per region, lists of where they lead and of how large they are."""
+
+
+def check_mlflow_place(folder: Path) -> None:
+    """Refuse, before the work, a place that an MLflow model cannot be written to.
+
+    Raises:
+        UsageError: If something is there already.
+        CannotCreate: If its parent is no folder.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise UsageError("is there already", file=folder, fix="name a new folder with --mlflow, or remove this one")
+    if not folder.parent.is_dir():
+        raise write_error(folder, FileNotFoundError(errno.ENOENT, "no such folder"))
+
+
+def write_mlflow(folder: Path, bundle: Path) -> None:
+    """Write an MLflow model that holds a copy of a bundle; the folder stands there whole, or not at all.
+
+    Args:
+        folder: The MLflow model; must not exist.
+        bundle: A bundle's folder or zip.
+
+    Raises:
+        BadBundle: If the copy is not what its manifest says.
+    """
+    check_mlflow_place(folder)
+    with atomic_folder(folder) as temporary:
+        copy = temporary / DATA
+        if bundle.is_dir():
+            shutil.copytree(bundle, copy)
+        else:
+            shutil.copyfile(bundle, copy)
+        opened = open_bundle(copy)
+        opened.verify()
+        encodes = _encodes(opened.manifest)
+        files = {
+            "MLmodel": {
+                "flavors": {
+                    "python_function": {
+                        "loader_module": LOADER,
+                        "data": DATA,
+                        "env": {"virtualenv": "python_env.yaml"},
+                        "python_version": platform.python_version(),
+                    }
+                },
+                "signature": {
+                    "inputs": json.dumps(_inputs(opened.manifest, encodes)),
+                    "outputs": json.dumps(_outputs()),
+                    "params": None,
+                },
+                "saved_input_example_info": {
+                    "artifact_path": EXAMPLE,
+                    "type": "dataframe",
+                    "pandas_orient": "split",
+                },
+                "metadata": {"bundle_sha256": opened.sha256},
+            },
+            "python_env.yaml": {
+                "python": platform.python_version(),
+                "build_dependencies": ["pip"],
+                "dependencies": ["-r requirements.txt"],
+            },
+            EXAMPLE: _example(opened),
+        }
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=None if name == EXAMPLE else 2), encoding="utf-8")
+        requirements = [
+            "mlflow-skinny>=3",
+            "pandas>=2",
+            f"topt-deploy[cpu{',encoder' if encodes else ''}]=={__version__}",
+            *(f"{module.__name__}=={module.__version__}" for module in (ort, np, pa)),
+        ]
+        (temporary / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+
+
+def _encodes(manifest: Manifest) -> bool:
+    """Whether the bundle itself makes prompts, so that regions need not have any."""
+    return manifest.encoder is not None and manifest.encoder["bundle"] is None
+
+
+def _inputs(manifest: Manifest, encodes: bool) -> list[dict[str, Any]]:
+    """MLflow's schema of the DataFrame.
+
+    Counts and flows are of any type there, for MLflow refuses whole numbers where it was told of fractions; the loader
+    checks them as it does a table's.
+    """
+    numbers = {"type": "array", "items": {"type": "double"}}
+    counts = [f"{view}_{category}" for view, categories in manifest.views.items() for category in categories]
+    columns: list[dict[str, Any]] = [
+        {"name": REGION_ID, "type": "string", "required": True},
+        {"name": CITY_ID, "type": "string", "required": False},
+        *({"name": name, "type": "double", "required": True} for name in ("lon", "lat")),
+        *({"name": name, "type": "any", "required": False} for name in [*counts, *LEAVING * manifest.mobility]),
+        *({"name": name, **numbers, "required": not encodes} for name in manifest.prompts),
+    ]
+    if encodes:
+        columns += [{"name": name, "type": "string", "required": False} for name in ("text", "address")]
+    return columns
+
+
+def _outputs() -> list[dict[str, Any]]:
+    """MLflow's schema of the long predictions table."""
+    numbers = ("prediction", "lower", "upper")
+    names = ("city_id", "region_id", "task", *numbers, "status", "reason")
+    optional = {"city_id", "lower", "upper", "reason"}
+    return [
+        {"name": name, "type": "double" if name in numbers else "string", "required": name not in optional}
+        for name in names
+    ]
+
+
+def _example(bundle: Bundle) -> dict[str, Any]:
+    """The smallest golden city as the DataFrame that MLflow keeps as its example."""
+    golden = f"golden/{bundle.manifest.golden[0]}"
+
+    def rows(part: str) -> list[dict[str, Any]]:
+        name = f"{golden}.{part}.parquet"
+        return ParquetFile(bundle.read(name), name).read().to_pylist()
+
+    regions = rows("regions")
+    if bundle.manifest.mobility:
+        flows = rows("mobility")
+        for region in regions:
+            mine = [pair for pair in flows if pair["origin_id"] == region[REGION_ID]]
+            region |= {name: [pair[name] for pair in mine] for name in LEAVING}
+    return {"columns": list(regions[0]), "data": [list(region.values()) for region in regions]}

@@ -1,0 +1,276 @@
+"""Export a prompt encoder: networks shard by shard, parity gate, golden regions, and last of all the manifest."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+import transformers
+
+from topt_deploy import __version__
+from topt_deploy.bundle.encoder_manifest import (
+    EMBEDDING,
+    GOLDEN,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    EncoderBundle,
+    EncoderManifest,
+    open_encoder_bundle,
+)
+from topt_deploy.bundle.manifest import seal_bundle
+from topt_deploy.errors import UsageError
+from topt_deploy.prompts.encode import limit_pixels
+from topt_deploy.prompts.encoder_spec import TEXT, EncoderSpec
+from topt_deploy.prompts.golden_regions import write_golden
+from topt_deploy.prompts.graph_backend import VISION, GraphBackend
+from topt_deploy.prompts.prompt import Array
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint, open_checkpoint, quiet
+from topt_deploy.prompts.pytorch.load import torch_backend
+from topt_deploy.prompts.templates import Templates, load_templates
+from topt_deploy.storage.atomic import atomic_folder
+from topt_deploy.tensorrt.library import RTX
+from topt_deploy.tensorrt.profile import as_record, parse_profile
+
+from ..tensorrt_engines import Target, make_engines
+from .assemble import Assembled, assemble
+from .causal_decoder import TOKENS
+from .checkpoint_tensors import Recipe, Tensors, recipe
+from .default_profiles import default_profile, of_network
+from .lower import FORMS, ONNXRUNTIME, PRECISIONS, STANDARD, TENSORRT
+from .outliers import LIMITS, Outliers
+from .parity_gate import (
+    TOLERANCE,
+    Candidate,
+    EncoderParity,
+    FileRunner,
+    OpenVinoRunner,
+    TorchRunner,
+    gate,
+    golden_regions,
+    reference,
+)
+
+WHOLE_MODEL_NUMBERS = 500_000_000
+"""A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
+ROWS = 4096
+LAYERWISE_CHUNK = 4096
+"""Tokens read at once where every pass reads the whole checkpoint."""
+
+
+def make_encoder(
+    model: str,
+    out: Path,
+    *,
+    precision: str,
+    templates: Path | None,
+    max_pixels: int | None,
+    say: Callable[[str], None],
+    target: Target | None = None,
+) -> EncoderBundle:
+    """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
+
+    Args:
+        model: Folder or id.
+        out: The bundle's folder.
+        precision: Of :func:`export_encoder`.
+        templates: A templates file; the shipped templates by default.
+        max_pixels: What images are resized to, where prompts were encoded so.
+        say: Told what is being done.
+        target: Of :func:`export_encoder`.
+
+    Raises:
+        UsageError: If something else is there, or the model cannot be exported.
+        ToptError: Of whatever else goes wrong; nothing is left at ``out`` then.
+    """
+    quiet()
+    checkpoint, asked = open_checkpoint(model), load_templates(templates)
+    if max_pixels is not None:
+        checkpoint = replace(checkpoint, spec=limit_pixels(checkpoint.spec, max_pixels))
+    wanted = {"identity": checkpoint.spec.identity, "precision": precision, "templates": asked.whole_sha256}
+    if out.exists():
+        there = open_encoder_bundle(out)
+        found = {
+            "identity": there.spec.identity,
+            "precision": there.manifest.precision,
+            "templates": there.templates.whole_sha256,
+        }
+        if target is not None:  # one with engines serves where none are asked for, and not the other way round
+            wanted |= {"engines": _asked(target, checkpoint.spec)}
+            found |= {"engines": _there(there, target)}
+        if found != wanted:
+            raise UsageError(
+                "another encoder is there", file=out, expected=wanted, found=found, fix="name another --encoder-bundle"
+            )
+        say(f"{out} is there already")
+        return there
+    with atomic_folder(out) as folder:
+        export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)
+    return open_encoder_bundle(out)
+
+
+def _asked(target: Target, spec: EncoderSpec) -> str:
+    """Flavour, capabilities and profile that are asked for, to be compared and shown."""
+    profile = parse_profile(target.profile, default_profile(spec), unnamed=TOKENS)
+    return f"{target.flavour}, for {sorted(target.capabilities)}, {sorted(as_record(profile).items())}"
+
+
+def _there(bundle: EncoderBundle, target: Target) -> str:
+    """The same of a bundle. TensorRT's engine is of the GPU that was there, and is not asked for."""
+    facts = [network[TENSORRT] for network in bundle.manifest.networks.values() if TENSORRT in network]
+    if not facts:
+        return "none"
+    profile = {name: sizes for of in facts for name, sizes in of["profile"].items()}
+    capabilities = sorted(facts[0]["engines"]) if facts[0]["flavour"] == RTX else sorted(target.capabilities)
+    return f"{facts[0]['flavour']}, for {capabilities}, {sorted(profile.items())}"
+
+
+def export_encoder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    precision: str,
+    templates: Templates,
+    say: Callable[[str], None],
+    target: Target | None = None,
+) -> EncoderManifest:
+    """Write an encoder bundle into an empty folder.
+
+    No more than a layer's weights is in memory at a time, besides the token embeddings; the gate maps what was written.
+
+    Args:
+        checkpoint: The model.
+        folder: The folder; what stands there after an error is to be thrown away.
+        precision: One of :data:`.lower.PRECISIONS`, of the decoder's linear maps; a vision network is not taken below
+            int8, and maps that lose too much (:mod:`.outliers`) are kept in the next higher precision.
+        templates: What questions travel with it.
+        say: Told what is being done.
+        target: What TensorRT's engines are made for; with it graphs have a third form.
+
+    Raises:
+        UsageError: If the model or the precision cannot be exported, or what is asked of engines does not go together.
+        BadBundle: If the parity gate fails, or TensorRT cannot build a network.
+        NoDevice: If engines are asked of a library that is not here.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
+    made = recipe(checkpoint)
+    spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
+    profile, forms = default_profile(spec), [*FORMS]
+    if target is not None:
+        target.check()
+        profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), [*FORMS, TENSORRT]
+    regions = golden_regions(templates, images=spec.family != TEXT)
+    questions = list(templates.questions.values())
+    past = {
+        name: (int(dims[1]), int(dims[3]))
+        for name, dims in ((n, s.dims) for n, s in made.networks[-1].inputs.items())
+        if name.startswith("past_")
+    }
+    tensors = Tensors(checkpoint, made.canonical)
+    embedding = _embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16")
+    whole = tensors.count() <= WHOLE_MODEL_NUMBERS
+    kept, layerwise = {}, None
+    outliers = Outliers(precision=precision) if precision in LIMITS else None
+    if outliers is not None or not whole:
+        say("running the model in PyTorch, layer by layer")
+        runners = {n.name: TorchRunner(n, tensors.load, outliers) for n in made.networks}
+        backend = GraphBackend(runners, embedding=embedding, past=past, spec=spec, chunk=LAYERWISE_CHUNK)
+        layerwise = reference(host, backend, regions, questions)
+        kept = outliers.kept() if outliers else {}
+    networks = {}
+    for network in made.networks:
+        say(f"exporting the {network.name} network at {precision}")
+        own = "int8" if network.name == VISION and precision == "int4" else precision
+        networks[network.name] = assemble(network, tensors.load, kept, own, folder, forms)
+    if whole:
+        say("running the model in PyTorch, as transformers has it")
+        expected = reference(host, torch_backend(checkpoint, device="cpu", precision="fp32"), regions, questions)
+    else:
+        assert layerwise is not None
+        expected = layerwise
+    say("parity gate: PyTorch against the exported graphs")
+    parity: list[EncoderParity] = []
+    for candidate in _candidates(networks, whole, forms):
+        parity += gate(
+            candidate, expected=expected, regions=regions, questions=questions, host=host, spec=spec,
+            embedding=embedding, past=past, precision=precision,
+        )  # fmt: skip
+        worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
+        say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
+    engines: dict[str, dict[str, Any]] = {network.name: {} for network in made.networks}
+    for network in made.networks if target is not None else ():
+        assert target is not None
+        own_profile = of_network(network, profile)
+        done = make_engines(target, networks[network.name].graphs[TENSORRT], own_profile)
+        say(f"{network.name}: {done.told}")
+        engines[network.name] = {TENSORRT: {"flavour": target.flavour} | done.as_record(own_profile, folder)}
+    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
+    write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
+    manifest = EncoderManifest(
+        schema_version=SCHEMA_VERSION,
+        version=__version__,
+        source={
+            "reference": "transformers" if whole else "PyTorch, layer by layer",
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "onnxruntime": ort.__version__,
+            },
+        },
+        spec=asdict(spec),
+        templates=templates.as_dict(),
+        precision=precision,
+        kept=kept,
+        embedding={"dtype": embedding.dtype.name, "shape": list(embedding.shape)},
+        past=past,
+        networks={
+            name: {
+                "graphs": {form: path.name for form, path in done.graphs.items()},
+                "weights": done.weights.name,
+            }
+            | engines[name]
+            for name, done in networks.items()
+        },
+        tolerance=TOLERANCE[precision],
+        parity=tuple(asdict(measured) for measured in parity),
+        golden=tuple(region.name for region in regions),
+        exact_without_vnni=True,  # .bits.in_8_bits
+    )
+    seal_bundle(folder, manifest)
+    open_encoder_bundle(folder).verify()  # what no reader would take must not leave this machine
+    return manifest
+
+
+def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
+    """Write the token embeddings; they are then mapped, for a text touches few of their rows."""
+    rows, width = tensors.shape(made.embedding)
+    with path.open("xb") as file:
+        for start in range(0, rows, ROWS):
+            part = tensors.rows(made.embedding, start, min(start + ROWS, rows)).float().numpy()
+            file.write(np.ascontiguousarray(part.astype(dtype)).data)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(rows, width))
+
+
+def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
+    """What the gate checks.
+
+    The form for TensorRT is checked whatever the size, for where there is no GPU nothing else can do it. Of a large
+    model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a second copy;
+    ``topt-run selftest --encoder-engine openvino`` checks it on the target.
+    """
+
+    def files(form: str) -> dict[str, Path]:
+        return {name: done.graphs[form] for name, done in networks.items()}
+
+    lazily = [Candidate(form=ONNXRUNTIME, engine="onnxruntime", files=files(ONNXRUNTIME), load=FileRunner)]
+    if whole:
+        lazily.append(Candidate(form=STANDARD, engine="onnxruntime", files=files(STANDARD), load=FileRunner))
+    if whole and find_spec("openvino") is not None:
+        lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
+    if TENSORRT in forms:
+        lazily.append(Candidate(form=TENSORRT, engine="onnxruntime", files=files(TENSORRT), load=FileRunner))
+    return lazily

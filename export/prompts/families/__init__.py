@@ -1,0 +1,1 @@
+"""How each model family is taken apart for export."""

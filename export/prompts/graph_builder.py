@@ -1,0 +1,119 @@
+"""An ONNX graph in the making, whose large weights go to a file as they come."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import set_external_data
+
+from topt_deploy.storage.atomic import sha256_bytes
+
+Array = np.ndarray[Any, Any]
+Place = tuple[int, tuple[int, ...], str]
+
+EXTERNAL_FROM_BYTES = 1024
+ALIGNMENT = 64
+MICROSOFT = "com.microsoft"
+INT4 = np.dtype(ml_dtypes.int4)
+
+
+class Weights:
+    """A file of weights, written front to back, that graphs name as their external data.
+
+    Args:
+        path: The file, in the folder of the graphs.
+
+    Attributes:
+        places: Offset in bytes, shape and numpy type of every weight, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, Place] = {}
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> "Weights":
+        self._file = self.path.open("xb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def add(self, name: str, value: Array) -> None:
+        """Store a weight; of :data:`INT4`, two numbers to a byte."""
+        assert self._file is not None
+        self.places[name] = (self._file.tell(), value.shape, value.dtype.name)
+        if value.dtype == INT4:
+            flat = value.reshape(-1).view(np.uint8) & 15
+            value = flat[0::2] | (flat[1::2] << 4)
+        self._file.write(np.ascontiguousarray(value).data)
+        self._file.write(b"\0" * (-value.nbytes % ALIGNMENT))
+
+    def tensor(self, name: str) -> onnx.TensorProto:
+        """A stored weight, as a graph declares it."""
+        offset, shape, dtype = self.places[name]
+        kind = INT4 if dtype == INT4.name else np.dtype(dtype)
+        count = int(np.prod(shape))
+        tensor = onnx.TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(kind), raw_data=b"")
+        length = count // 2 if kind == INT4 else count * kind.itemsize
+        set_external_data(tensor, self.path.name, offset=offset, length=length)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.ClearField("raw_data")
+        return tensor
+
+
+class Builder:
+    """Collects nodes.
+
+    Args:
+        weights: Where large weights go; several graphs may share them.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.quantised: dict[str, tuple[str, str]] = {}
+        """Codes and scale of activations that have been quantised, by name; shared by all maps that read them."""
+        self.ranks: dict[str, int] = {}
+        """Of what layers give, by name: a graph has to say it of its outputs."""
+        self.far: dict[str, str] = {}
+        """What is added to scores where a mask forbids to look, by the mask's name."""
+        self.halves: dict[str, str] = {}
+        """Values in half precision, by the names of what they are in float32."""
+        self._count = 0
+
+    def node(self, kind: str, inputs: Sequence[str], *, domain: str = "", outputs: int = 1, **attributes: Any) -> str:
+        """Add a node; the name of its first output, the others' being that with /1, /2 behind."""
+        self._count += 1
+        first = f"{kind}_{self._count}"
+        names = [first, *(f"{first}/{i}" for i in range(1, outputs))]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=first, domain=domain, **attributes))
+        return first
+
+    def constant(self, value: Any) -> str:
+        """A constant, the same one for the same value of the same numpy type."""
+        value = np.asarray(value)
+        digest = sha256_bytes(f"{value.dtype.str}{value.shape}".encode() + value.tobytes())
+        return self.weight(f"constant/{digest[:16]}", lambda: value)
+
+    def weight(self, name: str, make: Callable[[], Array]) -> str:
+        """A weight, in the file where it is large; its name. One that is used twice is made and stored once."""
+        if name in self.initializers:
+            return name
+        if name not in self.weights.places:
+            value = make()
+            if value.nbytes < EXTERNAL_FROM_BYTES:
+                self.initializers[name] = numpy_helper.from_array(value, name)
+                return name
+            self.weights.add(name, value)
+        self.initializers[name] = self.weights.tensor(name)
+        return name

@@ -1,0 +1,72 @@
+"""Which linear maps lose too much in few bits: measured on golden regions, not guessed from their names.
+
+Real decoders have a few input channels that are a hundred times larger than the rest; in the maps that read them, one
+step of an 8-bit scale is as large as everything else. Others sum up what nearly cancels. Such a map is kept in the next
+higher precision.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..quantize_weights import BLOCK, in_8_bits
+
+LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
+"""By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
+SmolLM2-135M these are value projections, 2.5 % of its weights (dev/LOG.md has what that buys)."""
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """Watches a network's linear maps while it runs (``observe`` of :func:`.pieces.execute`).
+
+    Attributes:
+        precision: One of :data:`LIMITS`.
+        errors: Largest mean relative error of each map over the runs, by the checkpoint's name.
+    """
+
+    precision: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, layer: nn.Linear, x: Tensor) -> None:
+        """Compare a map's output with that of its codes."""
+        x, weight = x.reshape(-1, x.shape[-1]), layer.weight
+        if len(x) == 0:
+            return
+        exact = x @ weight.T
+        if self.precision == "int4":
+            coded = x @ _in_4_bits(weight).T
+        else:
+            coded = _rows_in_8_bits(x) @ _weight_in_8_bits(weight).T
+        error = float(((coded - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(_TINY)).mean())
+        self.errors[name] = max(self.errors.get(name, 0.0), error)
+
+    def kept(self) -> dict[str, str]:
+        """The precision of every map that is kept, by name."""
+        limit, higher = LIMITS[self.precision]
+        return {name: higher for name, error in sorted(self.errors.items()) if error > limit}
+
+
+def _weight_in_8_bits(weight: Tensor) -> Tensor:
+    """Return a weight (out, in) as its codes give it, in float32."""
+    codes, scale = in_8_bits(weight.numpy(), np.float32, pairs_fit_16_bits=True)
+    return torch.from_numpy(codes * scale[:, None])
+
+
+def _rows_in_8_bits(rows: Tensor) -> Tensor:
+    """Return activations (tokens, in) rounded to 255 steps of each row's largest magnitude, as :mod:`.lower` has it."""
+    scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(_TINY) / 127
+    return (rows / scale).round() * scale
+
+
+def _in_4_bits(rows: Tensor) -> Tensor:
+    """Rows rounded to 16 steps of each block's largest magnitude, as :mod:`.lower` has it; whole blocks alone."""
+    if rows.shape[1] % BLOCK:
+        return rows
+    blocks = rows.unflatten(1, (-1, BLOCK))
+    extreme = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+    scale = torch.where(extreme == 0, 1.0, extreme / -8)
+    return ((blocks / scale).round().clamp(-8, 7) * scale).flatten(1)

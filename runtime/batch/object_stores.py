@@ -1,0 +1,248 @@
+"""Tables in object stores: fetched into a folder of this machine, predicted there, and put back whole.
+
+pyarrow's file systems do the work. A store shows an object once all of it is there, so the order of the
+uploads, receipt last, is what renaming is on a disk. Nothing locks an object.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote
+
+import pyarrow as pa
+
+from topt_deploy.data.city import hive_city
+from topt_deploy.errors import CannotCreate, IOFailure, NoInput, NoPermission, ToptError, UsageError
+from topt_deploy.storage.atomic import scratch_folder
+
+from ..predict_city import Job, aside_path
+from ..receipt import receipt_path
+
+SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
+"""``az://CONTAINER/…`` is Azure's; the account comes from the environment, as everyone's credentials do."""
+ACCOUNT, KEY, SAS_TOKEN = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
+DENIED = (
+    "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED", "UNAUTHENTICATED",
+    "AuthorizationFailure", "AuthenticationFailed", "AuthorizationPermissionMismatch",
+)  # fmt: skip
+"""What the stores call it, in Arrow's messages: there is no other sign of it."""
+ABSENT = ("NO_SUCH_BUCKET", "ContainerNotFound", "No such file or directory")
+CHUNK_BYTES = 1 << 22
+PATIENCE_S = 60
+
+
+def is_uri(place: str) -> bool:
+    """Whether a place is a URI of one of :data:`SCHEMES`."""
+    scheme, found, _ = place.partition("://")
+    if found and scheme not in SCHEMES and scheme.isalnum():
+        raise UsageError("no such kind of place", file=place, expected=", ".join(f"{s}://" for s in SCHEMES))
+    return bool(found)
+
+
+def parted(place: str) -> tuple[str, str]:
+    """A URI without its settings, and these: ``?region=…``, or nothing. A path has none, whatever is in it."""
+    uri, mark, settings = place.partition("?") if is_uri(place) else (place, "", "")
+    return uri, mark + settings
+
+
+def shown(place: str) -> str:
+    """A place as it may be told and kept: a URI without its settings, and without a password before its host."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1@", parted(place)[0]) if is_uri(place) else place
+
+
+def listing(uri: str) -> dict[str, int]:
+    """Parquet files at or below a URI, by their own URIs without settings, and their sizes in bytes.
+
+    Raises:
+        NoInput, IOFailure: If there is nothing, or the store does not answer.
+    """
+    from pyarrow import fs
+
+    system, path = _system(uri)
+    path = path.rstrip("/")
+    with _answers(uri):
+        (info,) = system.get_file_info([path])
+        if info.is_file:
+            return {parted(uri)[0]: info.size}
+        infos = system.get_file_info(fs.FileSelector(path, recursive=True))
+    uri = parted(uri)[0]
+    return {
+        joined(uri, info.path.removeprefix(path).lstrip("/")): info.size
+        for info in infos
+        if info.is_file and info.path.endswith(".parquet") and not _hidden(info.path.removeprefix(path))
+    }
+
+
+def sizes(uris: Sequence[str], settings: str) -> dict[str, int]:
+    """Those URIs of one folder, without their settings, that are files, and their sizes in bytes."""
+    system, _ = _system(uris[0] + settings)
+    with _answers(uris[0]):
+        infos = system.get_file_info([_system(uri + settings)[1] for uri in uris])
+    return {uri: info.size for uri, info in zip(uris, infos, strict=True) if info.is_file}
+
+
+def joined(place: str, name: str) -> str:
+    """A file below a folder: a path below a path, or a URI, escaped, below a URI."""
+    uri, settings = parted(place)
+    return f"{uri.rstrip('/')}/{quote(os.fsencode(name), safe='/=') if is_uri(place) else name}{settings}"
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith((".", "_")) for part in path.split("/"))
+
+
+@contextmanager
+def local(job: Job) -> Iterator[Job]:
+    """The job with local paths: what is remote is fetched, and what is made for elsewhere is put there afterwards.
+
+    Raises:
+        NoInput, IOFailure: If something cannot be fetched or put.
+    """
+    if not any(place is not None and is_uri(place) for place in (job.regions, job.mobility, job.out)):
+        yield job
+        return
+    with scratch_folder() as scratch:
+        city = hive_city(Path(unquote(parted(job.regions)[0])))  # a name that the tables themselves may not have
+        folder = scratch / ("regions" if city is None else f"city={city}")
+        folder.mkdir()
+        here: dict[str, Any] = {}
+        given = {}
+        for role, file in (("regions", job.regions), ("mobility", job.mobility)):
+            if file is not None and is_uri(file):
+                here[role] = str(folder / f"{role}.parquet")
+                given[here[role]] = shown(file)
+                _fetch(file, Path(here[role]))
+        if not is_uri(job.out):
+            with _told(given):
+                yield replace(job, **here, given=given)
+            return
+        (folder / "out").mkdir()
+        place, settings = parted(job.out)
+        beyond, _, name = place.rpartition("/")
+        out = folder / "out" / name
+        asides = aside_path(out, "regions"), aside_path(out, "mobility")
+        for result in (out, receipt_path(out), *asides):  # for --resume
+            with suppress(NoInput):
+                _fetch(f"{beyond}/{result.name}{settings}", result)
+        before = {result.name: result.stat().st_mtime_ns for result in out.parent.iterdir()}
+        with _told(given | {str(out): shown(job.out)}):
+            yield replace(job, **here, out=str(out), given=given)
+        for result in (*asides, out, receipt_path(out)):
+            if not result.exists():
+                _remove(f"{beyond}/{result.name}{settings}")
+            elif before.get(result.name) != result.stat().st_mtime_ns:
+                _put(result, f"{beyond}/{result.name}{settings}")
+
+
+@contextmanager
+def _told(given: Mapping[str, str]) -> Iterator[None]:
+    """Let errors name what the user has named, and not what stands for it here."""
+    try:
+        yield
+    except ToptError as error:
+        error.file = given.get(error.file or "", error.file)
+        raise
+
+
+def put_text(uri: str, text: str) -> None:
+    """Write a small text file."""
+    with _answers(uri, writing=True), _writing(uri) as target:
+        target.write(text.encode())
+
+
+def _fetch(uri: str, file: Path) -> None:
+    system, path = _system(uri)
+    with _answers(uri), system.open_input_stream(path) as source, file.open("wb") as target:
+        _copy(source, target)
+
+
+def _put(file: Path, uri: str) -> None:
+    with _answers(uri, writing=True), file.open("rb") as source, _writing(uri) as target:
+        _copy(source, target)
+
+
+@contextmanager
+def _writing(uri: str) -> Iterator[Any]:
+    system, path = _system(uri)
+    if not uri.startswith("file:"):
+        with system.open_output_stream(path) as target:
+            yield target
+        return
+    # A disk has folders, and shows a file while it is written.
+    folder, _, name = path.rpartition("/")
+    system.create_dir(folder)
+    with system.open_output_stream(f"{folder}/.{name}.part") as target:
+        yield target
+    system.move(f"{folder}/.{name}.part", path)
+
+
+def _copy(source: Any, target: Any) -> None:
+    while chunk := source.read(CHUNK_BYTES):
+        target.write(chunk)
+
+
+def _remove(uri: str) -> None:
+    system, path = _system(uri)
+    with suppress(NoInput), _answers(uri):
+        if system.get_file_info([path])[0].is_file:
+            system.delete_file(path)
+
+
+def _system(uri: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    if uri.startswith("az://"):
+        return _azure(uri)
+    if uri.startswith("gs://") and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={PATIENCE_S}"  # by default a quarter of an hour
+    with _answers(uri):
+        return fs.FileSystem.from_uri(uri)
+
+
+def _azure(uri: str) -> tuple[Any, str]:
+    """Azure's by its container, with a key or token from the environment, where there is one: Arrow takes none from
+    there, and else logs in as its libraries do by default."""
+    from pyarrow import fs
+
+    place, settings = parted(uri)
+    account, _, path = place.removeprefix("az://").rpartition("@")
+    account = account or os.environ.get(ACCOUNT, "")
+    if not account:
+        raise UsageError("names no storage account", file=shown(uri), fix=f"export {ACCOUNT}=NAME")
+    secrets = {"account_key": os.environ.get(KEY), "sas_token": os.environ.get(SAS_TOKEN)}
+    with _answers(uri):
+        try:
+            system = fs.AzureFileSystem(account, **dict(parse_qsl(settings.removeprefix("?"))), **secrets)
+        except TypeError as error:
+            raise UsageError(
+                "has settings that are none of Azure's", file=shown(uri), found=settings.partition("=")[0],
+                expected="blob_storage_authority, blob_storage_scheme, dfs_storage_authority, dfs_storage_scheme",
+            ) from error  # fmt: skip
+    return system, unquote(path)
+
+
+@contextmanager
+def _answers(uri: str, *, writing: bool = False) -> Iterator[None]:
+    """Turn a store's errors into the user's."""
+    place = shown(uri)
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"not a usable URI ({error})", file=place) from error
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error)
+        if any(word in reason for word in DENIED):
+            raise NoPermission(
+                f"the store refuses it ({reason})", file=place, fix="check credentials, and what they allow"
+            ) from error
+        if isinstance(error, FileNotFoundError) or any(word in reason for word in ABSENT):
+            if writing:
+                raise CannotCreate("no such bucket or folder", file=place, fix="create it, or name another") from error
+            raise NoInput("no such file or folder", file=place) from error
+        raise IOFailure(
+            f"the store does not do it ({reason})", file=place, fix="check name, network and credentials"
+        ) from error

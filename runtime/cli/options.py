@@ -1,0 +1,40 @@
+"""Options that several commands of ``topt-run`` have."""
+
+from pathlib import Path
+
+import click
+
+from topt_deploy.console import LOG_FORMATS
+
+PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is refused where it is read, with its code
+
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    help="Messages as text or JSON.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "tensorrt", "auto"]),
+    default="cpu",
+    show_default=True,
+    help="An absent one is an error; auto takes the best that works, and says which and why.",
+)
+encoder_engine_option = click.option(
+    "--encoder-engine",
+    type=click.Choice(["onnxruntime", "openvino"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the prompt encoder; an absent one is an error.",
+)
+signature_option = click.option(
+    "--require-signature",
+    type=PATH,
+    metavar="KEY",
+    help="Refuse a bundle that the holder of this key (public, PEM) did not sign.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model."
+)

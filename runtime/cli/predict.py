@@ -1,0 +1,238 @@
+"""``topt-run predict``."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from topt_deploy.console import Lines, Log
+from topt_deploy.errors import Exit, NoInput, ToptError, UsageError
+
+from .options import PATH, device_option, encoder_engine_option, log_format_option, signature_option, threads_option
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from ..batch.city_task import Result, Setting
+    from ..batch.summary import Summary
+
+DEFAULT_BUNDLE = "model.topt"
+DEFAULT_MOBILITY = "mobility.parquet"
+DEFAULT_OUT = "predictions.parquet"
+BUNDLE_VARIABLE = "TOPT_BUNDLE"
+ROWS_SHOWN = 5
+
+
+@click.command("predict")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--bundle", type=PATH, help=f"[default: {DEFAULT_BUNDLE} beside the regions, else ${BUNDLE_VARIABLE}]")
+@click.option("--mobility", type=PATH, help=f"One city's flows [default: {DEFAULT_MOBILITY} beside the regions].")
+@click.option("--out", help=f"A file, or a folder for many cities [default: {DEFAULT_OUT} beside the regions].")
+@click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
+@click.option("--wide", is_flag=True, help="One row per region, one column per task.")
+@click.option(
+    "--coverage", type=float, help="How often lower to upper should hold [default: 0.9, or none with too few labels]."
+)
+@click.option("--geo", type=PATH, help="Also write one city's map: FILE.gpkg or FILE.geojson (extra `geo`).")
+@click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
+@click.option(
+    "--on-bad-row", type=click.Choice(["fail", "mask", "quarantine"]), default="fail", show_default=True,
+    help="Single bad rows: refuse the city, give them no prediction, or leave them out.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Leave cities as they are that these inputs and options have made.")
+@click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one or two per processor].")
+@click.option(
+    "--engine", type=click.Choice(["local", "ray", "spark"]), default="local", show_default=True,
+    help="Where many cities are predicted.",
+)  # fmt: skip
+@click.option("--metrics-file", type=PATH, help="Figures of the run for Prometheus' node_exporter: FILE.prom.")
+@threads_option
+@click.option("--encoder-bundle", type=PATH, help="The prompt encoder, for regions without prompts [default: found].")
+@encoder_engine_option
+@click.option("--no-cache", is_flag=True, help="Keep no prompts beside the regions, and take none from there.")
+@signature_option
+@device_option
+@log_format_option
+def predict(
+    inputs: tuple[str, ...],
+    bundle: Path | None,
+    mobility: Path | None,
+    out: str | None,
+    tasks: tuple[str, ...],
+    wide: bool,
+    coverage: float | None,
+    geo: Path | None,
+    id_col: str,
+    on_bad_row: str,
+    resume: bool,
+    workers: int | None,
+    engine: str,
+    metrics_file: Path | None,
+    threads: int,
+    encoder_bundle: Path | None,
+    encoder_engine: str,
+    no_cache: bool,
+    require_signature: Path | None,
+    device: str,
+    log_format: str,
+) -> int:
+    """Predict every task of a bundle for the city in INPUT, a regions.parquet or its folder.
+
+    With several INPUTs, globs, folders of cities (Hive partitions city=NAME among them) or URIs (s3://, gs://, az://),
+    every city gets a folder city=NAME below --out. Exit code 3: something was set aside, or some cities failed.
+    """
+    from topt_deploy.storage.atomic import check_file
+
+    from ..batch.city_task import Setting
+    from ..batch.plan import alone
+    from ..predict_city import Options
+
+    log = Log(log_format)
+    log.listen()
+    with _measured(metrics_file) as measure:
+        regions = alone(inputs, out)
+        if regions is not None:
+            check_file(regions)
+        setting = Setting(
+            bundle=str(bundle or _default_bundle(regions or Path(inputs[0]))),
+            device=device,
+            threads=threads,
+            encoder=None if encoder_bundle is None else str(encoder_bundle),
+            engine=encoder_engine,
+            key=None if require_signature is None else str(require_signature),
+            options=Options(tasks=tasks, id_col=id_col, wide=wide, coverage=coverage, on_bad_row=on_bad_row),
+            resume=resume,
+            cache=not no_cache,
+        )
+        if regions is not None:
+            return _predict_one(regions, setting, measure, log, mobility=mobility, out=out, geo=geo)
+        for option, given in (("--mobility", mobility), ("--geo", geo)):
+            if given is not None:
+                raise UsageError(
+                    f"{option} is one city's", found=f"{len(inputs)} inputs", fix="predict that city alone"
+                )
+        if out is None:
+            raise UsageError("many cities need a place", expected="--out FOLDER", fix="name one; it is made")
+        return _predict_many(inputs, out, setting, measure, log, engine=engine, workers=workers)
+
+
+def _predict_one(
+    regions: Path,
+    setting: "Setting",
+    measure: "Summary",
+    log: Log,
+    *,
+    mobility: Path | None,
+    out: str | None,
+    geo: Path | None,
+) -> int:
+    from ..batch.city_task import result_of
+    from ..predict_city import SKIPPED, Job, check_map, predict_city
+    from ..receipt import Stopwatch, receipt_path
+
+    beside = regions.with_name(DEFAULT_MOBILITY)
+    mobility = mobility or (beside if beside.exists() else None)
+    job = Job(
+        name=regions.parent.name,
+        regions=str(regions),
+        mobility=None if mobility is None else str(mobility),
+        out=out if out is not None else str(regions.with_name(DEFAULT_OUT)),
+    )
+    if geo is not None:
+        check_map(geo)
+    watch = Stopwatch()
+    with watch.step("open"):
+        predictor = setting.open()
+    progress = (lambda *_: None) if log.json else Lines()
+    done = predict_city(
+        predictor, job, setting.options,
+        resume=setting.resume, cache=setting.cache, geo=geo, progress=progress, watch=watch,
+    )  # fmt: skip
+    measure.add(result_of(job, done))
+    place, receipt = Path(job.out), done.receipt
+    lines = [f"{_preview(done.table)}\n"] if done.table is not None else []
+    lines += [f"predictions {place}" + (", as they were" if done.status == SKIPPED else "")]
+    for facts in receipt["set_aside"].values():
+        counted = ", ".join(f"{rows} {code}" for code, rows in facts["rows"].items())
+        lines.append(f"set aside   {place.with_name(facts['file'])}: {counted}")
+    lines += [f"receipt     {receipt_path(place)}"]
+    said = {key: receipt[key] for key in ("status", "set_aside", "seconds")}
+    log.result("\n".join(lines), event="skipped" if done.status == SKIPPED else "predicted", file=job.out, **said)
+    return measure.exit_code
+
+
+def _predict_many(
+    inputs: Sequence[str],
+    out: str,
+    setting: "Setting",
+    measure: "Summary",
+    log: Log,
+    *,
+    engine: str,
+    workers: int | None,
+) -> int:
+    from ..batch.city_task import FAILED
+    from ..batch.object_stores import shown
+    from ..batch.run_batch import run_batch
+    from ..batch.summary import write_record
+
+    lines = Lines("cities")
+
+    def told(result: "Result", done: int, total: int) -> None:
+        if log.json:
+            log.result("", event="city", **result.as_dict())
+            return
+        if result.status == FAILED:
+            click.echo(f"{result.city}: error: {result.told}", err=True)
+        lines(done, total)
+
+    run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told)
+    write_record(out, measure)
+    text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
+    log.result(text, event="batch", **measure.record())
+    return measure.exit_code
+
+
+@contextmanager
+def _measured(file: Path | None) -> Iterator["Summary"]:
+    """A summary whose figures are written in the end, also where the run fails as a whole."""
+    from ..batch.summary import Summary, write_metrics
+
+    summary = Summary()
+    code: int | None = None
+    try:
+        yield summary
+        code = summary.exit_code
+    except ToptError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if file is not None:
+            write_metrics(file, summary.metrics(int(Exit.BUG) if code is None else code))
+
+
+def _default_bundle(regions: Path) -> Path:
+    beside = (regions if regions.is_dir() else regions.parent) / DEFAULT_BUNDLE
+    if beside.exists():
+        return beside
+    if BUNDLE_VARIABLE in os.environ:
+        return Path(os.environ[BUNDLE_VARIABLE])
+    raise NoInput(
+        "no bundle",
+        file=beside,
+        expected=f"{DEFAULT_BUNDLE} beside the regions, or ${BUNDLE_VARIABLE}",
+        fix="topt-deploy export --format onnx, or name one with --bundle",
+    )
+
+
+def _preview(table: "pa.Table") -> str:
+    """The first rows, for people."""
+    names = [n for n in table.column_names if n not in ("geometry", "reason")]
+    rows = table.slice(0, ROWS_SHOWN).select(names).to_pylist()
+    text = [names, *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in text) for i in range(len(names))]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in text]
+    return "\n".join([*shown, f"({len(table)} rows)"])

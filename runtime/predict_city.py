@@ -1,0 +1,268 @@
+"""One city from its tables to its receipt: what ``topt-run predict`` does for one, and a batch's workers for many.
+
+Everything that depends on the machine or the hour goes into the receipt, and the receipt is written last: where it
+stands and fits, the output is whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from topt_deploy import __version__
+from topt_deploy.data.columns import GEOMETRY, REGION_ID
+from topt_deploy.data.parquet import save_parquet
+from topt_deploy.errors import BadData, BadRows, UsageError
+from topt_deploy.storage.atomic import (
+    Held,
+    atomic_files,
+    check_place,
+    json_text,
+    locked,
+    reading,
+    sha256_file,
+    sweep,
+    writing,
+)
+
+from .bad_rows import FAIL
+from .predictor import COVERAGE, Predictions, Predictor
+from .receipt import Stopwatch, make_receipt, read_receipt, receipt_path
+
+DONE, PARTIAL, SKIPPED = "done", "partial", "skipped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One city's files.
+
+    Attributes:
+        name: What the city is called in messages and in the output's folder.
+        regions, mobility: Its tables, local paths or URIs; no mobility where there is none.
+        out: The predictions to write, likewise.
+        size: Bytes to read: how much work it is, compared with others.
+        given: What the user calls a table that is here under another path.
+    """
+
+    name: str
+    regions: str
+    mobility: str | None
+    out: str
+    size: int = 0
+    given: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What shapes the output.
+
+    Attributes:
+        tasks: Tasks to predict; all of the bundle's if none is named.
+        id_col: The column of region ids.
+        wide: One row per region.
+        coverage: Of the intervals; None for the default.
+        on_bad_row: One of :data:`topt_deploy.runtime.bad_rows.POLICIES`.
+    """
+
+    tasks: tuple[str, ...] = ()
+    id_col: str = REGION_ID
+    wide: bool = False
+    coverage: float | None = None
+    on_bad_row: str = FAIL
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What became of a city.
+
+    Attributes:
+        status: :data:`DONE`, :data:`PARTIAL` where rows were set aside, :data:`SKIPPED` where it was done already.
+        receipt: The receipt.
+        table: The predictions; None where they were done already.
+    """
+
+    status: str
+    receipt: Mapping[str, Any]
+    table: pa.Table | None
+
+
+def predict_city(
+    predictor: Predictor,
+    job: Job,
+    options: Options,
+    *,
+    resume: bool = False,
+    cache: bool = True,
+    geo: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    watch: Stopwatch | None = None,
+) -> Outcome:
+    """Predict one city into its files: the predictions, what was set aside, and the receipt.
+
+    Args:
+        job: The city, with local paths.
+        resume: Whether to leave it as it is where its receipt says that these inputs, this bundle and these options
+            made it, and its bytes are still those.
+        cache: Whether prompts that are made here are kept beside the regions, and taken from there.
+        geo: A map to write as well.
+        progress: Told how many regions' prompts are made, and of how many.
+
+    Raises:
+        ToptError: Of every kind; then what stood there before stands there still.
+    """
+    watch = watch or Stopwatch()
+    regions, out = Path(job.regions), Path(job.out)
+    # Flows that the model does not read are no part of the receipt either.
+    mobility = Path(job.mobility) if job.mobility is not None and predictor.bundle.manifest.mobility else None
+    inputs = {"regions": regions} | ({} if mobility is None else {"mobility": mobility})
+    if not out.name:
+        check_place(out)
+    check_outside(out, predictor.bundle.path)
+    written = [out, receipt_path(out), *_asides(out), *([] if geo is None else [geo])]
+    _check_apart(written, inputs.values())
+    with locked(out), nullcontext() if geo is None else locked(geo):
+        sweep(*written)
+        with watch.step("hash"):
+            stamps = {role: _stamp(file) for role, file in inputs.items()}
+            held = {role: Held(file) for role, file in inputs.items()}
+            hashes = {role: file.sha256 for role, file in held.items()}
+        key = _key(predictor, hashes, options)
+        if resume and geo is None and (receipt := _standing(out, key)) is not None:  # no receipt tells of a map
+            return Outcome(status=SKIPPED, receipt=receipt, table=None)
+        with watch.step("predict"):
+            predictions = predictor.predictions(
+                held["regions"], held.get("mobility"), tasks=options.tasks, id_col=options.id_col,
+                coverage=options.coverage, on_bad_row=options.on_bad_row, cache=cache, progress=progress,
+            )  # fmt: skip
+            table = predictions.wide() if options.wide else predictions.long()
+        if {role: _stamp(file) for role, file in inputs.items()} != stamps:
+            raise BadData("changed while it was read", file=regions, fix="run again when nothing writes to it")
+        aside = {aside_path(out, name): rows for name, rows in predictions.sieve.tables().items()}
+        maps = [] if geo is None else [geo]
+        with atomic_files([*aside, *maps, out, receipt_path(out)]) as temporaries:
+            place = dict(zip([*aside, *maps, out, receipt_path(out)], temporaries, strict=True))
+            with watch.step("write"):
+                for file, rows in {**aside, out: table}.items():
+                    with writing(file):
+                        save_parquet(place[file], rows)
+                for file in maps:
+                    _write_map(file, place[file], predictions)
+            receipt = make_receipt(
+                out,
+                sha256_file(place[out]),
+                key=key,
+                inputs={role: (job.given.get(str(file), str(file)), hashes[role]) for role, file in inputs.items()},
+                predictor=predictor,
+                predictions=table,
+                aside={
+                    name: (aside_path(out, name), sha256_file(place[aside_path(out, name)]), codes)
+                    for name, codes in predictions.sieve.counts().items()
+                },
+                options=_told(predictor, options),
+                watch=watch,
+            )
+            with writing(receipt_path(out)):
+                place[receipt_path(out)].write_text(json_text(receipt), encoding="utf-8")
+        for file in _asides(out):
+            if file not in aside:
+                with writing(file):
+                    file.unlink(missing_ok=True)
+    return Outcome(status=PARTIAL if aside else DONE, receipt=receipt, table=table)
+
+
+def _asides(out: Path) -> list[Path]:
+    return [aside_path(out, table) for table in (BadRows.REGIONS, BadRows.MOBILITY)]
+
+
+def aside_path(out: Path, table: str) -> Path:
+    """Where the rows of a table that were set aside go: ``predictions.quarantine.parquet`` beside the predictions."""
+    return out.with_name(f"{out.stem}.quarantine{'' if table == 'regions' else f'_{table}'}.parquet")
+
+
+def _told(predictor: Predictor, options: Options) -> dict[str, Any]:
+    """The options as the receipt tells them, with what they mean for this bundle."""
+    told = asdict(options)
+    told["tasks"] = list(options.tasks or predictor.tasks)
+    told["coverage"] = COVERAGE if options.coverage is None else options.coverage
+    return told | {"device": predictor.device}
+
+
+def _key(predictor: Predictor, inputs: Mapping[str, str], options: Options) -> str:
+    """The hash of everything that the output's bytes depend on."""
+    record = [__version__, predictor.bundle.sha256, dict(inputs), _told(predictor, options)]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _standing(out: Path, key: str) -> Mapping[str, Any] | None:
+    """The receipt of an output that stands, whole and made of ``key``.
+
+    Predictions whose prompts were made along with them are not found: the images are no part of the key.
+    """
+    receipt = read_receipt(out)
+    if receipt is None or receipt.get("key") != key or receipt.get("encoder") is not None:
+        return None
+    try:
+        made = {out: receipt["output"]["sha256"]}
+        made |= {out.with_name(facts["file"]): facts["sha256"] for facts in receipt["set_aside"].values()}
+        _ = receipt["status"], receipt["seconds"]  # told again
+    except (KeyError, TypeError):
+        return None
+    found = {file: sha256_file(file) for file in (out, *_asides(out)) if file.is_file()}
+    return receipt if found == made else None
+
+
+def _check_apart(written: Sequence[Path], read: Iterable[Path]) -> None:
+    """Refuse outputs that cannot be written, or would take the place of an input."""
+    folders: dict[Path, str] = {}  # where they are, links followed, is found out once for all the files in them
+
+    def real(file: Path) -> str:
+        if os.path.islink(file):
+            return os.path.realpath(file)
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        return os.path.join(folders[file.parent], file.name)
+
+    taken = {real(file): file for file in read}
+    for target in written:
+        check_place(target)
+        if file := taken.get(real(target)):
+            raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    with reading(file):
+        facts = os.stat(file)
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def check_outside(out: Path, bundle: Path) -> None:
+    """Refuse an output within the bundle, which a file that its manifest does not list would make unusable."""
+    if os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(bundle), "")):
+        raise UsageError("the output would go into the bundle", file=out, fix="name another place with --out")
+
+
+def check_map(path: Path) -> None:
+    """Refuse early a map that could not be written: a run that fails must not leave half of its output."""
+    from topt_deploy.data.geometry import DRIVERS, geo_library
+
+    if path.suffix.lower() not in DRIVERS:
+        raise UsageError("unknown map format", file=path, expected=" or ".join(DRIVERS), found=repr(path.suffix))
+    for library in ("shapely", "pyogrio"):
+        geo_library(library)
+
+
+def _write_map(path: Path, temporary: Path, predictions: Predictions) -> None:
+    """A map of the predictions, one feature per region: its polygon, or else its point."""
+    from topt_deploy.data.geometry import write_geo
+
+    wide = predictions.wide()
+    if GEOMETRY not in wide.column_names:
+        for axis, degrees in zip(("lon", "lat"), predictions.lonlat.T, strict=True):
+            wide = wide.append_column(axis, pa.array(degrees.tolist(), pa.float64()))
+    write_geo(temporary, wide, layer=path.stem)

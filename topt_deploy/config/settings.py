@@ -1,0 +1,481 @@
+"""Configuration: small frozen dataclasses, read from TOML, stored as JSON beside the weights.
+
+A file names a ``preset`` to start from and overrides what it likes. ``[srel]``, ``[prompt4re]`` and
+``[target]`` hold for every task; ``[tasks.NAME.srel]`` and so on for one. Tasks exist only here: a task's
+name is the name of its label column.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from topt_deploy.errors import BadConfig
+from topt_deploy.storage.atomic import reading
+
+DEFAULT_PRESET = "default"
+CONFIG_FILE = "topt.toml"
+RESERVED_VIEWS = {"mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position", "prompt"}
+RESERVED_TASKS = {
+    "region_id", "city_id", "geometry", "lon", "lat", "task", "prediction", "lower", "upper", "status", "reason",
+    "mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position",
+}  # fmt: skip
+"""Columns of the contract's tables, and inputs of the graph; a task is a column and an output beside them."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may take: ``low ≤ x < high``."""
+
+    low: float = 0
+    high: float = math.inf
+
+
+Positive = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SrelConfig:
+    """Stage 1, spatial-aware region embedding learning. Tasks with equal settings share one embedding.
+
+    Attributes:
+        width: D, the width of every layer and of the embedding.
+        heads: Attention heads, of the intra-view blocks and the Graphormer layers.
+        intra_blocks, inter_blocks, layers: Intra-view blocks, external-attention blocks, Graphormer layers.
+        ffn_width: Inner width of the feed-forward layers.
+        memory: d_m, slots of the external attention's memory.
+        channels: c, channels that an attention score is expanded to.
+        view_width: d', width of the view-weight score.
+        distance_bias, centrality: Whether the two spatial priors are used (ablation).
+        bias: λ at the start, the weight of the adjacency in the attention scores.
+        decay: The adjacency's form: exp(-d/ℓ), exp(-(d/ℓ)²) or 1/(1+d/ℓ).
+        decay_length_m: ℓ; 0 takes the city's median distance to the fifth nearest region.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
+        mobility_weight, similarity_weight: Weights of the loss terms. The mobility term sums over N² pairs.
+    """
+
+    width: Positive = 144
+    heads: int = 1
+    intra_blocks: int = 1
+    inter_blocks: int = 2
+    layers: int = 2
+    ffn_width: Positive = 144
+    memory: Positive = 36
+    channels: Positive = 32
+    view_width: Positive = 32
+    distance_bias: bool = True
+    centrality: bool = True
+    bias: float = 0.1
+    decay: Literal["exponential", "gaussian", "inverse"] = "exponential"
+    decay_length_m: float = 0.0
+    dropout: Share = 0.1
+    epochs: int = 4000
+    lr: float = 7e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 5e-4
+    decoupled: bool = False
+    mobility_weight: float = 1.0
+    similarity_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt4ReConfig:
+    """Stage 2, task-aware prompting.
+
+    Attributes:
+        enabled: Off is the ablation without Prompt4RE: a regression on the embedding.
+        prompt: ``task`` reads ``prompt_<task>``; ``none`` reads ``prompt_none``, the ablation without
+            task-relevant prompt.
+        alignment: Off is the ablation without alignment: the prompt is projected and concatenated.
+        components: Principal components of the prompt vectors that are kept; 0 keeps all.
+        width: Width of the attention; 0 takes the embedding's. The authors' code has the prompt's own.
+        skip: Beside the embedding the head sees features and prompts themselves, all standardised.
+        hidden: Width of a hidden layer in the FNN; 0 is the paper's single linear layer.
+        ridge_alpha: α of the ridge fit that the FNN starts from; 0 chooses it by leave-one-out, inside the training
+            regions of each fold.
+        ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training only
+            moves away from the ridge fit for what the prompts explain. Off is the paper: ridge is where it starts.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
+        members: Independently initialised heads whose mean is the prediction.
+        folds, fold_seed: The held-out estimate: KFold(folds, shuffle=True, random_state=fold_seed).
+    """
+
+    enabled: bool = True
+    prompt: Literal["task", "none"] = "task"
+    alignment: bool = True
+    components: int = 0
+    width: int = 0
+    heads: int = 4
+    skip: bool = False
+    hidden: int = 0
+    dropout: Share = 0.1
+    epochs: int = 3000
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    ridge_alpha: float = 1.0
+    ridge_penalty: bool = False
+    members: Positive = 1
+    folds: int = 10
+    fold_seed: int = 2024
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """The head that takes the place of the embedding and of Prompt4RE's attention: the mean of two regressions on the
+    views, what flows lead to, positions and prompts. Which prompts, and how many of their components, ``prompt4re``
+    says.
+
+    Attributes:
+        enabled: Off is the paper's form.
+        kernel, network: Whether the Gaussian process, and the network, take part (ablation).
+        lengths: Lengths of the radial kernels of every view, in units of a standardised feature's spread. There are
+            as many Gaussian processes: with all of them, without the shortest, and so on.
+        position_lengths: The same for the positions.
+        not_linear: Views without a linear kernel: where a region's values may lie far outside of the others'.
+        features: Random frequencies of every radial kernel.
+        steps: Steps of evidence maximisation.
+        members, width, layers: Networks in the ensemble, their width, and their residual layers.
+        input_dropout, dropout: Of the features, and of the hidden layers.
+        epochs, lr, schedule, weight_decay, decoupled: How the networks are trained.
+    """
+
+    enabled: bool = False
+    kernel: bool = True
+    network: bool = True
+    lengths: tuple[float, ...] = (0.7, 1.5)
+    position_lengths: tuple[float, ...] = (0.3, 1.0)
+    not_linear: tuple[str, ...] = ("land_use", "position", "destinations")
+    features: Positive = 128
+    steps: int = 60
+    members: Positive = 4
+    width: Positive = 32
+    layers: int = 2
+    input_dropout: Share = 0.4
+    dropout: Share = 0.3
+    epochs: int = 600
+    lr: float = 5e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: float = 1e-2
+    decoupled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """How counts enter the loss.
+
+    Attributes:
+        transform: What the Gaussian likelihood sees; predictions are transformed back.
+        likelihood: ``gaussian`` is the paper's squared error; the others have a log link on the count itself.
+        drop_zeros: Regions with a zero count leave training and the held-out figures (the published
+            protocol for check-ins); they still get a prediction.
+    """
+
+    transform: Literal["none", "sqrt", "cbrt", "log1p"] = "none"
+    likelihood: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian"
+    drop_zeros: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """One task's settings."""
+
+    srel: SrelConfig = field(default_factory=SrelConfig)
+    prompt4re: Prompt4ReConfig = field(default_factory=Prompt4ReConfig)
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+    def prompt_column(self, task: str) -> str | None:
+        """The column the task's prompt vectors are read from; None without prompts."""
+        if not self.prompt4re.enabled:
+            return None
+        return "prompt_none" if self.prompt4re.prompt == "none" else f"prompt_{task}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run's settings.
+
+    Attributes:
+        preset: The preset that the settings started from, for the record.
+        seed: Seed of every random number in training.
+        views: Count views to read.
+        mobility: Whether flows are read.
+        checkpoint_every: Epochs between checkpoints.
+        tasks: Settings per task, by label column.
+    """
+
+    preset: str = DEFAULT_PRESET
+    seed: int = 0
+    views: tuple[str, ...] = ("poi", "land_use")
+    mobility: bool = True
+    checkpoint_every: Positive = 500
+    tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+
+    def prompt_columns(self) -> tuple[str, ...]:
+        """Every prompt column that some task reads, once."""
+        columns = (task.prompt_column(name) for name, task in self.tasks.items())
+        return tuple(dict.fromkeys(column for column in columns if column is not None))
+
+    def embeddings(self) -> dict[str, SrelConfig]:
+        """The distinct stage-1 models: name (of the first task that uses it) and settings."""
+        groups: dict[SrelConfig, str] = {}
+        for name, task in self.tasks.items():
+            if not task.ensemble.enabled:
+                groups.setdefault(task.srel, name)
+        return {name: srel for srel, name in groups.items()}
+
+    def embedding_of(self, task: str) -> str:
+        """The name, among :meth:`embeddings`, of the stage-1 model that ``task`` builds on."""
+        return next(name for name, srel in self.embeddings().items() if srel == self.tasks[task].srel)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def as_json(self) -> str:
+        """JSON text that :meth:`from_dict` reads back."""
+        return json.dumps(self.as_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "configuration") -> "Config":
+        """Read back what :meth:`as_dict` gave."""
+        values = dict(values)
+        tasks = {name: _task(task, f"{where}: tasks.{name}") for name, task in values.pop("tasks", {}).items()}
+        config: Config = _build(cls, values | {"tasks": tasks}, where)
+        return config
+
+
+def presets() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(f.name.removesuffix(".toml") for f in _presets().iterdir() if f.name.endswith(".toml"))
+
+
+def load_config(
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    tasks: Iterable[str] = (),
+    overrides: Iterable[str] = (),
+) -> Config:
+    """Assemble a configuration: preset, then file, then ``KEY=VALUE`` overrides.
+
+    Args:
+        preset: A shipped preset; else the file's own ``preset``, else the default one.
+        file: A TOML file.
+        tasks: Train these tasks; by default those that the file lists, or else the preset's. A name that neither
+            knows gets the common settings.
+        overrides: Such as ``prompt4re.epochs=100`` (all tasks) or ``tasks.crime.srel.lr=1e-3``.
+
+    Raises:
+        BadConfig: Naming the file, the key, and what is known.
+    """
+    overrides = tuple(overrides)
+    own = {} if file is None else _read_toml(file.read_text, file)
+    name = preset or own.get("preset") or DEFAULT_PRESET
+    if name not in presets():
+        raise BadConfig("no such preset", file=file, expected=f"one of {presets()}", found=repr(name))
+    source = _presets() / f"{name}.toml"
+    layers = [(f"preset {name}", _read_toml(source.read_text, source)), (str(file), own)]
+    layers += [(f"--set {override}", _parse_override(override)) for override in overrides]
+    merged: dict[str, Any] = {}
+    for where, layer in layers:
+        _check_layer(layer, where)
+        _merge(merged, layer)
+    merged["preset"] = name
+    common = {section: merged.pop(section, {}) for section in _SECTIONS}
+    specific = merged.pop("tasks", {})
+    chosen = tuple(tasks) or tuple(own.get("tasks") or layers[0][1].get("tasks", ()))
+    if not chosen:
+        raise BadConfig("no task is named", file=file, fix="add a [tasks.NAME] section, or --task NAME")
+    for override in overrides:
+        section, _, rest = override.partition(".")
+        task = rest.split(".")[0]
+        if section == "tasks" and task not in chosen:
+            raise BadConfig(f"task {task!r} is not trained", file=f"--set {override}", expected=f"one of {chosen}")
+    built = {}
+    for task in chosen:
+        values = {section: common[section] | specific.get(task, {}).get(section, {}) for section in _SECTIONS}
+        built[task] = _task(values, f"tasks.{task}")
+    config: Config = _build(Config, merged | {"tasks": built}, "configuration")
+    _check_names(config)
+    return config
+
+
+_SECTIONS: dict[str, Any] = {
+    "srel": SrelConfig, "prompt4re": Prompt4ReConfig, "ensemble": EnsembleConfig,
+    "target": TargetConfig,
+}  # fmt: skip
+
+
+def _presets() -> Any:
+    return resources.files("topt_deploy.config") / "presets"
+
+
+def _read_toml(read: Any, where: object) -> dict[str, Any]:
+    try:
+        with reading(Path(str(where))):
+            return tomllib.loads(read(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"not valid TOML ({error})", file=where) from error
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadConfig("not KEY=VALUE", file=f"--set {text}", expected="such as prompt4re.epochs=100")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word: --set target.transform=sqrt
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _check_layer(layer: Mapping[str, Any], where: str) -> None:
+    """Check names and types of one layer alone, so that a mistake is reported where it stands."""
+    values = {key: value for key, value in layer.items() if key not in (*_SECTIONS, "tasks")}
+    _build(Config, values, where, known=(*_SECTIONS, "tasks"))
+    if "preset" in layer and where.startswith("--set"):
+        raise BadConfig("the preset is chosen by --preset", file=where)
+    tasks = _table(layer.get("tasks", {}), "tasks", where)
+    groups = {"": {section: layer[section] for section in _SECTIONS if section in layer}} | dict(tasks)
+    for task, sections in groups.items():
+        place = f"{where}: tasks.{task}" if task else where
+        for section, settings in _table(sections, f"tasks.{task}", where).items():
+            if section not in _SECTIONS:
+                raise BadConfig(f"unknown key {section!r}", file=place, expected=f"one of {', '.join(_SECTIONS)}")
+            _build(_SECTIONS[section], _table(settings, section, place), f"{place}.{section}" if task else place)
+
+
+def _table(value: Any, name: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadConfig(f"{name!r} is a table of settings", file=where, expected=f"[{name}]", found=repr(value))
+    return value
+
+
+def _check_names(config: Config) -> None:
+    """Views and tasks name columns, tensors and files: they must be plain, and apart from each other."""
+    for task in config.tasks:
+        if not _NAME.match(task):
+            raise BadConfig("a task's name is made of letters, digits and _", found=repr(task))
+        beside = {f"{other}_{end}" for other in config.tasks for end in ("lower", "upper")}
+        if task in RESERVED_TASKS | beside | set(config.views) or task.startswith("prompt_"):
+            raise BadConfig(
+                f"{task!r} cannot be the name of a task: another column or input is called so",
+                fix="rename the label column",
+            )
+    for view in config.views:
+        if not _NAME.match(view) or view in RESERVED_VIEWS or config.views.count(view) > 1:
+            raise BadConfig(
+                "cannot be the name of a view", column="views", found=repr(view),
+                expected=f"letters, digits and _, once, none of {', '.join(sorted(RESERVED_VIEWS))}",
+            )  # fmt: skip
+    if not config.views:
+        raise BadConfig("no view is named", column="views", expected="at least one")
+    known = {*config.views, *RESERVED_VIEWS, *EnsembleConfig().not_linear}  # a city need not have the default's
+    for task, settings in config.tasks.items():
+        if unknown := sorted({*settings.ensemble.not_linear} - known):
+            raise BadConfig(
+                "ensemble.not_linear: no such view", file=f"tasks.{task}", expected=f"among {', '.join(sorted(known))}",
+                found=", ".join(unknown),
+            )  # fmt: skip
+
+
+def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Merge ``layer`` into ``base``. A common value that comes later also overrides a task's earlier one."""
+    for section in _SECTIONS:
+        for task in base.get("tasks", {}).values():
+            for key in layer.get(section, {}):
+                task.get(section, {}).pop(key, None)
+    _deep_update(base, layer)
+
+
+def _deep_update(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, Mapping):
+            _deep_update(base.setdefault(key, {}), value)
+        else:
+            base[key] = value
+
+
+def _task(values: Mapping[str, Any], where: str) -> TaskConfig:
+    sections = {name: _build(kind, values.get(name, {}), f"{where}.{name}") for name, kind in _SECTIONS.items()}
+    task = TaskConfig(**sections)
+    _check(task, where)
+    return task
+
+
+def _check(task: TaskConfig, where: str) -> None:
+    if task.target.likelihood != "gaussian" and task.target.transform != "none":
+        raise BadConfig(
+            f"likelihood {task.target.likelihood!r} works on the counts themselves",
+            file=where,
+            expected="target.transform = 'none'",
+            found=repr(task.target.transform),
+        )
+    attention = task.prompt4re.width or task.srel.width
+    for name, width, heads in (
+        ("srel", task.srel.width, task.srel.heads),
+        ("prompt4re", attention, task.prompt4re.heads),
+    ):
+        if heads < 1 or width % heads:
+            raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
+    if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
+        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or both")
+    if not (task.ensemble.lengths and task.ensemble.position_lengths):
+        raise BadConfig("ensemble: no length", file=where, expected="at least one of lengths and of position_lengths")
+    if task.ensemble.enabled and task.target.likelihood != "gaussian":
+        raise BadConfig("ensemble: squared error only", file=where, expected="target.likelihood = 'gaussian'")
+    if task.prompt4re.folds < 2:
+        raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str, known: Iterable[str] = ()) -> Any:
+    """Build a dataclass from plain values, checking names and types; ``known`` names what else may stand there."""
+    hints = get_type_hints(cls, include_extras=True)
+    checked = {}
+    for key, value in values.items():
+        if key not in hints:
+            expected = f"one of {', '.join(sorted({*hints, *known}))}"
+            raise BadConfig(f"unknown key {key!r}", file=where, expected=expected)
+        checked[key] = _convert(value, hints[key], key, where)
+    return cls(**checked)
+
+
+def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
+    allowed = Range()
+    if get_origin(kind) is Annotated:
+        kind, allowed = get_args(kind)
+    expected = getattr(kind, "__name__", str(kind))
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        expected = f"one of {', '.join(map(repr, get_args(kind)))}"
+    elif kind in (int, float) and isinstance(value, (int, kind)) and not isinstance(value, bool):
+        if not allowed.low <= value < allowed.high:
+            expected = f"a number ≥ {allowed.low:g}" + (f" and < {allowed.high:g}" if allowed.high < math.inf else "")
+            raise BadConfig("out of range", file=where, column=key, expected=expected, found=value)
+        return kind(value)
+    elif kind in (bool, str) and type(value) is kind:
+        return value
+    elif get_origin(kind) is tuple:
+        numbers = get_args(kind)[0] is float
+        if isinstance(value, (list, tuple)) and all(
+            type(v) in (int, float) and 0 < v < math.inf if numbers else isinstance(v, str) for v in value
+        ):
+            return tuple(value)
+        expected = "a list of numbers above 0" if numbers else "a list of names"
+    elif key == "tasks":
+        return value
+    raise BadConfig("wrong value", file=where, column=key, expected=expected, found=repr(value))

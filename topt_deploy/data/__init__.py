@@ -1,0 +1,1 @@
+"""A city's tables as checked arrays: Parquet, columns, shapes, features."""

@@ -1,0 +1,479 @@
+"""A city's tables (docs/contracts.md) as arrays: read, checked, and put into canonical order.
+
+Regions are sorted by ``region_id`` and flows by origin and destination before anything is computed, so that
+neither the order of rows nor of columns can change a single bit of a result. This is the one way in, for
+training and for serving.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topt_deploy.errors import BadData, BadRows, NoInput
+
+from .columns import (
+    CITY_ID,
+    FLOW_COLUMNS,
+    GEOMETRY,
+    PROMPT_PREFIX,
+    REGION_ID,
+    TARGET_FLOW,
+    Given,
+    Source,
+    check_counts,
+    different,
+    floats,
+    list_width,
+    lists,
+    some,
+    strings,
+    texts,
+)
+
+Array = np.ndarray[Any, Any]
+
+REGION_LIMIT = 2_000_000
+"""Regions of one city. More than that are several cities, or nobody's."""
+ID_LIMIT = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Schema:
+    """What a model reads of a city.
+
+    Attributes:
+        views: Count views, each with its categories in order.
+        mobility: Whether flows between the regions are read.
+        prompts: Prompt columns, each with its width H.
+    """
+
+    views: Mapping[str, tuple[str, ...]]
+    mobility: bool
+    prompts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flows:
+    """Directed flows between regions, sparse; no pair occurs twice.
+
+    Attributes:
+        origin, dest: int64 (E,), positions in :attr:`City.region_id`, sorted by origin and then destination.
+        flow: float64 (E,), trips or persons, what the mobility view is made of.
+        target: float64 (E,), what stage 1 learns to reconstruct; ``flow`` unless the table has ``target_flow``.
+    """
+
+    origin: Array
+    dest: Array
+    flow: Array
+    target: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class City:
+    """One city, regions sorted by id. N regions.
+
+    Attributes:
+        region_id: str (N,), sorted.
+        input_row: int64 (N,), the input table's row of each region.
+        city_id: The city's name, where the table or a ``city=…`` folder gives one.
+        lonlat: float64 (N, 2), degrees, CRS84.
+        views: float64 (N, C) counts per count view.
+        flows: None where the schema reads none.
+        prompts: float32 (N, H) per prompt column.
+        encoders, templates, precisions: Per prompt column, the encoder, the hash of the template and the precision that
+            its field metadata names, if any.
+        labels: float64 (N,) per task; NaN marks a region to predict.
+        geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
+        synthetic: Whether the table says of itself that it is made up.
+    """
+
+    region_id: Array
+    input_row: Array
+    city_id: str | None
+    lonlat: Array
+    views: Mapping[str, Array]
+    flows: Flows | None
+    prompts: Mapping[str, Array]
+    encoders: Mapping[str, str]
+    templates: Mapping[str, str]
+    precisions: Mapping[str, str]
+    labels: Mapping[str, Array]
+    geometry: tuple[pa.ChunkedArray, bytes | None] | None
+    synthetic: bool
+
+    def __len__(self) -> int:
+        return len(self.region_id)
+
+
+def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()) -> Schema:
+    """The schema of a training city: its categories as they stand in the table, sorted where they are columns.
+
+    Args:
+        regions: The regions table.
+        views: Names of the count views to read.
+        mobility: Whether flows will be read.
+        prompts: Names of the prompt columns to read.
+
+    Raises:
+        BadData: If a view or prompt column is absent.
+    """
+    source = Source(regions, BadRows.REGIONS)
+    vocabularies: dict[str, tuple[str, ...]] = {}
+    for view in views:
+        vocabularies[view] = _categories(source, view)
+        if not vocabularies[view]:
+            raise BadData(
+                f"view {view!r} is absent",
+                file=source.name,
+                expected=f"a list column {view!r}, or columns {view + '_<category>'!r}",
+                found=f"columns {some(source.everything)}",
+                fix="add the view, or leave it out of `views` in the configuration",
+            )
+    widths = {}
+    for column in prompts:
+        if not source.has(column):
+            raise BadData(
+                "prompt column is absent",
+                file=source.name,
+                column=column,
+                found=f"prompt columns {[c for c in source.names if c.startswith(PROMPT_PREFIX)]}",
+                fix="encode prompts first, or train without them: --set prompt4re.enabled=false",
+            )
+        widths[column] = list_width(source, column)
+    return Schema(views=vocabularies, mobility=mobility, prompts=widths)
+
+
+def read_city(
+    regions: Given,
+    mobility: Given | None,
+    schema: Schema,
+    *,
+    labels: Iterable[str] = (),
+    id_col: str = REGION_ID,
+    city_id: str | None = None,
+) -> City:
+    """Read and check one city.
+
+    Args:
+        regions: regions.parquet, or the table itself.
+        mobility: mobility.parquet, or the table itself; None if the schema reads no flows.
+        schema: What to read. A category too many or too few is an error.
+        labels: Label columns to read (training only).
+        id_col: The column that holds the region ids.
+        city_id: What to call a city whose table does not say, and whose file lies in no ``city=…`` folder.
+
+    Raises:
+        BadData: Naming file, column, regions, both sides and what to do.
+        NoInput: If a file is missing, or flows are needed and no mobility is given.
+    """
+    labels = tuple(labels)
+    source = Source(regions, BadRows.REGIONS, _wanted(schema, labels, id_col))
+    ids = _region_ids(source, id_col)
+    city_id = _city_id(source) or city_id
+    order = np.argsort(ids, kind="stable")
+    sorted_ids = ids[order]
+    flows = None
+    if schema.mobility:
+        if mobility is None:
+            raise NoInput(
+                "this model reads flows between regions, and no mobility table was given",
+                file=source.name,
+                expected="mobility.parquet with origin_id, dest_id, flow",
+                fix="put mobility.parquet beside the regions, or name it with --mobility",
+            )
+        flows = _flows(Source(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
+    return City(
+        region_id=sorted_ids,
+        input_row=order,
+        city_id=city_id,
+        lonlat=_lonlat(source, ids)[order],
+        views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
+        flows=flows,
+        prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
+        encoders=_made_with(source, schema, b"encoder"),
+        templates=_made_with(source, schema, b"template"),
+        precisions=_made_with(source, schema, b"precision"),
+        labels={task: _label(source, ids, task)[order] for task in labels},
+        geometry=_geometry(source),
+        synthetic=source.metadata.get(b"synthetic") == b"true",
+    )
+
+
+def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str], bool]:
+    """Whether a column is worth reading: texts and images of a large city stay on disk."""
+    exact = {id_col, CITY_ID, "lon", "lat", GEOMETRY, *schema.views, *schema.prompts, *labels}
+    prefixes = tuple(f"{view}_" for view in schema.views)
+    return lambda column: column in exact or column.startswith(prefixes)
+
+
+def _region_ids(source: Source, id_col: str) -> Array:
+    if not source.has(id_col):
+        raise BadData(
+            "the region ids are absent",
+            file=source.name,
+            column=id_col,
+            found=f"columns {some(source.everything)}",
+            fix="name the id column with --id-col",
+        )
+    raw = strings(source, id_col, fix="write the ids as strings, with their leading zeros")
+    if not raw:
+        raise BadData("the table is empty", file=source.name, expected="at least one region", found="0 rows")
+    if len(raw) > REGION_LIMIT:
+        raise BadData(
+            "too many regions for one city", file=source.name, expected=f"at most {REGION_LIMIT:,}",
+            found=f"{len(raw):,}", fix="write one file per city",
+        )  # fmt: skip
+    blank = np.array([not value or not value.strip() for value in raw])
+    if blank.any():
+        source.refuse(
+            "region ids are missing",
+            blank,
+            "missing_id",
+            column=id_col,
+            ids=[f"row {row}" for row in np.flatnonzero(blank)],
+            expected="an id in every row",
+        )
+    ids = _ids(source, id_col, raw)
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) < len(ids):
+        source.refuse(
+            "region ids occur more than once",
+            np.isin(ids, unique[counts > 1]),
+            "duplicate_id",
+            column=id_col,
+            ids=unique[counts > 1],
+            expected="each region once",
+            fix="keep one row per region; several cities go into several files",
+        )
+    return ids
+
+
+def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
+    """Ids as an array, in which each takes the room of the longest."""
+    longest = max(map(len, filter(None, raw)), default=0)
+    if longest > ID_LIMIT:
+        raise BadData(
+            "an id is absurdly long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
+            found=f"{longest:,}",
+        )  # fmt: skip
+    return np.array(raw, dtype=np.str_)
+
+
+def _city_id(source: Source) -> str | None:
+    if source.has(CITY_ID):
+        cities = sorted({str(city) for city in different(source, CITY_ID)[0] if city is not None})
+        if len(cities) > 1:
+            raise BadData(
+                "holds several cities",
+                file=source.name,
+                column=CITY_ID,
+                expected="one city per file (a city is predicted as a whole)",
+                found=some(cities),
+                fix="write one file per city",
+            )
+        if cities:
+            return cities[0]
+    return None if source.path is None else hive_city(source.path)
+
+
+def hive_city(file: Path) -> str | None:
+    """The city that a Hive partition, a folder ``city=…`` above the file, is of."""
+    names = (part.removeprefix("city=") for part in reversed(file.parent.parts) if part.startswith("city="))
+    name = next(names, None)
+    if name is not None and "%" in name:  # as Hive escapes what a folder's name cannot hold
+        from urllib.parse import unquote
+
+        name = unquote(name)
+    return name
+
+
+def _lonlat(source: Source, ids: Array) -> Array:
+    if source.has("lon") and source.has("lat"):
+        lonlat = np.stack([floats(source, ids, "lon"), floats(source, ids, "lat")], axis=1)
+    elif source.has(GEOMETRY):
+        from .geometry import centroids
+
+        lonlat = centroids(_described(source), source.name, ids)
+    else:
+        raise BadData(
+            "the regions' positions are absent",
+            file=source.name,
+            expected="columns lon and lat in degrees, or a GeoParquet geometry",
+            found=f"columns {some(source.everything)}",
+        )
+    outside = ~((np.abs(lonlat[:, 0]) <= 180) & (np.abs(lonlat[:, 1]) <= 90))  # NaN too
+    if outside.any():
+        source.refuse(
+            "positions are not degrees",
+            outside,
+            "bad_position",
+            fill=["lon", "lat"] if source.has("lon") and source.has("lat") else [],
+            column="lon, lat",
+            ids=ids[outside],
+            expected="lon in [-180, 180], lat in [-90, 90] (CRS84)",
+            found=", ".join(f"({x:g}, {y:g})" for x, y in lonlat[outside][:3]),
+            fix="reproject to CRS84; the reference system is never guessed",
+        )
+    return lonlat
+
+
+def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
+    """What the prompt columns' metadata say, where they do."""
+    said = {column: (source.field(column).metadata or {}).get(what, b"") for column in schema.prompts}
+    return {column: name.decode(errors="replace") for column, name in said.items() if name}
+
+
+def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
+    if not source.has(GEOMETRY):
+        return None
+    return source.column(GEOMETRY), (_described(source).schema.metadata or {}).get(b"geo")
+
+
+def _described(source: Source) -> pa.Table:
+    """The table with GeoParquet's key, which a file of Parquet's own GEOMETRY type may lack."""
+    if source.file is None or b"geo" in source.metadata:
+        return source.table
+    from .geometry import with_geo_key
+
+    return with_geo_key(source.table, source.file)
+
+
+def _categories(source: Source, view: str) -> tuple[str, ...]:
+    """Categories of a view: the list column's own names, or the sorted suffixes of its wide columns."""
+    if source.has(view):
+        width = list_width(source, view)
+        described = (source.field(view).metadata or {}).get(b"categories")
+        try:
+            names = json.loads(described) if described else [f"{i:02d}" for i in range(width)]
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or len(names) != width:
+            raise BadData(
+                "the list's category names do not fit its width",
+                file=source.name,
+                column=view,
+                expected=f"{width} names, a JSON list, in the field's metadata `categories`",
+                found=f"{len(names)} names" if isinstance(names, list) else repr(described),
+            )
+        return tuple(str(name) for name in names)
+    prefix = f"{view}_"
+    return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
+
+
+def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
+    if in_list := source.has(view):
+        values = lists(source, ids, view, len(categories)).astype(np.float64)
+        names = _categories(source, view)
+        unnamed = names == tuple(f"{i:02d}" for i in range(len(categories)))
+        if not unnamed and set(names) == set(categories):
+            values = values[:, [names.index(name) for name in categories]]
+        elif not unnamed:
+            _refuse_categories(source, view, categories, names)
+        columns = [f"{view}[{name}]" for name in categories]
+    else:
+        have = _categories(source, view)
+        if set(have) != set(categories):
+            _refuse_categories(source, view, categories, have)
+        columns = [f"{view}_{name}" for name in categories]
+        values = np.stack([floats(source, ids, column) for column in columns], axis=1)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        for position, column in enumerate(columns):
+            check_counts(source, ids, column, values[:, position], view if in_list else None)
+    return values
+
+
+def _refuse_categories(source: Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
+    missing = [name for name in expected if name not in set(found)]
+    unknown = [name for name in found if name not in set(expected)]
+    sides = [f"without {some(missing)}"] * bool(missing) + [f"with unknown {some(unknown)}"] * bool(unknown)
+    raise BadData(
+        f"the categories of view {view!r} are not the model's",
+        file=source.name,
+        column=some([f"{view}_{name}" for name in (missing or unknown)]),
+        expected=f"{len(expected)} categories: {some(expected)}",
+        found=f"{len(found)} categories, {' and '.join(sides)}",
+        fix="count the same categories as in training; a category without any POI is a column of zeros",
+    )
+
+
+def _label(source: Source, ids: Array, task: str) -> Array:
+    if not source.has(task):
+        raise BadData(
+            "label column is absent",
+            file=source.name,
+            column=task,
+            found=f"columns {some(source.everything)}",
+            fix="add it (null where unknown), or choose tasks with --task",
+        )
+    values = floats(source, ids, task, nulls=True)
+    known = ~np.isnan(values)
+    check_counts(source, ids[known], task, values[known])
+    if not known.any():
+        raise BadData("no region has a label", file=source.name, column=task, expected="labels for some regions")
+    return values
+
+
+def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
+    columns = {}
+    for role, aliases in FLOW_COLUMNS.items():
+        present = [alias for alias in aliases if source.has(alias)]
+        if len(present) != 1:
+            raise BadData(
+                f"expected exactly one {role} column",
+                file=source.name,
+                expected=f"one of {', '.join(aliases)}",
+                found=f"columns {some(source.everything)}",
+            )
+        columns[role] = present[0]
+    if city_id is not None and source.has(CITY_ID):
+        cities, places = different(source, CITY_ID)
+        mine = np.array([city == city_id for city in cities], bool)[places]
+        if not mine.all():  # a table of this city alone is spared the import of pyarrow.compute
+            source.choose(mine)
+    ends = {}
+    for role in ("origin_id", "dest_id"):
+        values, places = texts(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
+        names = _ids(source, columns[role], [value or "" for value in values])
+        position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
+        unknown = sorted_ids[position] != names
+        if unknown.any():
+            source.refuse(
+                "names regions that the regions table does not have",
+                unknown[places],
+                "unknown_region",
+                column=columns[role],
+                ids=np.unique(names[unknown]),
+                expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
+                fix="drop those flows, or add the regions",
+            )
+        ends[role] = position[places]
+    pairs = np.stack([ends["origin_id"], ends["dest_id"]], axis=1)
+    flow = _flow_values(source, columns["flow"], sorted_ids, pairs)
+    target = _flow_values(source, TARGET_FLOW, sorted_ids, pairs) if source.has(TARGET_FLOW) else flow
+    key = pairs[:, 0] * len(sorted_ids) + pairs[:, 1]
+    if len(key) and (np.diff(key) > 0).all():  # as most tables are
+        return Flows(origin=ends["origin_id"], dest=ends["dest_id"], flow=flow, target=target)
+    # Sorted by value as well: duplicates are then summed in an order that no shuffling of rows changes.
+    order = np.lexsort((target, flow, key))
+    keys, start = np.unique(key[order], return_index=True)
+    if len(keys) == 0:
+        of_city = "" if city_id is None else f" of city {city_id!r}"
+        raise BadData("no flow at all", file=source.name, expected=f"at least one row{of_city}", found="0 rows")
+    return Flows(
+        origin=keys // len(sorted_ids),
+        dest=keys % len(sorted_ids),
+        flow=np.add.reduceat(flow[order], start),
+        target=np.add.reduceat(target[order], start),
+    )
+
+
+def _flow_values(source: Source, column: str, sorted_ids: Array, pairs: Array) -> Array:
+    origins = sorted_ids[pairs[:, 0]]
+    values = floats(source, origins, column)
+    check_counts(source, origins, column, values)
+    return values

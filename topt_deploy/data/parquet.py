@@ -1,0 +1,169 @@
+"""Parquet files, local and small: read by column, written whole.
+
+This works on the classes beneath ``pyarrow.parquet``, because importing that module also imports file systems of
+four clouds and TLS: 15 ms and 8 MB, a tenth of what ``topt-run`` may take. tests/data/test_parquet.py holds both to be
+the same on the versions that are tested.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow._parquet import ParquetReader, ParquetWriter
+
+from topt_deploy.errors import BadData
+from topt_deploy.hardening.parquet_memory import Footer, memory, read_footer
+from topt_deploy.storage.atomic import Held, atomic_file, check_file, reading
+
+COLUMN_LIMIT = 10_000
+FOOTER_LIMIT_BYTES = 8 << 20
+"""Of what describes the columns: a hundred times that of a wide table."""
+MEMORY_FREE_BYTES = 1 << 30
+WRITTEN_AT_ONCE_BYTES = 1 << 18
+MEMORY_RATIO = 200
+"""A file may take so much memory, or so many times its size, whichever is more: vectors take as much as they are, an
+honest table of flows up to a hundred times (an id in the memory has 70 bytes, and less than one in a sorted file)."""
+
+
+class ParquetFile:
+    """An open Parquet file.
+
+    Args:
+        source: A path, a file that is held, or the bytes of one.
+        name: What errors call it; the path by default.
+        coded: Columns that are read as codes of a dictionary, where they are text.
+
+    Attributes:
+        held: Whether its bytes are in memory.
+
+    Raises:
+        NoInput, NoPermission: If the file is missing or may not be read.
+        BadData: If it is not Parquet, is damaged, or is made to take more memory than a table has need of.
+    """
+
+    def __init__(self, source: Path | Held | bytes, name: str | None = None, *, coded: Collection[str] = ()) -> None:
+        self.held = not isinstance(source, Path)
+        if isinstance(source, Held):
+            self.held = source.data is not None
+            name = name or str(source.path)
+            source = source.path if source.data is None else source.data
+        self.name = name or (str(source) if isinstance(source, Path) else "Parquet data")
+        self._reader = ParquetReader()
+        self._footer: Footer | None = None
+        if isinstance(source, Path):
+            check_file(source)  # the operating system's own reasons first: Arrow words them differently
+        with self._errors():
+            # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
+            # Names are bytes to the system: Arrow would have them in UTF-8.
+            self._file = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
+            self._check_footer()
+            self._open()
+            about = self._reader.metadata
+            if about.num_columns > COLUMN_LIMIT:
+                raise self._too_large("columns", COLUMN_LIMIT, about.num_columns)
+            self._leaves = [path[0] for path in self._reader.column_paths]
+            if codes := [i for i, name in enumerate(self._leaves) if name in coded]:
+                self._reader = ParquetReader()
+                self._open(read_dictionary=codes, metadata=about)
+            self.schema: pa.Schema = self._reader.schema_arrow
+            self.names: list[str] = list(self.schema.names)
+            self.metadata: dict[bytes, bytes] = dict(about.metadata or {})
+            self.rows: int = about.num_rows
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read all columns, or those named."""
+        chosen = set(self.names if columns is None else columns)
+        with self._errors():
+            indices = [i for i, name in enumerate(self._leaves) if name in chosen]
+            self._check_memory(indices)
+            table = self._reader.read_all(column_indices=indices, use_threads=False)
+            for column in table.itercolumns():
+                if "dictionary<" in str(column.type):  # whose codes Arrow takes as they are, wherever they lead
+                    column.validate(full=True)
+            return table
+
+    def _open(self, **more: Any) -> None:
+        self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True, **more)
+
+    def _check_footer(self) -> None:
+        size = self._file.size()
+        length = int.from_bytes(self._file.read_at(4, size - 8), "little") if size >= 8 else 0
+        if length > FOOTER_LIMIT_BYTES and length <= size:
+            raise self._too_large("bytes that describe the columns", FOOTER_LIMIT_BYTES, length)
+
+    def _check_memory(self, indices: Sequence[int]) -> None:
+        if self._footer is None:
+            self._footer = read_footer(self._file)
+        kinds = {field.name: field.type for field in self.schema}
+        limit, total = max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size()), 0
+        for index in indices:
+            total += memory(self._file, self._footer, index, kinds[self._leaves[index]], limit)
+            if total > limit:
+                raise self._too_large("bytes of memory", limit, total)
+
+    def _too_large(self, what: str, limit: int, found: int) -> BadData:
+        return BadData(
+            "the file is small and would take a great deal of memory" if what.endswith("memory") else "too large",
+            file=self.name,
+            expected=f"at most {limit:,} {what}",
+            found=f"{found:,} or more",
+            fix="if it is what it should be, write it without dictionary or delta encoding, or in parts",
+        )
+
+    def logical_types(self) -> dict[str, str]:
+        """Parquet's own logical type of every flat column, as JSON: what Arrow's schema does not show."""
+        schema = self._reader.metadata.schema
+        columns = [schema.column(i) for i in range(len(schema))]
+        return {column.path: column.logical_type.to_json() for column in columns}
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
+        try:
+            yield
+        except (pa.ArrowException, EOFError, OSError, ValueError, MemoryError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                with reading(Path(self.name)):
+                    raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BadData(
+                f"not a whole Parquet file ({reason})",
+                file=self.name,
+                expected="Parquet",
+                fix="write it again; a download or copy may have been cut off",
+            ) from error
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or those of ``columns`` that it has."""
+    return ParquetFile(path).read(columns)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table atomically (:func:`save_parquet`)."""
+    with atomic_file(path) as temporary:
+        save_parquet(temporary, table)
+
+
+def save_parquet(path: Path, table: pa.Table) -> None:
+    """Write a table; the same table gives the same bytes.
+
+    Only text is dictionary-encoded: prompt vectors do not repeat, and reading them back is three times as fast.
+    """
+    text = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    with pa.OSFile(os.fsencode(path), "wb") as file, pa.BufferedOutputStream(file, WRITTEN_AT_ONCE_BYTES) as stream:
+        writer = ParquetWriter(
+            stream,
+            table.schema,
+            compression="snappy",
+            use_dictionary=text,
+            version="2.6",
+            writer_engine_version="V2",
+            store_schema=True,
+            write_page_checksum=True,
+        )
+        writer.write_table(table)
+        writer.close()

@@ -1,0 +1,1 @@
+"""Guards that read the bytes of untrusted files before a library decodes them."""

@@ -1,0 +1,225 @@
+"""The kernel part of a head: Gaussian process regression with a sum of kernels, as a linear map of fixed features.
+
+Every view has a linear kernel and radial ones of a few lengths; what each kernel weighs is found by maximising the
+evidence on the training regions alone. One regression has them all, the next ones leave out the shortest lengths;
+their mean varies less with the regions it was fitted on than any of them. A radial kernel is computed with random
+Fourier features (Rahimi & Recht, NeurIPS 2007; orthogonal: Yu et al., NeurIPS 2016), in training as in serving. So the
+trained part is a linear map: it holds no row of the training city, and costs the same whatever N is.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.config.settings import EnsembleConfig
+from topt_deploy.data.features import POSITION
+
+from .layers import ByName, Standardize
+
+PROMPT = "prompt"
+"""The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
+their variance, which standardising each would undo."""
+NOISE = 0.1
+"""Noise variance that evidence maximisation starts from, for targets of unit variance."""
+PRIOR_DEVIATION = 2.0
+"""Of the logarithm of every weight, and of the noise, about where they start."""
+RATE = 0.1
+EVIDENCE_REGIONS = 400
+"""At most so many regions, drawn at random, say what the kernels weigh; every region takes part in the fit itself."""
+BATCH = 1 << 22
+"""Entries of kernel matrices that are held at once: training sets beyond it come in turns."""
+
+
+class ViewKernels(nn.Module):
+    """The feature maps of one view's kernels, whose inner products are the kernels.
+
+    With z the standardised view (N, F), linear: z·z'/F; radial of length ℓ: exp(−|z − z'|² / 2Fℓ²).
+
+    *Shape:* (N, F) → (N, K)
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self, width: int, *, lengths: Sequence[float], linear: bool, features: int, standardize: bool = True
+    ) -> None:
+        super().__init__()
+        self.standardize = Standardize(width) if standardize else None
+        self.lengths, self.linear, self.features = tuple(lengths), linear, features
+        self.register_buffer("frequencies", torch.zeros(width, len(self.lengths) * features))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of each kernel, the linear one first; their sum is K."""
+        linear = [self.frequencies.shape[0]] if self.linear else []
+        return linear + [2 * self.features] * len(self.lengths)
+
+    def fit(self, x: Tensor, generator: torch.Generator) -> None:
+        """Fix the statistics from the training city's regions, and draw the frequencies."""
+        if self.standardize is not None:
+            self.standardize.fit(x)
+        width = x.shape[1]
+        drawn = [
+            orthogonal_frequencies(width, self.features, generator) / (length * math.sqrt(width))
+            for length in self.lengths
+        ]
+        self.frequencies.copy_(torch.cat(drawn, dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x if self.standardize is None else self.standardize(x)
+        # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
+        angles = torch.mm(z, self.frequencies).unflatten(1, (len(self.lengths), self.features))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=2).flatten(1) / math.sqrt(self.features)
+        return torch.cat([z / math.sqrt(z.shape[1]), waves], dim=1) if self.linear else waves
+
+
+def orthogonal_frequencies(width: int, count: int, generator: torch.Generator) -> Tensor:
+    """Frequencies of the radial kernel of length 1 (F, count), each normal up to its sign, which no cosine of a
+    difference depends on, and orthogonal in groups of F."""
+    groups = []
+    for _ in range(-(-count // width)):
+        direction, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        length = torch.randn(width, width, generator=generator, dtype=torch.float64).norm(dim=0)
+        groups.append(direction * length)
+    return torch.cat(groups, dim=1)[:, :count].float()
+
+
+class KernelHead(nn.Module):
+    """ŷ on the standardised target scale: a linear map of all views' kernel features.
+
+    *Shape:* {view: (N, F_v)} → (N,)
+
+    Args:
+        widths: F_v of every view.
+        config: Lengths, numbers of features, and which views have no linear kernel.
+    """
+
+    coefficients: Tensor
+
+    def __init__(self, widths: Mapping[str, int], config: EnsembleConfig) -> None:
+        super().__init__()
+        self.steps, self.lengths = config.steps, sorted(config.lengths)
+        self.views = ByName(
+            {
+                view: ViewKernels(
+                    width,
+                    lengths=config.position_lengths if view == POSITION else config.lengths,
+                    linear=view not in config.not_linear,
+                    features=config.features,
+                    standardize=view != PROMPT,
+                )
+                for view, width in widths.items()
+            }
+        )
+        self.register_buffer("coefficients", torch.zeros(sum(self.sizes)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of every kernel, in order."""
+        return [size for view in self.views for size in self.views[view].sizes]  # type: ignore[union-attr]
+
+    def nested(self) -> list[list[int]]:
+        """The kernels of every regression: all, then without the shortest length, and so on. Positions keep theirs."""
+        lengths: list[float] = []
+        for name in self.views:
+            view = self.views[name]
+            assert isinstance(view, ViewKernels)
+            own = [math.inf] * len(view.lengths) if name == POSITION else list(view.lengths)
+            lengths += [math.inf] * view.linear + own
+        return [[q for q, length in enumerate(lengths) if length >= least] for least in self.lengths]
+
+    def fit_features(self, inputs: Mapping[str, Tensor], seed: int) -> None:
+        """Fix statistics and frequencies. No label is used."""
+        generator = torch.Generator().manual_seed(seed)
+        for view in self.views:
+            self.views[view].fit(inputs[view], generator)  # type: ignore[operator]
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """All kernels' features side by side (N, ΣK)."""
+        return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.mv(self.features(inputs), self.coefficients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelFit:
+    """Fits of S training sets: coefficients (S, ΣK) of :class:`KernelHead`, kernel weights (S, Q), noise (S,)."""
+
+    coefficients: Tensor
+    weights: Tensor
+    noise: Tensor
+
+
+def maximise_evidence(
+    features: Tensor, sizes: Sequence[int], targets: Tensor, known: Tensor, *, steps: int
+) -> KernelFit:
+    """Gaussian process regression whose kernel weights and noise maximise the evidence (type II, MacKay 1992).
+
+    −log p(y) = ½ yᵀC⁻¹y + ½ log|C| + const with C = Σ_q w_q K_q + σ²I, over a training set's regions; a log-normal
+    prior of deviation :data:`PRIOR_DEVIATION` keeps every w_q near 1/Q. All in float64, training sets side by side.
+
+    Args:
+        features: (N, ΣK), of all regions.
+        sizes: Features of each of the Q kernels.
+        targets: (S, N), standardised; anything where not known.
+        known: bool (S, N): the regions that a training set holds.
+        steps: Steps of Adam on the logarithms of w and σ².
+    """
+    phi = features.double()
+    y, m = torch.where(known, targets.double(), 0.0), known.double()
+    if len(phi) <= EVIDENCE_REGIONS:
+        chunk = max(1, BATCH // len(phi) ** 2)
+        turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
+    else:  # every training set draws from its own regions: what another one knows makes no difference
+        drawn = [_draw(row) for row in known]
+        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(drawn, y, strict=True))]
+    logs = torch.cat([_maximise(*turn, sizes, steps) for turn in turns])
+    weights, noise = logs[:, :-1].exp(), logs[:, -1].exp()
+    per_feature = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), dim=1)  # (S, ΣK)
+    coefficients = torch.stack([_solve(phi, *row) for row in zip(y, known, per_feature, noise, strict=True)])
+    return KernelFit(coefficients=coefficients, weights=weights, noise=noise)
+
+
+def _draw(known: Tensor) -> Tensor:
+    """At most :data:`EVIDENCE_REGIONS` of a training set's regions, in order."""
+    own = known.nonzero()[:, 0]
+    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
+    return own[order[:EVIDENCE_REGIONS].sort().values]
+
+
+def _maximise(phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int) -> Tensor:
+    """Logarithms of the kernels' weights and, last, of the noise (S, Q + 1)."""
+    kernels = torch.stack([part @ part.T for part in phi.split(list(sizes), dim=1)])  # (Q, n, n)
+    q = len(kernels)
+    start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device).repeat(len(y), 1)
+    logs = start.clone().requires_grad_()
+    adam = torch.optim.Adam([logs], lr=RATE)
+    for _ in range(steps):
+        k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
+        # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
+        factor = torch.linalg.cholesky(k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known)))
+        alpha = torch.cholesky_solve(y[..., None], factor)[..., 0]
+        loss = 0.5 * (y * alpha).sum() + factor.diagonal(dim1=1, dim2=2).log().sum()
+        loss = loss + 0.5 * ((logs - start) / PRIOR_DEVIATION).square().sum()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return logs.detach()
+
+
+def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
+    """Coefficients (ΣK) of one training set: the posterior mean, w Φᵀ (Φ w Φᵀ + σ²I)⁻¹ y over its n regions, and for
+    more regions than features the same as √w (√w ΦᵀΦ √w + σ²I)⁻¹ √w Φᵀ y: nothing is n × n then."""
+    seen = phi[known]
+    if len(seen) > seen.shape[1]:
+        root = weights.sqrt()
+        scaled = seen * root
+        precision = scaled.T @ scaled + noise * torch.eye(len(root), dtype=phi.dtype, device=phi.device)
+        return root * torch.linalg.solve(precision, scaled.T @ y[known])
+    scaled = seen * weights
+    covariance = seen @ scaled.T + noise * torch.eye(len(seen), dtype=phi.dtype, device=phi.device)
+    return scaled.T @ torch.linalg.solve(covariance, y[known])

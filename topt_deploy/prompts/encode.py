@@ -1,0 +1,308 @@
+"""Prompt vectors of a whole city: images and texts in, a table out, through a cache that makes every run resumable."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from topt_deploy.errors import BadData, UsageError
+
+from .cache import Cache, content_key
+from .encoder_spec import TEXT, EncoderSpec
+from .images import Picture, open_image
+from .pooling import Backend, pooled
+from .prompt import Array, Family, Prompt
+from .table import IMAGES, Regions, prompt_table
+from .templates import Templates
+
+FAIL, SKIP = "fail", "skip"
+BATCH_TOKENS = 8192
+"""Regions share a batch up to this many tokens, fillers included: a region with many images has one of its own."""
+
+Progress = Callable[[int, int], None]
+"""Told how many regions are done, and of how many."""
+
+
+class Encoder(Protocol):
+    """A model that is ready to run."""
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """What it is."""
+
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs it: vectors of one runtime are not taken for another's."""
+
+    @property
+    def sha256(self) -> str:
+        """Of what its vectors depend on besides the weights: configuration and tokenizer, or exported graphs."""
+
+    def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Any:
+        """One region's input (:class:`.prompt.Family`)."""
+
+    def vectors(self, prompts: Sequence[Any]) -> Array:
+        """Prompt vectors, float32 (B, T, H), of B inputs with the same T tasks."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PooledEncoder:
+    """An :class:`Encoder` of networks that share the tasks' common beginning (:func:`.pooling.pooled`)."""
+
+    spec: EncoderSpec
+    precision: str
+    runtime: str
+    sha256: str
+    host: Family
+    backend: Backend
+
+    def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
+        """One region's input."""
+        return self.host.prompt(text, images, questions)
+
+    def vectors(self, prompts: Sequence[Prompt]) -> Array:
+        """Prompt vectors, float32 (B, T, H), of B inputs."""
+        return np.concatenate([pooled(self.backend, together) for together in _batches(prompts)])
+
+
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts in order, as many at a time as may run together."""
+    batch: list[Prompt] = []
+    for prompt in prompts:
+        alone = any(p.sequences[0].visible is not None for p in (*batch, prompt))
+        lengths = [len(sequence.ids) for p in (*batch, prompt) for sequence in p.sequences]
+        # What is longer than the shortest region is read once for every task (backend.pooled).
+        row = max(lengths) + (len(prompt.sequences) - 1) * (max(lengths) - min(lengths))
+        if batch and (alone or row * (len(batch) + 1) > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    yield batch
+
+
+def limit_pixels(spec: EncoderSpec, max_pixels: int) -> EncoderSpec:
+    """The encoder with images resized to fewer pixels: another encoder, and named so.
+
+    Raises:
+        UsageError: If the family has no such limit.
+    """
+    if "max_pixels" not in spec.settings:
+        raise UsageError(
+            f"{spec.name} cuts images into tiles of its own size, or reads none",
+            expected="--max-pixels with a Qwen2.5-VL model",
+        )
+    settings = {**spec.settings, "max_pixels": max_pixels}
+    return replace(spec, name=f"{spec.name} max_pixels={max_pixels}", settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """What :func:`encode` made.
+
+    Attributes:
+        table: Of :func:`.table.prompt_table`.
+        encoded, cached, skipped: How many regions were computed at least in part, found in the cache, left out.
+    """
+
+    table: pa.Table
+    encoded: int
+    cached: int
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Waiting:
+    """A region to be computed: its row, its input, and the cache keys of the tasks, by column, that it lacks."""
+
+    row: int
+    prompt: Any
+    keys: dict[int, str]
+
+
+def encode(
+    regions: Regions,
+    encoder: Encoder,
+    templates: Templates,
+    tasks: Sequence[str],
+    *,
+    root: Path,
+    cache: Cache | None = None,
+    batch: int = 1,
+    on_bad_image: str = FAIL,
+    progress: Progress = lambda done, total: None,
+    share: tuple[int, int] = (0, 1),
+) -> Encoded:
+    """Encode every region for every task.
+
+    Regions are computed together within blocks of ``batch`` rows of the table, whatever of them is in the cache: so
+    vectors come out of the same batches in one process as in several.
+
+    Args:
+        regions: Whose texts and images.
+        encoder: The model.
+        templates: Of the questions.
+        tasks: T tasks of ``templates``.
+        root: The folder that images lie below.
+        cache: Vectors that need not be computed; what is computed goes there at once.
+        batch: How many regions to compute at once.
+        on_bad_image: :data:`SKIP` leaves a region with an unreadable image out as a whole, and says why: a vector of
+            the remaining images would look like any other and mean something else.
+        progress: Called after each region.
+        share: k, n: encode every n-th block of rows from the k-th on, and leave the others' vectors null.
+
+    Raises:
+        BadData: If an image or a text cannot be encoded; naming region and file.
+        UsageError: If there is no template for a task.
+    """
+    questions = [templates.question(task) for task in tasks]
+    if encoder.spec.family == TEXT and any(regions.images):
+        raise BadData(
+            f"{encoder.spec.name} reads no images",
+            column=IMAGES,
+            ids=[region for region, names in zip(regions.region_id, regions.images, strict=True) if names],
+            fix="take a vision-language model, or drop this column to encode texts alone",
+        )
+    itself = _facts(encoder)
+    part, parts = share
+    own = [row for row in range(len(regions)) if row // batch % parts == part]
+    vectors = np.full((len(regions), len(tasks), encoder.spec.width), np.nan, np.float32)
+    reasons: list[str | None] = ["another process's share"] * len(regions)
+    waiting: list[_Waiting] = []
+    encoded = cached = done = 0
+
+    def finish(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, len(own))
+
+    def compute() -> None:
+        nonlocal encoded
+        if not waiting:
+            return
+        columns = list(waiting[0].keys)
+        found = encoder.vectors([one.prompt for one in waiting])
+        useless = [
+            regions.region_id[one.row]
+            for one, values in zip(waiting, found, strict=True)
+            if not (np.isfinite(values).all() and values.any(axis=1).all())
+        ]
+        if useless:  # told now, not after the last region
+            raise BadData(
+                f"the encoder gave no usable vector at precision {encoder.precision}",
+                ids=useless,
+                expected="finite numbers, not all 0",
+                fix="encode in a higher precision",
+            )
+        fresh: dict[str, Array] = {}
+        for one, values in zip(waiting, found, strict=True):
+            vectors[one.row, columns] = values
+            fresh |= dict(zip(one.keys.values(), values, strict=True))
+        if cache is not None:
+            cache.put(fresh)
+        encoded += len(waiting)
+        finish(len(waiting))
+        waiting.clear()
+
+    for row in own:
+        region, text, reasons[row] = str(regions.region_id[row]), regions.texts[row], None
+        if waiting and waiting[0].row // batch != row // batch:
+            compute()
+        try:
+            pictures = [_picture(root, name) for name in regions.images[row]]
+            hashes = [picture.sha256 for picture in pictures]
+            keys = [content_key(encoder=itself, text=text, question=q, images=hashes) for q in questions]
+            known = cache.get(keys) if cache is not None else {}
+            lacking = {column: key for column, key in enumerate(keys) if key not in known}
+            asked = [questions[column] for column in lacking]
+            prompt = _prompt(encoder, region, text, pictures, asked) if lacking else None
+        except _BadImage as bad:
+            if on_bad_image != SKIP:
+                more = "; or leave such regions out with --on-bad-image skip"
+                fix = (bad.error.fix or "mend or remove it") + more
+                raise _of(bad.error, region, file=bad.error.file or root / bad.name, fix=fix) from bad.error
+            reasons[row] = f"{bad.name}: {bad.error.message}"
+            finish(1)
+            continue
+        for column, key in enumerate(keys):
+            if key in known:
+                vectors[row, column] = known[key]
+        if prompt is None:
+            cached += 1
+            finish(1)
+            continue
+        if waiting and waiting[0].keys.keys() != lacking.keys():
+            compute()
+        waiting.append(_Waiting(row=row, prompt=prompt, keys=lacking))
+    compute()
+    table = prompt_table(
+        regions,
+        {task: vectors[:, column] for column, task in enumerate(tasks)},
+        reasons=reasons,
+        encoder=encoder.spec.identity,
+        precision=encoder.precision,
+        templates={task: templates.sha256(task) for task in tasks},
+    )
+    return Encoded(table=table, encoded=encoded, cached=cached, skipped=len(own) - encoded - cached)
+
+
+def _facts(encoder: Encoder) -> str:
+    """The hash of everything of the encoder that its vectors depend on; its name is none of it."""
+    spec = encoder.spec
+    return content_key(
+        weights=spec.weights_sha256,
+        sha256=encoder.sha256,
+        family=spec.family,
+        settings=dict(spec.settings),
+        chat=dict(spec.chat),
+        imageless=spec.imageless and dict(spec.imageless),
+        precision=encoder.precision,
+        runtime=encoder.runtime,
+    )
+
+
+class _BadImage(Exception):
+    """An image that cannot be encoded, by the table's name for it."""
+
+    def __init__(self, name: str, error: BadData) -> None:
+        super().__init__(name)
+        self.name, self.error = name, error
+
+
+def _picture(root: Path, name: str) -> Picture:
+    try:
+        return open_image(root, name)
+    except BadData as error:
+        raise _BadImage(name, error) from error
+
+
+def _prompt(encoder: Encoder, region: str, text: str, pictures: Sequence[Picture], questions: Sequence[str]) -> Any:
+    """A region's input; where it has none, an error that says which image's or text's fault it is."""
+    try:
+        return encoder.prompt(text, [picture.pixels for picture in pictures], questions)
+    except BadData as error:
+        for picture in pictures:
+            try:
+                encoder.prompt("", [picture.pixels], [""])
+            except BadData as its:
+                raise _BadImage(picture.name, its) from its
+        raise _of(error, region) from error
+
+
+def _of(error: BadData, region: str, *, file: object = None, fix: str | None = None) -> BadData:
+    """The error, with the region that it is about."""
+    return BadData(
+        error.message,
+        file=file or error.file,
+        column=error.column,
+        ids=[region],
+        expected=error.expected,
+        found=error.found,
+        fix=fix or error.fix,
+    )

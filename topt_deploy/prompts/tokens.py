@@ -1,0 +1,104 @@
+"""A region's text as token ids: the model's chat frame around it, and the model's own tokenizer, without jinja."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from topt_deploy.errors import BadData
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A model's chat frame, split once out of its chat template.
+
+    Attributes:
+        before: What comes before the user's own words and images, with the BOS token where the model has one.
+        image: What stands for one image.
+        after: What comes after the user's words, up to where the answer would begin.
+    """
+
+    before: str
+    image: str
+    after: str
+
+    def text(self, geo_text: str, images: int, question: str) -> str:
+        """One task's whole input, images first; an empty geo-text or question leaves no empty line behind."""
+        return self.before + self.image * images + "\n".join(filter(None, (geo_text, question))) + self.after
+
+
+class Tokens:
+    """A tokenizer as its file says, without what the file adds around a text, cuts off, or fills up.
+
+    Args:
+        tokenizer_json: The bytes of the model's tokenizer.json.
+
+    Attributes:
+        special: The control tokens, such as those of the chat frame.
+
+    Raises:
+        BadData: If the bytes are no tokenizer.
+    """
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises bare exceptions
+            raise BadData(f"not a tokenizer ({error})", file="tokenizer.json", fix="fetch the model again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._control = {number: token.content for number, token in added.items() if token.special}
+        self.special = frozenset(self._control.values())
+
+    def ids(self, text: str) -> Array:
+        """Token ids, int64 (n,)."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def id(self, token: str) -> int:
+        """The id of one token.
+
+        Raises:
+            BadData: If the tokenizer has no such token.
+        """
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise BadData(f"no token {token!r}", file="tokenizer.json", fix="take the tokenizer of this very model")
+        return int(found)
+
+    def refuse_control(self, text: str, what: str) -> None:
+        """Refuse text that would end the user's turn or stand for an image.
+
+        Args:
+            text: Text from a table or a template.
+            what: What the error calls it.
+
+        Raises:
+            BadData: If it holds a control token, as it stands or after the tokenizer's own normalisation.
+        """
+        found = {token for token in self.special if token in text}
+        found |= {self._control[number] for number in self.ids(text).tolist() if number in self._control}
+        if found:
+            raise BadData(
+                f"{what} contains a control token of the language model",
+                expected="plain text",
+                found=", ".join(map(repr, sorted(found))),
+                fix="remove it, or write it apart, such as '< |' for '<|'",
+            )
+
+
+def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:
+    """The token ids, int64 (n,), of every task's whole input; image tokens as they stand in the frame.
+
+    Raises:
+        BadData: If text or a question contains a control token.
+    """
+    tokens.refuse_control(text, "geo-text")
+    for question in questions:
+        tokens.refuse_control(question, "a task's question")
+    return [tokens.ids(chat.text(text, images, question)) for question in questions]

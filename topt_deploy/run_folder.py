@@ -1,0 +1,102 @@
+"""Run folders, where training and export meet: finding them, and what ``run.json`` holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from topt_deploy.config.settings import Config
+from topt_deploy.storage.atomic import reading, write_json
+
+from .errors import BadConfig, NoInput
+
+RUN_FILE = "run.json"
+MODEL_FILE = "model.safetensors"
+INPUTS_FILE = "inputs.safetensors"
+"""The training city's features: a finished run is exported without the city being at hand."""
+RUNS_DIR = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run's record.
+
+    Attributes:
+        path: The run folder.
+        config: Its settings.
+        city_dir: The city's folder.
+        regions_sha256, mobility_sha256: Hashes of the tables it was started with.
+        finished: Whether the model is complete; set last.
+        facts: What else is recorded: reports, training ranges, versions, times.
+    """
+
+    path: Path
+    config: Config
+    city_dir: Path
+    regions_sha256: str
+    mobility_sha256: str | None
+    finished: bool
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        record = {
+            "finished": self.finished,
+            "city_dir": str(self.city_dir),
+            "regions_sha256": self.regions_sha256,
+            "mobility_sha256": self.mobility_sha256,
+            "config": self.config.as_dict(),
+            **self.facts,
+        }
+        write_json(self.path / RUN_FILE, record)
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Record that the run is complete."""
+        replace(self, finished=True, facts={**self.facts, **facts}).save()
+
+
+def open_run(path: Path) -> Run:
+    """Read a run folder's record.
+
+    Raises:
+        NoInput: If the folder holds no run.
+        BadConfig: If its record is damaged.
+    """
+    file = path / RUN_FILE
+    if not file.exists():
+        raise NoInput("no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train")
+    try:
+        with reading(file):
+            record = json.loads(file.read_text(encoding="utf-8"))
+        return Run(
+            path=path,
+            config=Config.from_dict(record.pop("config"), str(file)),
+            city_dir=Path(record.pop("city_dir")),
+            regions_sha256=record.pop("regions_sha256"),
+            mobility_sha256=record.pop("mobility_sha256"),
+            finished=record.pop("finished"),
+            facts=record,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadConfig(f"damaged run record ({error!r})", file=file, fix="train again") from error
+
+
+def newest_run(city_dir: Path, *, finished: bool) -> Run:
+    """The newest run under ``city_dir/runs`` that is finished, or that can be resumed.
+
+    Raises:
+        NoInput: If there is none.
+    """
+    folder = city_dir / RUNS_DIR
+    candidates = sorted(folder.glob(f"*/{RUN_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file), reverse=True)
+    for file in candidates:
+        run = open_run(file.parent)
+        if run.finished == finished:
+            return run
+    raise NoInput(
+        "no finished training run" if finished else "no unfinished training run",
+        file=folder,
+        found=f"{len(candidates)} runs",
+        fix="topt-deploy train" if finished else "start one with topt-deploy train",
+    )

@@ -1,0 +1,1 @@
+"""Cities from elsewhere as the two tables of the contract."""

@@ -1,0 +1,52 @@
+"""Writing a city as the two files of the contract: regions.parquet and mobility.parquet."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from topt_deploy.data.parquet import write_parquet
+from topt_deploy.storage.atomic import write_error
+
+Array = np.ndarray[Any, Any]
+
+REGIONS = "regions.parquet"
+MOBILITY = "mobility.parquet"
+
+
+def write_city(folder: Path, regions: pa.Table, mobility: pa.Table) -> None:
+    """Write both tables into ``folder``, which is made where absent, each file atomically.
+
+    Raises:
+        CannotCreate, IOFailure: If the operating system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    for name, table in ((MOBILITY, mobility), (REGIONS, regions)):
+        write_parquet(folder / name, table)
+
+
+def fixed_lists(values: Array) -> pa.FixedSizeListArray:
+    """Rows of a float32 (N, W) array as a column of fixed-size lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float32).ravel()), values.shape[1])
+
+
+def table(
+    columns: Mapping[str, Any],
+    metadata: Mapping[str, str | bytes],
+    fields: Mapping[str, Mapping[str, str]] | None = None,
+) -> pa.Table:
+    """A table with metadata for the whole and, by column name, for single fields."""
+    built = pa.table(dict(columns))
+    described = [field.with_metadata((fields or {}).get(field.name)) for field in built.schema]
+    return built.cast(pa.schema(described, metadata=dict(metadata)))
+
+
+def flow_table(city_id: str, ids: Array, origin: Array, dest: Array, flows: Mapping[str, Array]) -> pa.Table:
+    """A mobility table; ``origin`` and ``dest`` (E,) are positions in ``ids``, each of ``flows`` is (E,)."""
+    city = pa.array([city_id] * len(origin))
+    return pa.table({"city_id": city, "origin_id": ids[origin], "dest_id": ids[dest], **flows})

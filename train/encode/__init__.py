@@ -1,0 +1,1 @@
+"""Encoding a city with PyTorch, in one process or several."""
