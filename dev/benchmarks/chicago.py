@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from topt_deploy.runtime.processor import processor_name
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 FLOOR = "import numpy, pyarrow, onnxruntime, click"
@@ -148,7 +150,7 @@ def main() -> None:
     rows = [row for name, record in records.items() for row in figures(name, record)]
     page = f"""# Measured on Chicago
 
-Made by `make benchmark` ({Path(__file__).name}) on {date.today()}: {os.cpu_count()} cores ({_processor()}),
+Made by `make benchmark` ({Path(__file__).name}) on {date.today()}: {os.cpu_count()} cores ({processor_name()}),
 Python {platform.python_version()}, PyTorch {versions["torch"]}, topt-deploy {versions["topt-deploy"]}. The machine is
 shared; ratios within this run mean more than seconds. Data: HAFusion's `data_Chi`, prompts of Llama-3.2-11B-Vision
 from Prompt4RE; 77 regions.
@@ -187,13 +189,6 @@ One set of folds and one seed: differences of a few per cent between columns mea
 """
     (options.out / "benchmarks.md").write_text(page, encoding="utf-8")
     print(page)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ task through the model with its language-model head, all hidden states kept, the
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from large_n import peak_mb
+
+from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "encoder"
@@ -79,7 +80,7 @@ def long_text(host: Any) -> str:
 
 
 def measure(way: str, model: Path, bundles: Path) -> dict[str, float]:
-    """Seconds for one region and three tasks, best of :data:`REPEATS`, and the process's peak memory."""
+    """Processor seconds for one region and three tasks, best of :data:`REPEATS`, and the process's peak memory."""
     import numpy as np
 
     from topt_deploy.prompts.pooling import pooled
@@ -120,9 +121,9 @@ def measure(way: str, model: Path, bundles: Path) -> dict[str, float]:
 
     seconds = []
     for _ in range(REPEATS):
-        began = time.perf_counter()
+        began = time.process_time()
         vectors = published() if way == "published" else pooled(backend, [prompt])[0]
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     np.save(bundles / f"{model.name}-{way.replace(' ', '-')}.npy", vectors)
     tokens = [len(sequence.ids) for sequence in prompt.sequences]
     peak = peak_mb() * 2**20
@@ -178,12 +179,6 @@ def table(model: Path, bundles: Path) -> list[str]:
     return [f"{int(base['tokens'])} tokens in the longest of three tasks.", "", *lines]
 
 
-def processor() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,10 +201,11 @@ def main() -> None:
     lines = [
         "# The prompt encoder's speed and memory",
         "",
-        f"`python dev/benchmarks/encoder.py SMOLLM2_DIR`, {date.today()}, {processor()}, one thread, one process a "
-        f"figure, best of {REPEATS} runs. One region with a geo-text of {TOKENS:,} tokens and three tasks. "
-        "*published*: three full passes of transformers in float32 with logits and all hidden states; *torch*: ours, "
-        "the common beginning once, no logits. OpenVINO computes in bfloat16 where the processor has it, but for fp32. "
+        f"`python dev/benchmarks/encoder.py SMOLLM2_DIR`, {date.today()}, {processor_name()}, one thread, one "
+        f"process a figure, processor seconds, best of {REPEATS} runs. One region with a geo-text of {TOKENS:,} tokens "
+        "and three tasks. *published*: three full passes of transformers in float32 with logits and all hidden states; "
+        "*torch*: ours, the common beginning once, no logits. OpenVINO computes in bfloat16 where a processor has it, "
+        "but for fp32, and in float32 on processors that have neither that nor VNNI. "
         "Peak memory counts pages of mapped files, on either side; OpenVINO's of the weights are given back after the "
         "first run, which has made a rearranged copy of them.",
         "",

@@ -24,6 +24,7 @@ import torch
 
 from topt_deploy.config.settings import load_config
 from topt_deploy.export.prompts.encoder_bundle import make_encoder
+from topt_deploy.runtime.processor import processor_name
 from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.evaluation.evaluate import read_problem
@@ -183,7 +184,7 @@ def page(folder: Path, records: Sequence[Mapping]) -> Iterator[str]:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     yield f"""# What the encoder's precision does
 
-Made by `dev/benchmarks/encoder_downstream.py` on {date.today()}: {processor()}, one thread,
+Made by `dev/benchmarks/encoder_downstream.py` on {date.today()}: {processor_name()}, one thread,
 Python {platform.python_version()}, {libraries}. The encoder is
 SmolLM2-135M-Instruct out of a PyPI wheel (scripts/smollm2.py): text alone, and 50 times smaller than what one would
 deploy, whose quantisation was not measured.
@@ -227,14 +228,6 @@ predictions hardly depend on these prompts, and so on their precision."""
         for record in records:
             if record["city"] == city:
                 yield row(record)
-
-
-def processor() -> str:
-    """Its name and what counts for quantised arithmetic."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    flags = [name for name in ("avx512_vnni", "amx_int8") if name in text]
-    named = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return ", ".join([*(named[:1] or [platform.machine()]), *flags])
 
 
 def main() -> None:

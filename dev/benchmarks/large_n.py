@@ -10,7 +10,6 @@ and the input's tables among it. The cities are synthetic: the model's own range
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "large-n"
@@ -193,7 +194,7 @@ def page(found: Found, command: str) -> str:
     rows = [f"| {size:,} | {' | '.join(cell(way, size) for way in WAYS)} |" for size in SIZES]
     return f"""# Large cities
 
-`{command}`, {date.today()}, {_processor()}, one thread, a process a figure. The machine is shared with other work:
+`{command}`, {date.today()}, {processor_name()}, one thread, a process a figure. The machine is shared with other work:
 seconds vary by a factor of two. Synthetic cities: counts within the model's ranges, {FLOWS_PER_REGION} flows a region,
 prompts of 576 numbers for each of three tasks. Peak memory is all that the process ever held, Python and libraries too.
 
@@ -221,13 +222,6 @@ def _one_tile() -> int:
     from topt_deploy.model.row_tiles import ENTRIES
 
     return int(ENTRIES**0.5)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:
