@@ -206,12 +206,14 @@ def main() -> None:
     lines = [
         "# The prompt encoder's speed and memory",
         "",
-        f"`python dev/benchmarks/encoder.py SMOLLM2_DIR`, {date.today()}, {processor()}, one thread, one process a "
-        f"figure, best of {REPEATS} runs. One region with a geo-text of {TOKENS:,} tokens and three tasks. "
-        "*published*: three full passes of transformers in float32 with logits and all hidden states; *torch*: ours, "
-        "the common beginning once, no logits. OpenVINO computes in bfloat16 where the processor has it, but for fp32. "
-        "Peak memory counts pages of mapped files, on either side; OpenVINO's of the weights are given back after the "
-        "first run, which has made a rearranged copy of them.",
+        f"Made by `benchmarks/encoder.py` on {date.today()}: {processor()}, one thread, one process per figure, best of "
+        f"{REPEATS} runs. One region has a text of {TOKENS:,} tokens and three tasks.",
+        "",
+        "- *published*: three full passes of transformers in float32, with logits and all hidden states.",
+        "- *torch*: ours in PyTorch. What the tasks have in common is read once, and there are no logits.",
+        "- *openvino* computes in bfloat16 if the processor has it, except with fp32.",
+        "- Peak memory counts pages of mapped files, for every way. OpenVINO makes a rearranged copy of the weights in its "
+        "first run; the pages of the original are given back after that.",
         "",
     ]
     for model in (arguments.smollm2, small):

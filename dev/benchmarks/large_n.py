@@ -193,14 +193,15 @@ def page(found: Found, command: str) -> str:
     rows = [f"| {size:,} | {' | '.join(cell(way, size) for way in WAYS)} |" for size in SIZES]
     return f"""# Large cities
 
-`{command}`, {date.today()}, {_processor()}, one thread, a process a figure. The machine is shared with other work:
-seconds vary by a factor of two. Synthetic cities: counts within the model's ranges, {FLOWS_PER_REGION} flows a region,
-prompts of 576 numbers for each of three tasks. Peak memory is all that the process ever held, Python and libraries too.
+`{command}`, {date.today()}, {_processor()}, one thread, one process per figure. The machine is shared with
+other work, and seconds vary by a factor of two. The cities are synthetic: counts within the model's ranges, {FLOWS_PER_REGION} flows a region,
+and prompts of 576 numbers for each of three tasks. Peak memory is the most that the process ever held, with Python and
+its libraries.
 
-- *predict*: `topt_deploy.runtime`, from Parquet to the table of predictions of three tasks, with an exported bundle.
-  Preset `default` sees a region's own features. Preset `srel` runs attention over all pairs of regions, five times and
-  once a task: its time grows with N², its memory with N.
-- *train*: stage 1 of preset `srel` with a single epoch, forward and backward. Preset `default` has no such stage.
+- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. Preset `default`
+  sees only a region's own features. Preset `srel` runs attention over all pairs of regions, five times and once per task:
+  its time grows with N², its memory with N.
+- *train*: one epoch of stage 1 of preset `srel`, forward and backward. Preset `default` has no such stage.
 
 | regions | {" | ".join(WAYS)} |
 |---|{"---|" * len(WAYS)}
@@ -208,12 +209,12 @@ prompts of 576 numbers for each of three tasks. Peak memory is all that the proc
 
 ![Seconds and peak memory against the number of regions](large-n.png)
 
-The dotted line is what a single N × N matrix of float32 would take, the dashed one is 8 GB. Attention, distances,
-similarities and flows are computed a tile of rows at a time (topt_deploy/model/row_tiles.py): in training, in
-prediction with PyTorch and, as an ONNX Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
+The dotted line is what a single N × N matrix of float32 would take. The dashed line is 8 GB. Attention, distances,
+similarities and flows are computed one tile of rows at a time: in training, in prediction with PyTorch, and, as an ONNX
+Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
 
-N × N in memory all the same: the evaluation's other methods (`topt-deploy evaluate`), which reproduce published code,
-and a report's attention and Moran's I (`topt-deploy report`), which are about pairs of regions.
+Two things still hold N × N numbers in memory: the other methods of `topt-deploy evaluate`, which reproduce published
+code, and the attention and Moran's I in `topt-deploy report`, which are about pairs of regions.
 """
 
 

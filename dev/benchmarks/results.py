@@ -85,8 +85,8 @@ def page(folder: Path) -> str:
 
 Made by `make results` (results.py) on {date.today()}: {os.cpu_count()} cores, one thread a process, Python
 {platform.python_version()}, PyTorch {torch.__version__}. 77 community areas; HAFusion's `data_Chi`, prompts of
-Llama-3.2-11B-Vision from Prompt4RE where nothing else is said. What the methods are: [evaluation.md](evaluation.md) and
-[literature.md](literature.md). What the differences come from: [LOG.md](../dev/LOG.md).
+Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. The methods are described in [evaluation](evaluation.md)
+and [literature](literature.md). The [log](../../dev/LOG.md) says where the differences come from.
 """
     published = "\n".join(
         ["| published | check_in | crime | service_call |", "|---|---|---|---|"]
