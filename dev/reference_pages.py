@@ -184,12 +184,13 @@ def python_page() -> str:
     ]
     for name, found in public_objects():
         parts += [f"## {name}", *_described(found)]
-        for member in _public_members(found):
+        for member in public_members(found):
             parts += [f"### {found.name}.{member.name}", *_described(member)]
     return "\n\n".join(parts) + "\n"
 
 
-def _public_members(found: griffe.Object) -> list[griffe.Object]:
+def public_members(found: griffe.Object) -> list[griffe.Object]:
+    """The public methods and properties of a class."""
     if not found.is_class:
         return []
     members = [member for name, member in found.members.items() if not name.startswith("_")]
