@@ -9,7 +9,7 @@ TARGET ?= runtime-cpu train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install services demo test lint types check-install benchmark results reliability batch fuzz gpu-check clean
+.PHONY: install services demo test lint types docs check-install benchmark results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -65,6 +65,11 @@ lint: install
 
 types: install
 	$(VENV)/bin/mypy
+
+# The pages that come from the code, and the site in build/site; a warning is an error.
+docs: install
+	$(VENV)/bin/python dev/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 
 check-install:
 	PYTHON=$(PYTHON) scripts/check-install.sh build/install $(TARGET)

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib
 import inspect
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ import griffe
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- Made by dev/reference_pages.py (make docs); do not edit. -->"
-HELP_WIDTH = 100
+HELP_WIDTH, SIGNATURE_WIDTH = 92, 80
 PUBLIC = {
     "topt_deploy.runtime": ["load", "Predictor"],
     "topt_deploy.errors": [],
 }
-"""The public modules, and their public names; an empty list means every public class and function."""
+"""The public modules, and their public names; an empty list means every class of the module."""
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -39,22 +40,20 @@ def programs() -> dict[str, click.Group]:
     return {name: importlib.import_module(entry.partition(":")[0]).cli for name, entry in scripts.items()}
 
 
-def commands(group: click.Group, name: str) -> Iterator[tuple[str, click.Context]]:
-    """Every command of a group and of the groups in it: its full name, and a context for its help."""
-    context = click.Context(group, info_name=name, terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH)
-    yield name, context
-    for each in group.list_commands(context):
-        command = group.get_command(context, each)
-        assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{name} {each}")
-        else:
-            yield (
-                f"{name} {each}",
-                click.Context(
-                    command, info_name=f"{name} {each}", terminal_width=HELP_WIDTH, max_content_width=HELP_WIDTH
-                ),
-            )
+def commands(
+    command: click.Command, name: str, parent: click.Context | None = None
+) -> Iterator[tuple[str, click.Context]]:
+    """A command and, if it is a group, all commands in it: the full name, and a context for its help."""
+    context = click.Context(
+        command, parent=parent, info_name=name, max_content_width=HELP_WIDTH, terminal_width=HELP_WIDTH,
+        help_option_names=["-h", "--help"],
+    )  # fmt: skip
+    yield context.command_path, context
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            found = command.get_command(context, each)
+            assert found is not None
+            yield from commands(found, each, context)
 
 
 def help_page(name: str, group: click.Group) -> str:
@@ -165,7 +164,7 @@ def public_objects() -> Iterator[tuple[str, griffe.Object]]:
         listed = names or [
             name for name, value in vars(module).items()
             if not name.startswith("_") and getattr(value, "__module__", None) == module_name
-            and (inspect.isclass(value) or inspect.isfunction(value))
+            and inspect.isclass(value)
         ]  # fmt: skip
         for name in listed:
             value = inspect.unwrap(getattr(module, name))
@@ -232,7 +231,7 @@ def _signature(found: griffe.Object) -> str:
         return head if not own or bases else f"class {found.name}({own})"
     if found.is_function:
         text = f"{found.name}({_parameters(found)})" + (f" -> {found.returns}" if found.returns else "")
-        return text if len(text) <= HELP_WIDTH else text.replace("(", "(\n    ", 1).replace(", ", ",\n    ")
+        return text if len(text) <= SIGNATURE_WIDTH else text.replace("(", "(\n    ", 1).replace(", ", ",\n    ")
     annotation = getattr(found, "annotation", None)
     return f"{found.name}: {annotation}" if annotation else ""
 
@@ -260,8 +259,6 @@ def _cell(text: str) -> str:
 
 def _markdown(text: str) -> str:
     """Docstrings' double backticks and roles as Markdown."""
-    import re
-
     text = re.sub(r":\w+:`~?\.*([^`]+)`", r"`\1`", text)
     return text.replace("``", "`")
 

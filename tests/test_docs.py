@@ -197,7 +197,9 @@ def test_the_page_can_be_followed(page: str, prepared: Callable[[str], Path]) ->
 
 def test_every_command_is_shown() -> None:
     """Each command of both programs is run by one of the pages, so that nobody has to guess how it is called."""
-    shown = {line for page in pages_with("bash", "console") for b in blocks(page, "bash", "console") for line, _ in lines(b)}
+    shown = {
+        line for page in pages_with("bash", "console") for b in blocks(page, "bash", "console") for line, _ in lines(b)
+    }
     groups = reference().programs().items()
     for name, group in groups:
         for command, context in reference().commands(group, name):
@@ -243,7 +245,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "WARNING" not in done.stderr
     assert (tmp_path / "site/index.html").exists()
     pages = [p.read_text(encoding="utf-8") for p in (tmp_path / "site").rglob("*.html")]
-    loaded = [url for page in pages for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)', page)]
+    loaded = [
+        url for page in pages for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)', page)
+    ]
     assert not loaded, "the site loads nothing from elsewhere"
 
 
