@@ -210,7 +210,9 @@ def _described(found: griffe.Object) -> list[str]:
                 title = section.kind.value.removesuffix("s").capitalize()
                 parts.append("\n".join([f"| {title} | |", "|---|---|", *rows]))
             case griffe.DocstringSectionKind.raises:
-                rows = [f"| `{entry.annotation}` | {_cell(entry.description)} |" for entry in section.value]
+                rows = [
+                    f"| `{str(entry.annotation).strip('()')}` | {_cell(entry.description)} |" for entry in section.value
+                ]
                 parts.append("\n".join(["| Raises | |", "|---|---|", *rows]))
             case griffe.DocstringSectionKind.returns | griffe.DocstringSectionKind.yields:
                 texts = [_cell(entry.description) for entry in section.value]
@@ -227,16 +229,24 @@ def _signature(found: griffe.Object) -> str:
         init = found.members.get("__init__")
         bases = ", ".join(str(base) for base in found.bases)
         head = f"class {found.name}" + (f"({bases})" if bases else "")
-        own = _parameters(init) if init is not None and init.is_function else ""
-        return head if not own or bases else f"class {found.name}({own})"
+        own = _parameters(init) if init is not None and init.is_function else []
+        return head if not own or bases else _wrapped(f"class {found.name}", own, "")
     if found.is_function:
-        text = f"{found.name}({_parameters(found)})" + (f" -> {found.returns}" if found.returns else "")
-        return text if len(text) <= SIGNATURE_WIDTH else text.replace("(", "(\n    ", 1).replace(", ", ",\n    ")
+        return _wrapped(found.name, _parameters(found), f" -> {found.returns}" if found.returns else "")
     annotation = getattr(found, "annotation", None)
     return f"{found.name}: {annotation}" if annotation else ""
 
 
-def _parameters(function: Any) -> str:
+def _wrapped(head: str, parameters: list[str], tail: str) -> str:
+    text = f"{head}({', '.join(parameters)}){tail}"
+    return (
+        text
+        if len(text) <= SIGNATURE_WIDTH
+        else f"{head}(\n    {(chr(10) + '    ').join(f'{p},' for p in parameters)}\n){tail}"
+    )
+
+
+def _parameters(function: Any) -> list[str]:
     shown, keyword_only = [], False
     for parameter in function.parameters:
         if parameter.name in ("self", "cls"):
@@ -250,7 +260,7 @@ def _parameters(function: Any) -> str:
         text = f"{star}{parameter.name}" + (f": {parameter.annotation}" if parameter.annotation else "")
         has_default = parameter.default is not None and not star
         shown.append(text + (f" = {parameter.default}" if has_default else ""))
-    return ", ".join(shown)
+    return shown
 
 
 def _cell(text: str) -> str:
