@@ -84,14 +84,14 @@ PROMPT4RE ?= ../shared/data/Prompt4RE
 benchmark: install
 	$(BIN)/python dev/benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
 
-# Into docs/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
+# Into docs/background/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
 reliability: install
 	$(BIN)/python dev/benchmarks/reliability.py
 
 batch: install
 	OMP_NUM_THREADS=1 $(BIN)/python dev/benchmarks/batch.py
 
-# What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/gpu.md).
+# What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/reference/status.md).
 gpu-check:
 	$(PYTHON) dev/benchmarks/gpu_check.py --write-docs
 
@@ -99,6 +99,6 @@ gpu-check:
 fuzz: install
 	TOPT_FUZZ_SECONDS=60 $(BIN)/pytest --timeout=0 tests/fuzz
 
-# docs/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
+# docs/background/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install
 	$(BIN)/python dev/benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)

@@ -128,7 +128,7 @@ def export_bundle(
         _check_encoder(run, encoder, prompts)
         served = encoder.manifest.precision
         for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
-            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/encoder.md")
+            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/how-to/encode.md")
     say("exporting the graph")
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")

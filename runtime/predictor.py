@@ -166,7 +166,7 @@ class Predictor:
         """Predict one city.
 
         Args:
-            regions: The regions table, or its Parquet file (docs/contracts.md).
+            regions: The regions table, or its Parquet file (docs/reference/files.md).
             mobility: Flows between the regions, where the model reads them.
             tasks: Tasks to predict; all of the bundle's by default.
             id_col: The column that holds the region ids.
@@ -373,12 +373,12 @@ def load(
 
     Args:
         bundle: The bundle folder or zip.
-        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/devices.md); an absent one is an error, and
+        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/background/devices.md); an absent one is an error, and
             ``auto`` takes the best that works: ``chosen`` and the log of ``topt_deploy`` say which and why.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.
-        key: The public key that must have signed it (docs/security.md); None asks for no signature.
+        key: The public key that must have signed it (docs/background/security.md); None asks for no signature.
 
     Raises:
         NoInput, BadBundle, NoDevice: Naming what is wrong.

@@ -1,4 +1,4 @@
-"""Many small cities on two cores, measured: ``make batch``. Writes its table into docs/reliability.md.
+"""Many small cities on two cores, measured: ``make batch``. Writes its table into docs/background/reliability.md.
 
 A batch against a loop of one process per city, against the model alone, and its memory over the run. The ways are
 measured by turns, so that all of them see the same machine; processor time says what is left when others use it too.
@@ -350,8 +350,8 @@ def page(
 regions, which are the sample city with other counts and flows; {rounds}, the ways take turns.
 
 - *model*: nothing but `Session.run` on arrays in memory, two processes at once.
-- *tables*: Arrow alone, two processes at once. It reads what the model reads, and writes, flushes and renames a table of
-  predictions. Nothing is hashed, checked or computed, and there is no receipt.
+- *tables*: Arrow alone, two processes at once. It reads what the model reads, and writes, flushes and renames a table
+  of predictions. Nothing is hashed, checked or computed, and there is no receipt.
 - *loop*: one `topt-run predict` per city, one after the other, over {options.loop} cities.
 - The other ways are one `topt-run predict`, with everything: start, reading, checking, features, model, tables, hashes,
   receipts and flushing to the disk. Processor time is that of all processes.
@@ -360,8 +360,8 @@ regions, which are the sample city with other counts and flows; {rounds}, the wa
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The aim was 20 times the speed of the loop, and 1.3 times the model's time. *At least* is the processor time of model and
-tables, divided by the model's: no program that reads and writes these files with Arrow can be below it.
+The aim was 20 times the speed of the loop, and 1.3 times the model's time. *At least* is the processor time of model
+and tables, divided by the model's: no program that reads and writes these files with Arrow can be below it.
 
 | bundle | × loop, the better | × model, the better | at least |
 |---|---|---|---|

@@ -1,7 +1,7 @@
 """The main road on real Chicago, measured: ``make benchmark HAFUSION=… PROMPT4RE=…``.
 
-Runs the user's own commands as processes, and writes what they took and gave to docs/benchmarks.md and
-docs/chicago.png. Every figure there comes from one run of this script.
+Runs the user's own commands as processes, and writes what they took and gave to docs/background/benchmarks.md and
+docs/background/chicago.png. Every figure there comes from one run of this script.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hafusion", required=True, type=Path)
     parser.add_argument("--prompt4re", required=True, type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/background")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         city = Path(name) / "chicago"
@@ -170,9 +170,9 @@ The command and `python -c "{FLOOR}"` take turns, in one run.
 
 ## What the runs gave: MAE / RMSE / R²
 
-- *held out*: KFold(10, shuffle, random_state=2024) over the labelled regions. Every region is predicted by the fold that
-  did not train on it, at the last epoch, and nothing is selected. Stage 1 and the prompt basis see the features of all
-  regions and no label (transductive).
+- *held out*: KFold(10, shuffle, random_state=2024) over the labelled regions. Every region is predicted by the fold
+  that did not train on it, at the last epoch, and nothing is selected. Stage 1 and the prompt basis see the features
+  of all regions and no label (transductive).
 - *trees*: gradient boosting on √count with flow context and without prompts, under the same folds.
 - *mean*: the mean of the training folds, under the same folds.
 - *in sample*: the final fit on its own labels. It does not measure quality.

@@ -1,4 +1,4 @@
-"""Speed and memory of the prompt encoder, and of exporting one: writes docs/encoder-benchmarks.md.
+"""Speed and memory of the prompt encoder, and of exporting one: writes docs/background/encoder-benchmarks.md.
 
     python dev/benchmarks/encoder.py SMOLLM2_DIR        # of scripts/smollm2.py; half an hour on a quiet machine
 
@@ -22,7 +22,7 @@ from large_n import peak_mb
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "encoder"
-PAGE = ROOT / "docs" / "encoder-benchmarks.md"
+PAGE = ROOT / "docs/background/encoder-benchmarks.md"
 TASKS = ("crime", "check_in", "service_call")
 TOKENS = 2000
 REPEATS = 2
@@ -206,14 +206,14 @@ def main() -> None:
     lines = [
         "# The prompt encoder's speed and memory",
         "",
-        f"Made by `benchmarks/encoder.py` on {date.today()}: {processor()}, one thread, one process per figure, best of "
-        f"{REPEATS} runs. One region has a text of {TOKENS:,} tokens and three tasks.",
+        f"Made by `dev/benchmarks/encoder.py` on {date.today()}: {processor()}, one thread, one process per figure, "
+        f"best of {REPEATS} runs. One region has a text of {TOKENS:,} tokens and three tasks.",
         "",
         "- *published*: three full passes of transformers in float32, with logits and all hidden states.",
         "- *torch*: ours in PyTorch. What the tasks have in common is read once, and there are no logits.",
         "- *openvino* computes in bfloat16 if the processor has it, except with fp32.",
-        "- Peak memory counts pages of mapped files, for every way. OpenVINO makes a rearranged copy of the weights in its "
-        "first run; the pages of the original are given back after that.",
+        "- Peak memory counts pages of mapped files, for every way. OpenVINO makes a rearranged copy of the weights in "
+        "its first run; the pages of the original are given back after that.",
         "",
     ]
     for model in (arguments.smollm2, small):

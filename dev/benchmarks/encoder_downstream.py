@@ -1,4 +1,4 @@
-"""docs/encoder-figures.md: what an encoder's precision does to prompt vectors, and to predictions made with them.
+"""Measure what an encoder's precision does to prompt vectors and predictions: docs/background/encoder-figures.md.
 
     python scripts/smollm2.py models/SmolLM2-135M-Instruct
     python dev/benchmarks/encoder_downstream.py --model models/SmolLM2-135M-Instruct --hafusion … --prompt4re …
@@ -179,7 +179,7 @@ def row(record: Mapping) -> str:
 
 
 def page(folder: Path, records: Sequence[Mapping]) -> Iterator[str]:
-    """docs/encoder-figures.md."""
+    """docs/background/encoder-figures.md."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
     yield f"""# What the encoder's precision costs in accuracy
 
@@ -197,10 +197,10 @@ python dev/benchmarks/encoder_downstream.py \\
 
 ## Vectors
 
-Vectors are compared with those of PyTorch in fp32, over all regions and three tasks. All vectors have much in common, and
-regions differ little beside that, so a cosine of the vectors says less than it seems to. *Apart* is the cosine after each
-task's mean over the regions is taken away. *Off* is how far the vectors then still differ, and *shift* is how far the means
-differ. Both are root mean squares, relative to how much regions differ.
+Vectors are compared with those of PyTorch in fp32, over all regions and three tasks. All vectors have much in common,
+and regions differ little beside that, so a cosine of the vectors says less than it seems to. *Apart* is the cosine
+after each task's mean over the regions is taken away. *Off* is how far the vectors then still differ, and *shift* is
+how far the means differ. Both are root mean squares, relative to how much regions differ.
 
 | city | encoder | cosine, mean | least | apart, mean | least | off | shift |
 |---|---|---|---|---|---|---|---|"""
@@ -210,16 +210,16 @@ differ. Both are root mean squares, relative to how much regions differ.
     yield f"""
 ## Predictions
 
-The default preset under KFold(10, shuffled, seed {FIRST_SEED}), one repetition. Every region is predicted by a
-model that has not seen its label. The model is trained with the prompts of the first column and predicts with those of the
-second. The figures are MAE / RMSE / R². The last column says how far the predictions move from those with the prompts that
-the model was trained with: the mean of |change| divided by their mean absolute error, by task. Repetitions with other
-folds differ by as much as most rows do ([results](results.md)).
+The default preset under KFold(10, shuffled, seed {FIRST_SEED}), one repetition. Every region is predicted by a model
+that has not seen its label. The model is trained with the prompts of the first column and predicts with those of the
+second. The figures are MAE / RMSE / R². The last column says how far the predictions move from those with the prompts
+that the model was trained with: the mean of |change| divided by their mean absolute error, by task. Repetitions with
+other folds differ by as much as most rows do ([results](results.md)).
 
 Conclusions:
 
-- Prompts matter in the demo, because its texts tell what nothing else does. There int8 costs up to 0.05 of R², whether or
-  not the model was trained with int8 prompts.
+- Prompts matter in the demo, because its texts tell what nothing else does. There int8 costs up to 0.05 of R²,
+  whether or not the model was trained with int8 prompts.
 - **A model for int4 must be trained with int4: encode the training city with the exported bundle too (`topt-run
   encode`).** Then int4 costs about as much as int8. A model that was trained with fp32 is of no use with int4 prompts,
   because int4 moves all regions in the same direction by several times as much as they differ. The commands refuse it.
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--city", nargs="*", choices=CITIES, default=list(CITIES), help="Train on these [default: all]."
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "encoder-figures.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/background/encoder-figures.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What this project promises of a GPU, checked where there is one, in nine minutes at most: make gpu-check.
 
     python3 dev/benchmarks/gpu_check.py                       # all of it; writes gpu-report.json and gpu-report.md
-    python3 dev/benchmarks/gpu_check.py --write-docs          # and puts the table into docs/gpu.md
+    python3 dev/benchmarks/gpu_check.py --write-docs          # and puts the table into docs/reference/status.md
     python3 dev/benchmarks/gpu_check.py --device cpu --size tiny        # the script itself, without a GPU
 
 It runs from a checkout, whether the project is installed or not, and needs PyTorch; every part names what else it
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs/reference/status.md"
 BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 TASKS = ("crime", "check_in", "service_call")
@@ -657,7 +657,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
     parser.add_argument("--out", type=Path, default=Path("gpu-report.json"), help="a table goes beside it, as .md")
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/gpu.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/reference/status.md")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time and peak memory from 100 to 100,000 regions: writes docs/large-n.md and docs/large-n.png.
+"""Time and peak memory from 100 to 100,000 regions: writes docs/background/large-n.md and docs/background/large-n.png.
 
     python dev/benchmarks/large_n.py           # 5 minutes on a quiet machine; goes on where it was stopped
     python dev/benchmarks/large_n.py --all     # two hours: preset `srel` to 100,000 regions, its training to 30,000
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "large-n"
-PAGE = ROOT / "docs" / "large-n.md"
+PAGE = ROOT / "docs/background/large-n.md"
 BIN = Path(sys.executable).parent
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 FLOWS_PER_REGION = 20
@@ -193,14 +193,14 @@ def page(found: Found, command: str) -> str:
     rows = [f"| {size:,} | {' | '.join(cell(way, size) for way in WAYS)} |" for size in SIZES]
     return f"""# Large cities
 
-`{command}`, {date.today()}, {_processor()}, one thread, one process per figure. The machine is shared with
-other work, and seconds vary by a factor of two. The cities are synthetic: counts within the model's ranges, {FLOWS_PER_REGION} flows a region,
-and prompts of 576 numbers for each of three tasks. Peak memory is the most that the process ever held, with Python and
-its libraries.
+`{command}`, {date.today()}, {_processor()}, one thread, one process per figure. The machine is shared with other
+work, and seconds vary by a factor of two. The cities are synthetic: counts within the model's ranges,
+{FLOWS_PER_REGION} flows a region, and prompts of 576 numbers for each of three tasks. Peak memory is the most that
+the process ever held, with Python and its libraries.
 
-- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. Preset `default`
-  sees only a region's own features. Preset `srel` runs attention over all pairs of regions, five times and once per task:
-  its time grows with N², its memory with N.
+- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. Preset
+  `default` sees only a region's own features. Preset `srel` runs attention over all pairs of regions, five times and
+  once per task: its time grows with N², its memory with N.
 - *train*: one epoch of stage 1 of preset `srel`, forward and backward. Preset `default` has no such stage.
 
 | regions | {" | ".join(WAYS)} |

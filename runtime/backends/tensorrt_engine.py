@@ -1,6 +1,6 @@
 """Engines of TensorRT and TensorRT-RTX, run by their own Python package on memory of the driver's.
 
-Written by NVIDIA's documentation and exercised with a stand-in (tests/support/fake_gpu.py): see docs/devices.md for
+Written after NVIDIA's documentation and tested with a stand-in (tests/support/fake_gpu.py). docs/reference/status.md says
 what has run on a GPU. Memory and copies go through libcuda itself (:mod:`topt_deploy.tensorrt.cuda_driver`), which is
 there wherever a GPU can be used; cuda-python and libcudart would be one more package each, whose version has to match.
 """

@@ -48,7 +48,7 @@ def spoil(home: Path):
 
 @pytest.fixture(scope="session")
 def told_codes() -> dict[str, set[int]]:
-    """Exit codes by what the table in docs/reference/exit-codes.md says that a scheduler should do: success, stop, try again."""
+    """Exit codes by the table's last column in docs/reference/exit-codes.md: success, stop, try again."""
     page = (ROOT / "docs/reference/exit-codes.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:3].strip("| ").isdigit()]
     codes: dict[str, set[int]] = {}

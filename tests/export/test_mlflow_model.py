@@ -21,7 +21,7 @@ COLUMNS = ["city_id", "region_id", "task", "prediction", "lower", "upper", "stat
 
 
 def with_flows(regions, flows):
-    """As docs/batch.md says."""
+    """As docs/how-to/mlflow.md says."""
     return regions.join(flows.groupby("origin_id")[["dest_id", "flow"]].agg(list), on="region_id")
 
 

@@ -74,7 +74,7 @@ class Manifest:
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
         variants: By name: graph, weights and where each initialiser lies in them, providers, tolerance and what the
-            parity gate measured. One of TensorRT's (docs/tensorrt.md) has ``flavour``, ``precision``, ``profile``
+            parity gate measured. One for TensorRT (docs/how-to/tensorrt.md) has ``flavour``, ``precision``, ``profile``
             (:mod:`topt_deploy.tensorrt.profile`), ``library`` and ``engines`` by compute capability where they were
             built, and ``checked``, what looked through the graph.
         golden: Base names of the golden cities under ``golden/``.

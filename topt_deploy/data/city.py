@@ -1,4 +1,4 @@
-"""A city's tables (docs/contracts.md) as arrays: read, checked, and put into canonical order.
+"""A city's tables (docs/reference/files.md) as arrays: read, checked, and put into canonical order.
 
 Regions are sorted by ``region_id`` and flows by origin and destination before anything is computed, so that
 neither the order of rows nor of columns can change a single bit of a result. This is the one way in, for

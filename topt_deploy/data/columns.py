@@ -1,6 +1,6 @@
 """The columns of a table, each read as a checked array; every error names file, column and regions.
 
-The names of columns are the data contract (docs/contracts.md). Of pyarrow this uses the core alone:
+The names of columns are the data contract (docs/reference/files.md). Of pyarrow this uses the core alone:
 ``pyarrow.compute`` or ``pyarrow.dataset`` would cost the runtime more start-up time than everything else it does.
 """
 
