@@ -70,7 +70,7 @@ def help_page(name: str, group: click.Group) -> str:
 
 def settings_page() -> str:
     """The settings as tables: name, values, default of each preset, meaning."""
-    from topt_deploy import config
+    from topt_deploy.config import settings as config
 
     presets = {name: config.load_config(preset=name, tasks=["crime"]) for name in config.presets()}
     first = config.DEFAULT_PRESET
@@ -91,7 +91,7 @@ def settings_page() -> str:
 
 
 def _settings_table(title: str, kind: Any, values: dict[str, Any], skip: set[str] = frozenset()) -> str:
-    from topt_deploy.config import DEFAULT_PRESET
+    from topt_deploy.config.settings import DEFAULT_PRESET
 
     text, meanings = _documented(kind)
     hints = get_type_hints(kind, include_extras=True)

@@ -17,7 +17,7 @@ DEST, FLOW = LEAVING = ("dest_id", "flow")
 
 
 class Model:
-    """What MLflow calls.
+    """The model as MLflow calls it.
 
     Args:
         predictor: The loaded bundle.
@@ -92,5 +92,5 @@ def _listed(value: Any) -> bool:
 
 
 def _load_pyfunc(path: str) -> Model:
-    """What MLflow calls with the bundle's path; every byte of it is checked."""
+    """Load the bundle for MLflow, which calls this with its path; every byte of it is checked."""
     return Model(load(path))

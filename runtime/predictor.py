@@ -140,17 +140,17 @@ class Predictor:
 
     @property
     def provider(self) -> str:
-        """What runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
+        """The name of what runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
         return PROVIDERS[CPU] if self._session is None else self._session.provider
 
     @property
     def precision(self) -> str:
-        """What the model computes in."""
+        """The precision in which the model computes."""
         return str(self.variant.get("precision", PRECISION))
 
     @property
     def device(self) -> str:
-        """Where the model runs: never ``auto``."""
+        """The device on which the model runs: never ``auto``."""
         return self.chosen.used
 
     def predict(
@@ -196,7 +196,7 @@ class Predictor:
         cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Predictions":
-        """What :meth:`predict` gives, to be laid out as either table.
+        """The predictions of :meth:`predict`, before they are laid out as a long or wide table.
 
         Args:
             on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.bad_rows`).
@@ -231,7 +231,7 @@ class Predictor:
             if not np.isfinite(values).all():
                 raise BadData(
                     "the model gives no finite number for this input", file=_name(regions), column=task,
-                    ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
+                    ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
         return Predictions(city, results, self._extrapolated(city), sieve)
@@ -321,7 +321,7 @@ class Predictor:
             trained, given = facts.get("precision"), city.precisions.get(column)
             if not comparable(trained, given):
                 raise BadData(
-                    "prompts in int4 are no stand-in for others", file=_name(regions), column=column,
+                    "prompts in int4 cannot replace prompts in another precision", file=_name(regions), column=column,
                     expected=trained, found=given, fix="encode them in the precision of the training city's",
                 )  # fmt: skip
 

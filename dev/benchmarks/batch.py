@@ -160,7 +160,7 @@ def model(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]
 
 
 def tables(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]]:
-    """What Arrow takes for the tables: those that the model reads are read, one of predictions is written.
+    """Measure Arrow alone: the tables that the model reads are read, one of predictions is written.
 
     Nothing is hashed or checked, no features are made, no receipt is written; the file is flushed and renamed, or it
     could be torn.

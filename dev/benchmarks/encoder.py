@@ -149,7 +149,7 @@ def child(*arguments: object) -> dict[str, float]:
 
 
 def export(model: Path, precision: str, *, keep: bool) -> dict[str, float]:
-    """What exporting a model took, now or, with ``keep``, in an earlier run."""
+    """The cost of exporting a model, now or, with ``keep``, in an earlier run."""
     out = WORK / f"{model.name}-{precision}.topt"
     told = out.with_suffix(".json")
     if not (keep and told.exists()):

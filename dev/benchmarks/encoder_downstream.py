@@ -41,9 +41,9 @@ CITIES = {
     "demo": ("none", "torch", "shipped", "int8", "int4"),
     "chicago": ("none", "torch", "int8", "int4", "llama", "qwen"),
 }
-"""What models are trained with."""
+"""Encoders that models are trained with."""
 SERVED = {"demo": (*PRECISIONS, "shipped"), "chicago": PRECISIONS}
-"""What models trained with PyTorch's vectors are served besides."""
+"""Encoders that models trained with PyTorch's vectors are also served."""
 NAMES = {
     "none": "no prompts",
     "torch": "SmolLM2, PyTorch fp32",

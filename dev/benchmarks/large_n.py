@@ -30,7 +30,7 @@ SHORT = ("srel.epochs=30", "prompt4re.epochs=10", "prompt4re.folds=3", "ensemble
 """Training that is soon over: what a prediction takes does not depend on it."""
 TRAIN = "train, `srel`"
 WAYS = {"predict, `default`": "default", "predict, `srel`": "srel", TRAIN: "srel"}
-"""What is measured, and with which preset."""
+"""The measurements, each with its preset."""
 LIMITS = dict(zip(WAYS, (100_000, 10_000, 3_000), strict=True))
 """Up to which size."""
 ALL_LIMITS = dict(zip(WAYS, (100_000, 100_000, 30_000), strict=True))

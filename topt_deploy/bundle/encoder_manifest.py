@@ -28,7 +28,7 @@ EDGE_LIMIT = 1 << 12
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderManifest:
-    """What an exported encoder says of itself.
+    """The manifest of an exported encoder.
 
     Attributes:
         schema_version: Version of this record; another one is refused.

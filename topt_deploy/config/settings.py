@@ -457,11 +457,19 @@ def _check(task: TaskConfig, where: str) -> None:
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
     if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
-        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or both")
+        raise BadConfig(
+            "ensemble: kernel and network are both switched off", file=where, expected="kernel, network or both"
+        )
     if not (task.ensemble.lengths and task.ensemble.position_lengths):
-        raise BadConfig("ensemble: no length", file=where, expected="at least one of lengths and of position_lengths")
+        raise BadConfig(
+            "ensemble: a list of lengths is empty",
+            file=where,
+            expected="at least one of lengths and of position_lengths",
+        )
     if task.ensemble.enabled and task.target.likelihood != "gaussian":
-        raise BadConfig("ensemble: squared error only", file=where, expected="target.likelihood = 'gaussian'")
+        raise BadConfig(
+            "ensemble: only the squared error is supported", file=where, expected="target.likelihood = 'gaussian'"
+        )
     if task.prompt4re.folds < 2:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 
