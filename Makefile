@@ -9,7 +9,7 @@ TARGET ?= runtime-cpu train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install services demo test lint types check-install benchmark results reliability batch fuzz gpu-check clean
+.PHONY: install services demo test lint types docs check-install benchmark results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -66,6 +66,11 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
+# The pages that come from the code, and the site in build/site; a warning is an error.
+docs: install
+	$(VENV)/bin/python dev/reference_pages.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
+
 check-install:
 	PYTHON=$(PYTHON) scripts/check-install.sh build/install $(TARGET)
 
@@ -79,14 +84,14 @@ PROMPT4RE ?= ../shared/data/Prompt4RE
 benchmark: install
 	$(BIN)/python dev/benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
 
-# Into docs/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
+# Into docs/background/reliability.md: kills and full disks at length (half an hour), and many small cities (half an hour, quiet).
 reliability: install
 	$(BIN)/python dev/benchmarks/reliability.py
 
 batch: install
 	OMP_NUM_THREADS=1 $(BIN)/python dev/benchmarks/batch.py
 
-# What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/gpu.md).
+# What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/reference/status.md).
 gpu-check:
 	$(PYTHON) dev/benchmarks/gpu_check.py --write-docs
 
@@ -94,6 +99,6 @@ gpu-check:
 fuzz: install
 	TOPT_FUZZ_SECONDS=60 $(BIN)/pytest --timeout=0 tests/fuzz
 
-# docs/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
+# docs/background/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install
 	$(BIN)/python dev/benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)

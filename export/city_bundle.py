@@ -128,7 +128,7 @@ def export_bundle(
         _check_encoder(run, encoder, prompts)
         served = encoder.manifest.precision
         for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
-            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/encoder.md")
+            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/how-to/encode.md")
     say("exporting the graph")
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")
@@ -253,7 +253,7 @@ def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mappi
                 )  # fmt: skip
         if not comparable(facts["precision"], encoder.manifest.precision):
             raise UsageError(
-                "prompts in int4 are no stand-in for others", file=run.path, column=column,
+                "prompts in int4 cannot replace prompts in another precision", file=run.path, column=column,
                 expected=facts["precision"], found=encoder.manifest.precision,
                 fix="encode the training city with this encoder (--encoder-only, then topt-run encode) and train again",
             )  # fmt: skip
@@ -276,7 +276,7 @@ def check_place(out: Path, as_zip: bool) -> None:
     except ToptError:
         replaceable = not as_zip and (out / MANIFEST).exists()  # a damaged bundle may be replaced
     if not replaceable:
-        raise UsageError("is there already, and is no bundle of this form", file=out, fix="name another --out")
+        raise UsageError("already exists, and is not a bundle of this form", file=out, fix="name another --out")
 
 
 def _write_golden(folder: Path, name: str, city: SyntheticCity, expected: pa.Table) -> None:

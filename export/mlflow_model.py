@@ -36,7 +36,7 @@ def check_mlflow_place(folder: Path) -> None:
         CannotCreate: If its parent is no folder.
     """
     if folder.exists() or folder.is_symlink():
-        raise UsageError("is there already", file=folder, fix="name a new folder with --mlflow, or remove this one")
+        raise UsageError("already exists", file=folder, fix="name a new folder with --mlflow, or remove this one")
     if not folder.parent.is_dir():
         raise write_error(folder, FileNotFoundError(errno.ENOENT, "no such folder"))
 
@@ -102,7 +102,7 @@ def write_mlflow(folder: Path, bundle: Path) -> None:
 
 
 def _encodes(manifest: Manifest) -> bool:
-    """Whether the bundle itself makes prompts, so that regions need not have any."""
+    """True if the bundle has an encoder, so that regions need no prompts."""
     return manifest.encoder is not None and manifest.encoder["bundle"] is None
 
 

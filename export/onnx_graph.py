@@ -148,7 +148,7 @@ def export_for_engine(model: TopT, sample: Mapping[str, Tensor], *, precision: s
 
 
 def translate(traced: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    """What was traced as ONNX, inputs and outputs under these names, and nothing printed on the way."""
+    """Translate a traced model to ONNX, with inputs and outputs under these names, and print nothing on the way."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everyone that torchvision is absent
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

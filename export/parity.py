@@ -33,7 +33,7 @@ OFF_BY_ROUNDING = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """What was measured on one city.
+    """The measured parity on one city.
 
     Attributes:
         city: Its name in messages.
@@ -102,7 +102,7 @@ def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def rounding(model: TopT, inputs: Mapping[str, Array]) -> dict[str, float]:
-    """What float32 loses on a city, by task: the model's largest relative difference from itself in float64."""
+    """The error of float32 on a city, by task: the model's largest relative difference from itself in float64."""
     wide = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()}
     exact = run_model(deepcopy(model).double(), wide)
     return {task: _relative(predicted, exact[task]) for task, predicted in run_model(model, inputs).items()}

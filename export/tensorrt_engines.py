@@ -1,4 +1,4 @@
-"""What ``--format trt`` asks for, and the engines and checks that it comes to on this machine."""
+"""The options of ``--format trt``, and the engines and checks that this machine can make."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ CHECKER = "onnx.checker"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What engines are made for.
+    """The target of engines.
 
     Attributes:
         flavour: One of :data:`topt_deploy.tensorrt.library.FLAVOURS`.
@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What was built or checked of one graph.
+    """The engines and checks of one graph.
 
     Attributes:
         library: Name and version of what built the engines; None where the target does.

@@ -81,7 +81,7 @@ class Sieve:
         if self.policy == MASK and error.table == BadRows.REGIONS:
             if not error.fill:
                 raise BadData(
-                    f"{error.message}: nothing can stand in for that", file=error.file, column=error.column,
+                    f"{error.message}: there is no neutral value to replace it", file=error.file, column=error.column,
                     ids=error.ids, fix="--on-bad-row quarantine leaves these regions out",
                 ) from error  # fmt: skip
             known = {column: self._stood_in.get(column, np.zeros(len(bad), bool)) for column in error.fill}
@@ -112,7 +112,7 @@ class Sieve:
         return {row: "; ".join(several) for row, several in reasons.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many rows of each table were set aside, by reason code; tables of which none was are left out."""
+        """The number of rows of each table that were set aside, by reason code; tables without any are left out."""
         counted = {
             name: dict(sorted(sum((Counter({a.code: len(a.rows)}) for a in several), Counter()).items()))
             for name, several in self.aside.items()
@@ -120,7 +120,7 @@ class Sieve:
         return {name: codes for name, codes in counted.items() if codes}
 
     def tables(self) -> dict[str, pa.Table]:
-        """What was set aside, as it stood in its table, with ``row``, ``reason_code`` and ``reason``; by table."""
+        """The rows that were set aside, unchanged, with ``row``, ``reason_code`` and ``reason``; by table."""
         found = {}
         for name, several in self.aside.items():
             if not several:

@@ -1,4 +1,4 @@
-"""Where a model runs: what the user asks for, what ``auto`` comes to, and why."""
+"""The device on which a model runs: the user's choice, the result of ``auto``, and the reasons."""
 
 import logging
 from collections.abc import Callable, Mapping

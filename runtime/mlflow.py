@@ -17,7 +17,7 @@ DEST, FLOW = LEAVING = ("dest_id", "flow")
 
 
 class Model:
-    """What MLflow calls.
+    """The model as MLflow calls it.
 
     Args:
         predictor: The loaded bundle.
@@ -30,7 +30,7 @@ class Model:
         """Predict every city of a DataFrame as a whole.
 
         Args:
-            model_input: A pandas DataFrame, one row per region as in regions.parquet (docs/contracts.md), with
+            model_input: A pandas DataFrame, one row per region as in regions.parquet (docs/reference/files.md), with
                 :data:`LEAVING` where the model reads flows. Several cities are told apart by ``city_id``.
 
         Returns:
@@ -61,7 +61,7 @@ def _mobility(frame: Any) -> pa.Table:
             raise BadData(
                 "column is absent", file="regions table", column=name,
                 expected=f"{DEST} and {FLOW}, lists of the flows that leave each region",
-                found=", ".join(map(str, frame.columns)), fix="see docs/batch.md",
+                found=", ".join(map(str, frame.columns)), fix="see docs/how-to/mlflow.md",
             )  # fmt: skip
     for origin, dests, flows in zip(*(frame[name] for name in (REGION_ID, *LEAVING)), strict=True):
         if _null(dests) and _null(flows):
@@ -92,5 +92,5 @@ def _listed(value: Any) -> bool:
 
 
 def _load_pyfunc(path: str) -> Model:
-    """What MLflow calls with the bundle's path; every byte of it is checked."""
+    """Load the bundle for MLflow, which calls this with its path; every byte of it is checked."""
     return Model(load(path))

@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What shapes the output.
+    """The options that shape the output.
 
     Attributes:
         tasks: Tasks to predict; all of the bundle's if none is named.
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What became of a city.
+    """The outcome of a city.
 
     Attributes:
         status: :data:`DONE`, :data:`PARTIAL` where rows were set aside, :data:`SKIPPED` where it was done already.
@@ -181,7 +181,7 @@ def _asides(out: Path) -> list[Path]:
 
 
 def aside_path(out: Path, table: str) -> Path:
-    """Where the rows of a table that were set aside go: ``predictions.quarantine.parquet`` beside the predictions."""
+    """The path of a table's rows that were set aside: ``predictions.quarantine.parquet`` beside the predictions."""
     return out.with_name(f"{out.stem}.quarantine{'' if table == 'regions' else f'_{table}'}.parquet")
 
 

@@ -140,17 +140,17 @@ class Predictor:
 
     @property
     def provider(self) -> str:
-        """What runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
+        """The name of what runs the model: ONNX Runtime's execution provider, or TensorRT itself."""
         return PROVIDERS[CPU] if self._session is None else self._session.provider
 
     @property
     def precision(self) -> str:
-        """What the model computes in."""
+        """The precision in which the model computes."""
         return str(self.variant.get("precision", PRECISION))
 
     @property
     def device(self) -> str:
-        """Where the model runs: never ``auto``."""
+        """The device on which the model runs: never ``auto``."""
         return self.chosen.used
 
     def predict(
@@ -166,7 +166,7 @@ class Predictor:
         """Predict one city.
 
         Args:
-            regions: The regions table, or its Parquet file (docs/contracts.md).
+            regions: The regions table, or its Parquet file (docs/reference/files.md).
             mobility: Flows between the regions, where the model reads them.
             tasks: Tasks to predict; all of the bundle's by default.
             id_col: The column that holds the region ids.
@@ -196,7 +196,7 @@ class Predictor:
         cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Predictions":
-        """What :meth:`predict` gives, to be laid out as either table.
+        """The predictions of :meth:`predict`, before they are laid out as a long or wide table.
 
         Args:
             on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.bad_rows`).
@@ -231,7 +231,7 @@ class Predictor:
             if not np.isfinite(values).all():
                 raise BadData(
                     "the model gives no finite number for this input", file=_name(regions), column=task,
-                    ids=city.region_id[~np.isfinite(values)], fix="look for absurd counts in these regions",
+                    ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
         return Predictions(city, results, self._extrapolated(city), sieve)
@@ -321,7 +321,7 @@ class Predictor:
             trained, given = facts.get("precision"), city.precisions.get(column)
             if not comparable(trained, given):
                 raise BadData(
-                    "prompts in int4 are no stand-in for others", file=_name(regions), column=column,
+                    "prompts in int4 cannot replace prompts in another precision", file=_name(regions), column=column,
                     expected=trained, found=given, fix="encode them in the precision of the training city's",
                 )  # fmt: skip
 
@@ -373,12 +373,12 @@ def load(
 
     Args:
         bundle: The bundle folder or zip.
-        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/devices.md); an absent one is an error, and
+        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/background/devices.md); an absent one is an error, and
             ``auto`` takes the best that works: ``chosen`` and the log of ``topt_deploy`` say which and why.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
         engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.
-        key: The public key that must have signed it (docs/security.md); None asks for no signature.
+        key: The public key that must have signed it (docs/background/security.md); None asks for no signature.
 
     Raises:
         NoInput, BadBundle, NoDevice: Naming what is wrong.

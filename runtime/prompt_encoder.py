@@ -36,9 +36,9 @@ from .processor import processor_name, saturates_8_bit_sums
 
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
 FORMS = {ONNXRUNTIME: "onnxruntime", OPENVINO: "standard"}
-"""Which form of a graph an engine runs."""
+"""The form of a graph that each backend runs."""
 STANDARD, HALF = "standard", "tensorrt"
-"""What CUDA runs: the second form, where there is one, computes products in half where weights are in fp16."""
+"""The forms that CUDA runs. The second, if present, computes products in half precision for weights in fp16."""
 MULTIPLIES_IN_8_BITS = b"MatMulIntegerToFloat"
 """The operator of ONNX Runtime that multiplies 8-bit numbers, as a graph's file names it."""
 GPU_CHUNK = 512
@@ -67,7 +67,7 @@ class OpenedEncoder:
 
     @property
     def spec(self) -> EncoderSpec:
-        """What encoder it is."""
+        """The encoder's description."""
         return self.encoder.spec
 
 
@@ -151,7 +151,7 @@ class _OpenVino:
 
 
 def _scaled_together(model: Any) -> int:
-    """How many inputs of a linear map share a scale, where the processor multiplies in 8 bits (VNNI, no AMX).
+    """The number of inputs of a linear map that share a scale, if the processor multiplies in 8 bits (VNNI, no AMX).
 
     With OpenVINO's 32 a sixth of the time goes into scales. A divisor of every map's inputs: others are slower.
     """
@@ -215,7 +215,7 @@ def _free_at_once() -> None:
 
 
 def info(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
-    """What an encoder's bundle is, for people and for machines; every byte of it is checked, and its signature."""
+    """A description of an encoder's bundle, for people and for machines; every byte and the signature are checked."""
     bundle = open_encoder_bundle(path)
     check_signature(bundle, key)
     bundle.verify()
@@ -233,7 +233,7 @@ def info(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
 
 
 def locate(city: Bundle, place: Path | None = None) -> tuple[Path, str]:
-    """Where the encoder of a city's bundle is: a bundle's path, which need not exist, and the folder inside it, or "".
+    """The place of a city's encoder: the path of a bundle, which need not exist, and the folder inside it, or "".
 
     Args:
         city: The city's bundle.
@@ -268,13 +268,13 @@ def encoder_of(city: Bundle, place: Path | None = None) -> EncoderBundle:
     assert facts is not None
     if not path.exists():
         raise NoInput(
-            "the bundle's prompt encoder is not here", file=path, expected=facts["identity"],
+            "the bundle's prompt encoder was not found", file=path, expected=facts["identity"],
             fix="copy it there, or name its place with --encoder-bundle",
         )  # fmt: skip
     found = open_encoder_bundle(path, inside)
     if found.sha256 != facts["sha256"]:
         raise BadBundle(
-            "another prompt encoder than the bundle goes with", file=path,
+            "not the prompt encoder that the bundle was exported with", file=path,
             expected=f"{facts['identity']}, manifest {facts['sha256'][:16]}…",
             found=f"{found.spec.identity}, manifest {found.sha256[:16]}…", fix="name the right one",
         )  # fmt: skip

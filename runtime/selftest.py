@@ -1,4 +1,4 @@
-"""Whether this machine computes what the exporter's did: golden cities and golden regions of a bundle, once more."""
+"""The self-test: golden cities and golden regions of a bundle are computed again on this machine and compared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

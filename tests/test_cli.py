@@ -303,7 +303,7 @@ class TestTopTDeploy:
     def test_export_without_a_run(self, tmp_path, capsys, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert "no finished training run" in self.ends(capsys, 66, "export")
-        assert "no training run here" in self.ends(capsys, 66, "export", tmp_path)
+        assert "no training run in this folder" in self.ends(capsys, 66, "export", tmp_path)
 
     def test_training_into_a_folder_that_cannot_be(self, demo_city, capsys):
         self.ends(capsys, 73, "train", demo_city, "--out", "/proc/run")

@@ -1,38 +1,80 @@
-"""Every command that README.md and docs/ show is run, in the order of the page, on a small city."""
+"""The documentation: every command and Python snippet is run, in the order of its page, and every command is shown."""
 
 import ast
+import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import environment
+from commands import Said, environment, shell
 from encoders_text import tiny_text
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
-PAGES = (
-    "README.md",
-    *("docs/configuration.md", "docs/operations.md", "docs/chicago.md", "docs/evaluation.md", "docs/report.md"),
-    *("docs/encoder.md", "docs/batch.md", "docs/security.md", "docs/devices.md", "docs/tensorrt.md"),
-)
-BY_CI = {"make demo", "make test"}
+EVERY_PAGE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MADE = "<!-- Made by"
+BY_CI = ("make ",)
 """Run by .ci/run, whole; not from inside the suite."""
 SHORT = ["--set", "srel.epochs=2", "--set", "prompt4re.epochs=2", "--set", "ensemble.epochs=2"]
 """Added to every training, so that the pages run in a minute."""
+FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md")
+"""Pages that begin in an empty folder; the others where a city, a run and a bundle are."""
+ELSEWHERE = {"topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it"}
+CHECKS = {
+    "README.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
+    "docs/how-to/python.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
+    "docs/how-to/mlflow.md": "assert len(predictions) == 3 * len(regions) and predictions.prediction.notna().all()",
+}
+"""What holds after a page's Python."""
+NEEDS = {
+    "docs/how-to/mlflow.md": ("mlflow", "pandas"),
+    "docs/how-to/sign.md": ("cryptography",),
+    "docs/how-to/encode.md": ("tokenizers",),
+}
 
 
-def commands(page: str) -> list[str]:
-    """The lines of the page's bash blocks, without their comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.S | re.M)
-    lines = (line.partition("  #")[0].strip() for block in blocks for line in block.splitlines())
-    return [line for line in lines if line]
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    options: str
+    text: str
+
+
+def blocks(page: str, *languages: str) -> list[Block]:
+    """The fenced blocks of a page in these languages."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+)(?: (.*))?\n(.*?)^```", text, re.S | re.M)
+    return [block for each in found if (block := Block(*each)).language in languages]
+
+
+def pages_with(*languages: str) -> list[str]:
+    """The pages with blocks in these languages, but for those that are made from the code."""
+    names = [str(page.relative_to(ROOT)) for page in EVERY_PAGE if page.exists()]
+    return [page for page in names if blocks(page, *languages) and MADE not in (ROOT / page).read_text()]
+
+
+def lines(block: Block) -> Iterator[tuple[str, list[str] | None]]:
+    """The commands of a block, each with the lines that it is said to print; None where none are shown."""
+    if block.language == "console":
+        for part in re.split(r"^\$ ", block.text, flags=re.M)[1:]:
+            command, *printed = part.rstrip().splitlines()
+            yield command, printed
+    else:
+        for line in block.text.splitlines():
+            if command := line.partition("  #")[0].strip():
+                yield command, None
 
 
 def exit_codes(page: str) -> dict[str, int]:
@@ -41,8 +83,96 @@ def exit_codes(page: str) -> dict[str, int]:
     return {line: int(code) for line, code in found}
 
 
+def form(printed: str | list[str]) -> list[str]:
+    """Printed lines without what differs from run to run: numbers, hashes, the width of columns, which side won."""
+    split = printed.splitlines() if isinstance(printed, str) else printed
+    plain = (re.sub(r"[0-9a-f]{12,}|[+−-]?\d[\d,.]*(?:e-?\d+)?|–", "#", line) for line in split)
+    told = (re.sub(r"(\w+): .*plain baseline.*", r"\1: verdict", line) for line in plain)
+    return [" ".join(line.split()) for line in told if line.strip()]
+
+
+@dataclass
+class Reader:
+    """Someone who does what a page says, step by step."""
+
+    page: str
+    folder: Path
+    skipped: list[str] = field(default_factory=list)
+
+    def follow(self) -> None:
+        """Do all of it."""
+        checks = CHECKS.get(self.page, "")
+        scripts = blocks(self.page, "python")
+        for block in blocks(self.page, "bash", "console", "python", "toml"):
+            if block.language == "python":
+                self.python(block.text + (checks if block is scripts[-1] else ""))
+            elif block.language == "toml":
+                if title := re.search(r'title="(.+)"', block.options):
+                    (self.folder / title[1]).write_text(block.text, encoding="utf-8")
+            else:
+                for command, printed in lines(block):
+                    self.command(command, printed)
+
+    def python(self, script: str) -> None:
+        """Run a snippet, as a script in the present folder."""
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=self.folder, env=environment(MLFLOW_DISABLE_TELEMETRY="true"),
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+
+    def command(self, line: str, printed: list[str] | None) -> None:
+        """Run a command, and compare what it prints with what the page shows."""
+        if line.startswith(BY_CI) or line in ELSEWHERE:
+            return
+        if line.startswith("cd "):
+            self.folder /= line.removeprefix("cd ")
+            return
+        if self.cannot(line):
+            self.skipped.append(line)
+            return
+        assert line.split()[0] in ("topt-deploy", "topt-run"), f"{self.page} shows {line!r}: who runs it?"
+        short = " " + shlex.join(SHORT) if line.startswith("topt-deploy train") else ""
+        done: Said = shell(line + short, self.folder)
+        assert done.code == exit_codes(self.page).get(line, 0), f"{line}\n{done.out}{done.err}"
+        if printed is not None:
+            assert form(done.out) == form(printed), f"{self.page}: {line} prints something else now:\n{done.out}"
+
+    def cannot(self, line: str) -> bool:
+        """Whether a command needs data or a package that is not here."""
+        published = "HAFusion" in line or "chicago" in line
+        engines = {"--engine ray": "ray", "--engine spark": "pyspark"}
+        absent = [module for option, module in engines.items() if option in line and find_spec(module) is None]
+        return bool(absent) or (published and not (self.folder / "HAFusion").exists())
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, demo_city: Path, request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """A folder with all that a page may begin with."""
+
+    def prepare(page: str) -> Path:
+        if page in FROM_NOTHING:
+            return tmp_path
+        for name in ("regions.parquet", "mobility.parquet"):
+            shutil.copy(demo_city / name, tmp_path)
+        for name in ("HAFusion", "Prompt4RE"):
+            if (data := ROOT.parent / "shared/data" / name).exists():
+                (tmp_path / name).symlink_to(data)
+        run: Path = request.getfixturevalue("demo_run")
+        shutil.copytree(run, tmp_path / "runs" / run.name)
+        shutil.copytree(request.getfixturevalue("demo_bundle"), tmp_path / "model.topt")
+        with_cities(tmp_path)
+        if "models/SmolLM2" in (ROOT / page).read_text():  # a model of the name, with random weights
+            tiny_text(tmp_path / "models/SmolLM2-135M-Instruct")
+        for line in re.findall("^openssl .*$", (ROOT / page).read_text(), re.MULTILINE):
+            subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
+        return tmp_path
+
+    return prepare
+
+
 def with_cities(folder: Path) -> None:
-    """What docs/batch.md begins with: cities, and a table with a bad row."""
+    """Many cities, and a table with a bad row."""
     for name in ("A", "B1"):
         city = folder / "cities" / f"city={name}"
         city.mkdir(parents=True)
@@ -55,88 +185,74 @@ def with_cities(folder: Path) -> None:
     (folder / "doubtful").mkdir()
 
 
-@pytest.fixture
-def folder(tmp_path: Path, demo_city: Path) -> Path:
-    """A folder with a city, and the two clones' names where their data is at hand."""
-    for name in ("regions.parquet", "mobility.parquet"):
-        shutil.copy(demo_city / name, tmp_path)
-    for name in ("HAFusion", "Prompt4RE"):
-        if (data := ROOT.parent / "shared/data" / name).exists():
-            (tmp_path / name).symlink_to(data)
-    return tmp_path
+@pytest.mark.timeout(3600)  # a dozen commands each, on a machine that may be busy
+@pytest.mark.parametrize("page", pages_with("bash", "console", "python"))
+def test_the_page_can_be_followed(page: str, prepared: Callable[[str], Path]) -> None:
+    for module in NEEDS.get(page, ()):
+        pytest.importorskip(module)
+    reader = Reader(page, prepared(page))
+    reader.follow()
+    if reader.skipped:
+        pytest.skip(f"data or packages are absent: {len(reader.skipped)} commands of {page} were not run")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_of_the_page_run(page: str, folder: Path, request: pytest.FixtureRequest) -> None:
-    shown = [line for line in commands(page) if line not in BY_CI]
-    assert shown
-    if page == "docs/operations.md":  # begins where a bundle is there
-        shown = ["topt-deploy train", "topt-deploy export", *shown]
-    if page in ("README.md", "docs/encoder.md"):  # a model of the name, with random weights
-        tiny_text(folder / "models/SmolLM2-135M-Instruct")
-    if page in ("docs/report.md", "docs/tensorrt.md"):  # and these where a run is
-        shown = ["topt-deploy train", *shown]
-    if page == "docs/configuration.md":
-        shown = [line for line in shown if "--resume" not in line]  # test_end_to_end.py interrupts and resumes
-    if page == "README.md":
-        with_cities(folder)
-    if page == "docs/security.md":  # begins where a bundle and keys are there
-        shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")
-        for line in re.findall("^openssl .*$", (ROOT / page).read_text(), re.MULTILINE):
-            subprocess.run(shlex.split(line), cwd=folder, check=True, capture_output=True)
-    if page == "docs/devices.md":  # begins where a bundle is there
-        shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")
-    if page == "docs/batch.md":  # begins where a run and a bundle are there
-        with_cities(folder)
-        shutil.copytree(request.getfixturevalue("demo_bundle"), folder / "model.topt")
-        (folder / "runs").symlink_to(request.getfixturevalue("demo_run").parent)
-    without_data = not (folder / "HAFusion").exists()
-    skipped = [line for line in shown if without_data and ("HAFusion" in line or "chicago" in line)]
-    absent = [engine for engine, module in (("ray", "ray"), ("spark", "pyspark")) if find_spec(module) is None]
-    engineless = [line for line in shown if line.partition("--engine ")[2].split(" ")[0] in absent]
-    codes = exit_codes(page)
-    for line in shown:
-        if line in skipped or line in engineless:
-            continue
-        arguments = shlex.split(line)
-        assert arguments[0] in ("topt-deploy", "topt-run"), f"{page} shows {line!r}: who runs it?"
-        if arguments[:2] == ["topt-deploy", "train"]:
-            arguments += SHORT
-        quoted = "'" in line
-        expanded = [str(p) for a in arguments for p in (sorted(folder.glob(a)) if "*" in a and not quoted else [a])]
-        done = subprocess.run([BIN / expanded[0], *expanded[1:]], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == codes.get(line, 0), f"{line}\n{done.stdout}{done.stderr}"
-    if skipped:
-        pytest.skip(f"../shared/data is absent: {len(skipped)} of {len(shown)} commands were not run")
-    if engineless:
-        pytest.skip(f"not installed: {', '.join(absent)}; {len(engineless)} of {len(shown)} commands were not run")
+def test_every_command_is_shown() -> None:
+    """Each command of both programs is run by one of the pages, so that nobody has to guess how it is called."""
+    shown = {
+        line for page in pages_with("bash", "console") for b in blocks(page, "bash", "console") for line, _ in lines(b)
+    }
+    groups = reference().programs().items()
+    for name, group in groups:
+        for command, context in reference().commands(group, name):
+            if isinstance(context.command, click.Group):
+                continue
+            assert any(line.startswith(f"{command} ") or line == command for line in shown), f"no page shows {command}"
 
 
-def test_python_of_the_readme_runs(demo_bundle: Path, demo_city: Path, tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
-    for name in ("regions.parquet", "mobility.parquet"):
-        shutil.copy(demo_city / name, tmp_path)
-    (tmp_path / "model.topt").symlink_to(demo_bundle)
-    script = block + "\nassert len(predictions) > 0 and 'prediction' in predictions.column_names\n"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+def reference() -> ModuleType:
+    """dev/reference_pages.py."""
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("reference_pages", ROOT / "dev/reference_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reference_pages_are_what_the_code_says() -> None:
+    stale = [str(path.relative_to(ROOT)) for path in reference().stale()]
+    assert not stale, f"run `make docs`: {', '.join(stale)}"
+
+
+def test_everything_public_is_documented_and_shown() -> None:
+    """Public functions and classes have a docstring, and one of the pages or examples uses each function."""
+    sources = [b.text for page in pages_with("python") for b in blocks(page, "python")]
+    examples = [path for path in (ROOT / "examples").rglob("*") if path.suffix in (".py", ".ipynb")]
+    sources += [path.read_text(encoding="utf-8") for path in examples]
+    for name, found in reference().public_objects():
+        assert found.docstring, f"{name} has no docstring"
+        for member in reference().public_members(found):
+            assert member.docstring, f"{name}.{member.name} has no docstring"
+        if found.is_function:
+            assert any(re.search(rf"\b{found.name}\(", text) for text in sources), f"no page or example calls {name}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(NO_MKDOCS_2_WARNING="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "site/index.html").exists()
+    pages = [p.read_text(encoding="utf-8") for p in (tmp_path / "site").rglob("*.html")]
+    loaded = [
+        url for page in pages for url in re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)', page)
+    ]
+    assert not loaded, "the site loads nothing from elsewhere"
 
 
-@pytest.mark.skipif(find_spec("mlflow") is None or find_spec("pandas") is None, reason="mlflow or pandas is absent")
-def test_python_of_the_batch_page_runs(demo_bundle: Path, folder: Path) -> None:
-    from topt_deploy.export.mlflow_model import write_mlflow
-
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/batch.md").read_text(encoding="utf-8"), re.S | re.M)
-    write_mlflow(folder / "registered", demo_bundle)
-    script = block + "\nassert len(predictions) == 3 * len(regions) and predictions.prediction.notna().all()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, env=environment(MLFLOW_DISABLE_TELEMETRY="true"),
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_batch_page_lists_every_reason_code() -> None:
+def test_the_page_on_bad_rows_lists_every_reason_code() -> None:
     """Those that the code can raise, by table and by whether a neutral value can stand in, and no other."""
     raised: dict[str, bool] = {}
     for file in [*(ROOT / "topt_deploy").rglob("*.py"), *(ROOT / "runtime").rglob("*.py")]:
@@ -150,40 +266,39 @@ def test_the_batch_page_lists_every_reason_code() -> None:
             code = keywords["code"] if name == "BadRows" else call.args[2]
             if isinstance(code, ast.Constant):  # else it passes another one's on
                 raised[code.value] = "fill" in keywords
-    page = (ROOT / "docs/batch.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/how-to/bad-rows.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| (?:regions|mobility|both) \| .* \| (yes|no|–)[^|]* \|$", page, re.M)
     assert {code: can == "yes" for code, can in listed} == raised
 
 
-def test_alerts_of_the_batch_page_are_on_metrics_that_there_are() -> None:
+def test_alerts_are_on_metrics_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
     from topt_deploy.runtime.batch.summary import Summary
 
-    page = (ROOT / "docs/batch.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.S | re.M)
-    rules = [rule for group in yaml.safe_load(block)["groups"] for rule in group["rules"]]
+    page = (ROOT / "docs/how-to/monitoring.md").read_text(encoding="utf-8")
+    (block,) = blocks("docs/how-to/monitoring.md", "yaml")
+    rules = [rule for group in yaml.safe_load(block.text)["groups"] for rule in group["rules"]]
     families = set(re.findall(r"^# TYPE (\S+) gauge$", Summary().metrics(0), re.M))
     assert len(rules) == 4
     for rule in rules:
         named = set(re.findall(r"topt_run_\w+", rule["expr"]))
         assert named
         assert named <= families
-    described = page[page.index("`--metrics-file` is for") : page.index("```yaml")]
+    described = page[page.index("## Metrics") : page.index("```yaml")]
     assert set(re.findall(r"topt_run_\w+", described)) == families
 
 
 def test_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
     from topt_deploy.config.settings import load_config
 
-    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```toml\n(.*?)^```", page, re.S | re.M)
-    (tmp_path / "topt.toml").write_text(block, encoding="utf-8")
+    (block,) = blocks("docs/how-to/train.md", "toml")
+    (tmp_path / "topt.toml").write_text(block.text, encoding="utf-8")
     config = load_config(file=tmp_path / "topt.toml")
     assert list(config.tasks) == ["noise_complaints"]
     assert config.tasks["noise_complaints"].ensemble.epochs == 300
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*EVERY_PAGE, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "dev/LOG.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -23,7 +23,7 @@ _COMMANDS = {
     ),
     "sign": ("topt_deploy.export.cli.sign:sign", "Sign a bundle with a private key."),
 }
-"""Where each command lives, and its short help: listing them must not import PyTorch."""
+"""The module and the short help of each command, as text: listing commands must not import PyTorch."""
 
 
 class _Lazy(click.Group):

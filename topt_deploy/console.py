@@ -1,4 +1,4 @@
-"""What both commands share: how an error reaches the user and the exit code reaches the batch system."""
+"""Shared by both programs: errors as the user sees them, and exit codes for the batch system."""
 
 import io
 import json
@@ -19,7 +19,7 @@ LOG_FORMATS = ("text", "json")
 
 
 class Log:
-    """Where messages go: text for people, or one JSON object a line for machines.
+    """Writes messages: text for people, or one JSON object per line for machines.
 
     Results go to standard output, errors to standard error, in both forms.
     """

@@ -1,6 +1,6 @@
 """Errors that a user can act on, each with the exit code a batch system reads.
 
-The codes are those of BSD's sysexits.h where one fits (docs/contracts.md lists them all). Every message
+The codes are those of BSD's sysexits.h where one fits (docs/reference/exit-codes.md lists them all). Every message
 names, as far as they apply, the file, the column, the region ids, what was expected, what was found and
 what to do; no user mistake ends in a traceback.
 """

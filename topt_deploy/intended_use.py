@@ -1,4 +1,4 @@
-"""What predictions are for, and what they are not for: one text for the model card and the report."""
+"""The intended use of predictions: one text for the model card and the report."""
 
 INTENDED_USE = (
     "Estimates of reported counts for whole regions of a city, to plan services and to fill gaps where counts are"

@@ -17,7 +17,7 @@ from .errors import UsageError
 Array = np.ndarray[Any, Any]
 
 SCALE = "cbrt"
-"""What scores are differences of, ∛count; a bundle records it beside its own."""
+"""The scale of scores, ∛count; a bundle records it beside its scores."""
 
 
 def scores(labels: Array, held_out: Array) -> list[float]:
@@ -55,7 +55,7 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
 
 
 def carries(score: Sequence[float], coverage: float) -> bool:
-    """Whether so few labels can carry so high a coverage."""
+    """True if there are enough labels for an interval of this coverage."""
     return 0 < coverage < 1 and _rank(score, coverage) <= len(score)
 
 

@@ -65,7 +65,9 @@ def open_run(path: Path) -> Run:
     """
     file = path / RUN_FILE
     if not file.exists():
-        raise NoInput("no training run here", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train")
+        raise NoInput(
+            "no training run in this folder", file=path, expected=f"a folder with {RUN_FILE}", fix="topt-deploy train"
+        )
     try:
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ Array = np.ndarray[Any, Any]
 
 
 def plain_inputs(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What plain baselines read: count views, what flows lead to, position. Each (N, F).
+    """The inputs of plain baselines: count views, flow context, position. Each (N, F).
 
     Args:
         inputs: :func:`topt_deploy.data.features.features`.

@@ -27,7 +27,7 @@ LOG_EVERY = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Where and how steps are computed.
+    """The device and the way in which steps are computed.
 
     Attributes:
         device: ``cpu`` or ``cuda``.
@@ -69,7 +69,7 @@ class Engine:
         torch.manual_seed(zlib.crc32(f"{seed}/{stage}".encode()))
 
     def graph(self, generators: Sequence[torch.Generator]) -> Graph | None:
-        """What captures a step that also draws from these generators; None where none are captured."""
+        """The object that captures steps which also draw from these generators; None if steps are not captured."""
         return CudaGraph(generators) if self.capture else None
 
     def compiled(self, loss: Callable[[], Mapping[str, Tensor]]) -> Callable[[], Mapping[str, Tensor]]:
@@ -177,7 +177,7 @@ def fit(
 
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
-    """Where a run's stages train.
+    """The surroundings in which a run's stages train.
 
     Attributes:
         engine: Where and how steps are computed.

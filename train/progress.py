@@ -1,4 +1,4 @@
-"""What a person sees while training runs: a bar with loss, rate and time left; plain lines without a terminal."""
+"""Progress of a training: a bar with loss, rate and time left; plain lines without a terminal."""
 
 import json
 import time

@@ -21,7 +21,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class HeadResult:
-    """What came of S training sets.
+    """The result of S training sets.
 
     Attributes:
         head: The head of the last training set, in evaluation mode.

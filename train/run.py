@@ -46,7 +46,7 @@ PROTOCOL = (
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What a run says about one task.
+    """A run's figures for one task.
 
     Attributes:
         held_out: Over the regions' own held-out folds, weights of the last epoch: what to expect on regions whose
@@ -64,7 +64,7 @@ class TaskReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What a trained head says of its own city.
+    """A trained head's predictions for its own city.
 
     Attributes:
         fold: int64 (N,), the fold a region was held out in; -1 for none.

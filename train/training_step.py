@@ -15,7 +15,7 @@ Terms = Mapping[str, Tensor]
 
 
 class Graph(Protocol):
-    """What a captured step needs of CUDA."""
+    """The parts of CUDA that a captured step needs."""
 
     def warm(self, run: Callable[[], Terms]) -> Terms:
         """Run as it is, where the capture will be."""

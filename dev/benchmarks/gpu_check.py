@@ -1,7 +1,7 @@
-"""What this project promises of a GPU, checked where there is one, in nine minutes at most: make gpu-check.
+"""Check what this project promises of a GPU, on a machine with one, in nine minutes at most: make gpu-check.
 
     python3 dev/benchmarks/gpu_check.py                       # all of it; writes gpu-report.json and gpu-report.md
-    python3 dev/benchmarks/gpu_check.py --write-docs          # and puts the table into docs/gpu.md
+    python3 dev/benchmarks/gpu_check.py --write-docs          # and puts the table into docs/reference/status.md
     python3 dev/benchmarks/gpu_check.py --device cpu --size tiny        # the script itself, without a GPU
 
 It runs from a checkout, whether the project is installed or not, and needs PyTorch; every part names what else it
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "gpu.md"
+PAGE = ROOT / "docs/reference/status.md"
 BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 TASKS = ("crime", "check_in", "service_call")
@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-"""What is computed at each size."""
+"""The work at each size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Setting:
 
     @property
     def judged(self) -> bool:
-        """Whether speed is: at tiny sizes it means nothing."""
+        """True if speed is judged: at tiny sizes it means nothing."""
         return self.size == "full"
 
 
@@ -253,7 +253,7 @@ def _predicted(name: str, city: Any, folder: Path, run: Path, **figures: Any) ->
 
 
 def _same_ranking(found: Any, expected: Any) -> bool:
-    """Whether regions are in the same order, those apart that differ by less than the limit anyway."""
+    """True if regions are in the same order, except those that differ by less than the limit."""
     import numpy as np
 
     ordered = np.asarray(found)[np.argsort(expected, kind="stable")]
@@ -431,7 +431,7 @@ def _best(run: Callable[[], Any], repeats: int) -> float:
 
 @contextmanager
 def _faults(name: str) -> Iterator[list[Check]]:
-    """What goes wrong inside becomes a check: skipped where something is not there, else failed."""
+    """Turn an error inside into a check: skipped if something is missing, else failed."""
     from topt_deploy.errors import NoDevice, ToptError
 
     found: list[Check] = []
@@ -657,7 +657,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=tuple(SIZES), default="full")
     parser.add_argument("--out", type=Path, default=Path("gpu-report.json"), help="a table goes beside it, as .md")
-    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/gpu.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the table into docs/reference/status.md")
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time and peak memory from 100 to 100,000 regions: writes docs/large-n.md and docs/large-n.png.
+"""Time and peak memory from 100 to 100,000 regions: writes docs/background/large-n.md and docs/background/large-n.png.
 
     python dev/benchmarks/large_n.py           # 5 minutes on a quiet machine; goes on where it was stopped
     python dev/benchmarks/large_n.py --all     # two hours: preset `srel` to 100,000 regions, its training to 30,000
@@ -23,7 +23,7 @@ from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "large-n"
-PAGE = ROOT / "docs" / "large-n.md"
+PAGE = ROOT / "docs/background/large-n.md"
 BIN = Path(sys.executable).parent
 SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 FLOWS_PER_REGION = 20
@@ -31,7 +31,7 @@ SHORT = ("srel.epochs=30", "prompt4re.epochs=10", "prompt4re.folds=3", "ensemble
 """Training that is soon over: what a prediction takes does not depend on it."""
 TRAIN = "train, `srel`"
 WAYS = {"predict, `default`": "default", "predict, `srel`": "srel", TRAIN: "srel"}
-"""What is measured, and with which preset."""
+"""The measurements, each with its preset."""
 LIMITS = dict(zip(WAYS, (100_000, 10_000, 3_000), strict=True))
 """Up to which size."""
 ALL_LIMITS = dict(zip(WAYS, (100_000, 100_000, 30_000), strict=True))
@@ -194,14 +194,15 @@ def page(found: Found, command: str) -> str:
     rows = [f"| {size:,} | {' | '.join(cell(way, size) for way in WAYS)} |" for size in SIZES]
     return f"""# Large cities
 
-`{command}`, {date.today()}, {processor_name()}, one thread, a process a figure. The machine is shared with other work:
-seconds vary by a factor of two. Synthetic cities: counts within the model's ranges, {FLOWS_PER_REGION} flows a region,
-prompts of 576 numbers for each of three tasks. Peak memory is all that the process ever held, Python and libraries too.
+`{command}`, {date.today()}, {processor_name()}, one thread, one process per figure. The machine is shared with other
+work, and seconds vary by a factor of two. The cities are synthetic: counts within the model's ranges,
+{FLOWS_PER_REGION} flows a region, and prompts of 576 numbers for each of three tasks. Peak memory is the most that
+the process ever held, with Python and its libraries.
 
-- *predict*: `topt_deploy.runtime`, from Parquet to the table of predictions of three tasks, with an exported bundle.
-  Preset `default` sees a region's own features. Preset `srel` runs attention over all pairs of regions, five times and
-  once a task: its time grows with N², its memory with N.
-- *train*: stage 1 of preset `srel` with a single epoch, forward and backward. Preset `default` has no such stage.
+- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. Preset
+  `default` sees only a region's own features. Preset `srel` runs attention over all pairs of regions, five times and
+  once per task: its time grows with N², its memory with N.
+- *train*: one epoch of stage 1 of preset `srel`, forward and backward. Preset `default` has no such stage.
 
 | regions | {" | ".join(WAYS)} |
 |---|{"---|" * len(WAYS)}
@@ -209,12 +210,12 @@ prompts of 576 numbers for each of three tasks. Peak memory is all that the proc
 
 ![Seconds and peak memory against the number of regions](large-n.png)
 
-The dotted line is what a single N × N matrix of float32 would take, the dashed one is 8 GB. Attention, distances,
-similarities and flows are computed a tile of rows at a time (topt_deploy/model/row_tiles.py): in training, in
-prediction with PyTorch and, as an ONNX Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
+The dotted line is what a single N × N matrix of float32 would take. The dashed line is 8 GB. Attention, distances,
+similarities and flows are computed one tile of rows at a time: in training, in prediction with PyTorch, and, as an ONNX
+Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
 
-N × N in memory all the same: the evaluation's other methods (`topt-deploy evaluate`), which reproduce published code,
-and a report's attention and Moran's I (`topt-deploy report`), which are about pairs of regions.
+Two things still hold N × N numbers in memory: the other methods of `topt-deploy evaluate`, which reproduce published
+code, and the attention and Moran's I in `topt-deploy report`, which are about pairs of regions.
 """
 
 

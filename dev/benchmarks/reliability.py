@@ -3,7 +3,7 @@
     python dev/benchmarks/reliability.py        # or, of its two parts, only: kill, disk
 
 The tests are those of the suite, with many more kill points and a finer grid of free space; the tables go into
-docs/reliability.md. dev/benchmarks/batch.py writes its own section there with :func:`write_section`.
+docs/background/reliability.md. dev/benchmarks/batch.py writes its own section there with :func:`write_section`.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs/background/reliability.md"
 TESTS = {
     "kill": ("tests/runtime/test_crash.py", "tests/train/test_crash.py"),
     "disk": ("tests/runtime/test_disk_full.py", "tests/export/test_disk_full.py"),

@@ -1,4 +1,4 @@
-"""docs/results.md: Chicago under every protocol, ``make results``. Goes on where it was interrupted.
+"""docs/background/results.md: Chicago under every protocol, ``make results``. Goes on where it was interrupted.
 
 Every figure on that page comes from the folders of results that this leaves in build/results/, one per suite. Methods
 are made once, so that what needs no label (embeddings) is computed once for all suites of a process.
@@ -80,13 +80,14 @@ PUBLISHED = {
 
 
 def page(folder: Path) -> str:
-    """docs/results.md from the suites' folders."""
+    """docs/background/results.md from the suites' folders."""
     head = f"""# Chicago under every protocol
 
 Made by `make results` (results.py) on {date.today()}: {os.cpu_count()} cores, one thread a process, Python
 {platform.python_version()}, PyTorch {torch.__version__}. 77 community areas; HAFusion's `data_Chi`, prompts of
-Llama-3.2-11B-Vision from Prompt4RE where nothing else is said. What the methods are: [evaluation.md](evaluation.md) and
-[literature.md](literature.md). What the differences come from: [LOG.md](../dev/LOG.md).
+Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. The methods are described in
+[evaluation](evaluation.md) and [literature](literature.md). The [log](../../dev/LOG.md) says where the differences
+come from.
 """
     published = "\n".join(
         ["| published | check_in | crime | service_call |", "|---|---|---|---|"]
@@ -149,7 +150,7 @@ def main() -> None:
                 nominal=suite.coverage,
                 out=options.folder / name,
             )
-    (ROOT / "docs" / "results.md").write_text(page(options.folder), encoding="utf-8")
+    (ROOT / "docs/background/results.md").write_text(page(options.folder), encoding="utf-8")
 
 
 if __name__ == "__main__":

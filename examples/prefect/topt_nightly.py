@@ -30,7 +30,7 @@ class ToptRunError(Exception):
 
 
 async def can_be_tried_again(task, task_run, state) -> bool:
-    """Whether a failed task is worth another attempt."""
+    """Decide if a failed task is worth another attempt."""
     error = await state.aresult(raise_on_failure=False)
     return isinstance(error, ToptRunError) and (error.code in AGAIN or error.code < 0)
 

@@ -30,22 +30,25 @@ PRECISION = "fp16"
     type=click.Choice([ONNX, TRT]),
     default=ONNX,
     show_default=True,
-    help="trt: also what TensorRT builds engines of.",
+    help="trt adds the form that TensorRT builds engines from.",
 )
 @click.option(
     "--flavour", type=click.Choice(FLAVOURS), help=f"TensorRT, or TensorRT-RTX [default with --format trt: {TENSORRT}]."
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), help=f"Of --format trt's model [default there: {PRECISION}]."
+    "--precision", type=click.Choice(PRECISIONS), help=f"Precision of the model for TensorRT [default: {PRECISION}]."
 )
 @click.option(
     "--profile",
     multiple=True,
     metavar="[DIM=]MIN,OPT,MAX",
-    help="Sizes that engines are made for; DIM is regions, or tokens with --encoder-only, where not named.",
+    help="Sizes that engines are made for; without a name, DIM is regions, or tokens with --encoder-only.",
 )
 @click.option(
-    "--capability", multiple=True, metavar="8.9", help="With --flavour rtx: build engines for this GPU, here and now."
+    "--capability",
+    multiple=True,
+    metavar="8.9",
+    help="With --flavour rtx: build engines for this compute capability now.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help=f"Bundle [default: {DEFAULT_OUT} beside runs/].")
 @click.option("--zip", "as_zip", is_flag=True, help="Write the bundle as one zip file.")
@@ -55,16 +58,16 @@ PRECISION = "fp16"
     type=click.Choice(PRECISIONS),
     default="int8",
     show_default=True,
-    help="Of the encoder's weights.",
+    help="Precision of the encoder's weights.",
 )
 @click.option(
     "--encoder-bundle",
     type=click.Path(path_type=Path),
-    help="The encoder's own bundle, which several cities' may refer to: made where absent. Default: inside.",
+    help="Bundle of the encoder alone, which several cities can share; it is made if it is missing [default: inside].",
 )
 @click.option("--encoder-only", is_flag=True, help="Make the --encoder-bundle, and export no run.")
 @click.option("--templates", type=click.Path(path_type=Path), help="TOML file that prompts were encoded with.")
-@click.option("--max-pixels", type=click.IntRange(min=1), help="As of topt-deploy encode.")
+@click.option("--max-pixels", type=click.IntRange(min=1), help="The same as for topt-deploy encode.")
 @click.option(
     "--mlflow", type=click.Path(path_type=Path), help="Also write an MLflow model with the bundle in it: a new folder."
 )
@@ -102,7 +105,7 @@ def export(
         )
     elif flavour or precision or profile or capability:
         raise UsageError(
-            "--flavour, --precision, --profile and --capability are of engines",
+            "--flavour, --precision, --profile and --capability apply to engines only",
             expected="the portable graph, which is float32, by --format onnx alone",
             fix="add --format trt, or leave them out; an encoder's precision is --encoder-precision",
         )
@@ -157,7 +160,7 @@ def _targets(
     encoded: bool,
     only: bool,
 ) -> tuple["Target", "Target"]:
-    """What engines of the model and of the encoder are made for; each has its own of the profile's dimensions."""
+    """The targets for engines of the model and of the encoder; each has its own dimensions of the profile."""
     from ..onnx_graph import REGIONS_AXIS
     from ..tensorrt_engines import Target
 

@@ -25,7 +25,7 @@ class Past:
         self.key, self.value = key, value
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """What attention reads, (B, K, P + S, D) each."""
+        """The keys and values that attention reads, (B, K, P + S, D) each."""
         self.key, self.value = torch.cat((self.key, key), dim=2), torch.cat((self.value, value), dim=2)
         return self.key, self.value
 

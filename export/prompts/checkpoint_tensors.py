@@ -25,7 +25,7 @@ RECIPES: Mapping[str, ModuleType] = {TEXT: causal_decoder, QWEN: qwen2_5_vl, MLL
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe:
-    """How a checkpoint is exported.
+    """The recipe of a checkpoint's export.
 
     Attributes:
         networks: Its networks.
@@ -47,7 +47,7 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
     family = checkpoint.spec.family
     if family not in RECIPES:
         raise UsageError(
-            f"models of type {checkpoint.config.get('model_type')!r} are encoded in PyTorch alone",
+            f"models of type {checkpoint.config.get('model_type')!r} can be run in PyTorch only",
             file=checkpoint.path,
             expected=f"one of {', '.join(RECIPES)}",
             fix="encode with topt-deploy encode, and predict from regions that hold the prompts",
@@ -105,7 +105,7 @@ class Tensors:
         return rows
 
     def count(self) -> int:
-        """How many numbers there are in all."""
+        """The number of values in all."""
         return sum(math.prod(shape) for shape in self._shapes.values())
 
     def _place(self, name: str) -> tuple[Path, str]:

@@ -103,7 +103,11 @@ def make_encoder(
             found |= {"engines": _there(there, target)}
         if found != wanted:
             raise UsageError(
-                "another encoder is there", file=out, expected=wanted, found=found, fix="name another --encoder-bundle"
+                "another encoder is already there",
+                file=out,
+                expected=wanted,
+                found=found,
+                fix="name another --encoder-bundle",
             )
         say(f"{out} is there already")
         return there
@@ -256,7 +260,7 @@ def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
 
 
 def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
-    """What the gate checks.
+    """The forms of the encoder that the gate checks.
 
     The form for TensorRT is checked whatever the size, for where there is no GPU nothing else can do it. Of a large
     model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a second copy;

@@ -86,7 +86,7 @@ class Builder:
         self.ranks: dict[str, int] = {}
         """Of what layers give, by name: a graph has to say it of its outputs."""
         self.far: dict[str, str] = {}
-        """What is added to scores where a mask forbids to look, by the mask's name."""
+        """The value added to scores where a mask forbids attention, by the mask's name."""
         self.halves: dict[str, str] = {}
         """Values in half precision, by the names of what they are in float32."""
         self._count = 0

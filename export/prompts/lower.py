@@ -1,4 +1,4 @@
-"""What a linear map and attention become in ONNX, by precision and by form of the graph.
+"""Linear maps and attention in ONNX, by precision and by form of the graph.
 
 A graph comes in two forms on one file of weights. ``onnxruntime`` uses ONNX Runtime's own operators and computes in
 8 bits where the weights are; ``standard`` has the standard's operators alone, with weights behind DequantizeLinear,
@@ -29,7 +29,7 @@ ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
 TENSORRT = "tensorrt"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 FAR = np.float32(-1e30)
-"""What is added to a score where a query may not look; finite, so that looking nowhere is no NaN."""
+"""The value added to a score where a query may not attend; finite, so that attending to nothing gives no NaN."""
 FLOAT, HALF = 1, 10
 """ONNX's numbers of the types."""
 
@@ -195,7 +195,7 @@ def attention(
 
 
 def _far(graph: Builder, allowed: str) -> str:
-    """What keeps a query from where it may not look; layers that share a mask share this."""
+    """The values that keep a query from attending where it may not; layers that share a mask share them."""
     if allowed not in graph.far:
         graph.far[allowed] = graph.node("Where", [allowed, graph.constant(np.float32(0)), graph.constant(FAR)])
     return graph.far[allowed]

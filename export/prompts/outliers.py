@@ -1,4 +1,4 @@
-"""Which linear maps lose too much in few bits: measured on golden regions, not guessed from their names.
+"""Linear maps that lose too much in few bits: measured on golden regions, not guessed from their names.
 
 Real decoders have a few input channels that are a hundred times larger than the rest; in the maps that read them, one
 step of an 8-bit scale is as large as everything else. Others sum up what nearly cancels. Such a map is kept in the next

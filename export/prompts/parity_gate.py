@@ -31,7 +31,7 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderParity:
-    """What was measured on one region: over its tasks, the smallest cosine and the largest relative difference."""
+    """The measured parity on one region: over its tasks, the smallest cosine and the largest relative difference."""
 
     region: str
     form: str

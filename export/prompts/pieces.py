@@ -22,7 +22,7 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Piece:
-    """What layers of one kind compute.
+    """The computation of layers of one kind.
 
     Attributes:
         name: Of the kind.
@@ -56,11 +56,11 @@ class Use:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def outer(self, name: str) -> str:
-        """What the network calls the piece's tensor ``name``."""
+        """The network's name of the piece's tensor ``name``."""
         return self.names.get(name, name)
 
     def weight(self, parameter: str) -> str:
-        """What the checkpoint calls the module's ``parameter``."""
+        """The checkpoint's name of the module's ``parameter``."""
         return self.weights + parameter.removeprefix("inner.")
 
 

@@ -19,7 +19,7 @@ WEIGHTS = "topt.weights"
 """The name that the graph gives its external data."""
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 PROVIDERS = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER, "tensorrt": TENSORRT_PROVIDER}
-"""What ONNX Runtime runs a graph with, by the device."""
+"""ONNX Runtime's execution provider, by the device."""
 SHAPE_OPERATORS = frozenset(
     {
         "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max", "Min", "Mod", "Mul",
@@ -27,7 +27,7 @@ SHAPE_OPERATORS = frozenset(
         "Sub", "Unsqueeze", "Where",
     }
 )  # fmt: skip
-"""What reckons with sizes: ONNX Runtime leaves these few numbers to the CPU on purpose, whatever the device. All other
+"""Operators that compute sizes: ONNX Runtime leaves these few numbers to the CPU on purpose, on every device. All other
 operators, and so everything that takes time, must be the device's."""
 _RECORD = "session.record_ep_graph_assignment_info"
 

@@ -20,7 +20,7 @@ from .onnxruntime import PROVIDERS, check_used, no_device, providers, session_op
 Array = np.ndarray[Any, Any]
 
 MEMORY = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
-"""Where the numbers of a device are, in ONNX Runtime's words."""
+"""The memory of a device, in ONNX Runtime's words."""
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:0"}
 """The same where it is asked to shrink one of its arenas."""
 _TYPES: Mapping[str, tuple[int, Any]] = {
@@ -131,7 +131,7 @@ class BoundSession:
 
 
 class BetweenBound:
-    """What is done between them, on the device (:class:`topt_deploy.prompts.graph_backend.Between`).
+    """The steps between the networks, on the device (:class:`topt_deploy.prompts.graph_backend.Between`).
 
     Args:
         decoder, vision: The networks.

@@ -1,4 +1,4 @@
-"""How a network runs with TensorRT here: by its own Python package, or else by ONNX Runtime's provider of it.
+"""Runs networks with TensorRT: by its own Python package, or else by ONNX Runtime's provider of it.
 
 The package of pip is TensorRT 11 (or TensorRT-RTX), and the provider of onnxruntime-gpu 1.31 loads TensorRT 10's
 libnvinfer.so.10: as a rule one machine has one of them, and the log says which was taken, and why not the other.
@@ -52,7 +52,7 @@ class Target:
     library: str | None = None
 
     def fingerprint(self, gpu: Gpu, flavour: str, version: str) -> Fingerprint:
-        """What an engine of it depends on that this library builds for this GPU."""
+        """Everything that an engine depends on which this library builds for this GPU."""
         return Fingerprint(
             graph=self.graph_sha256, weights=self.weights_sha256, flavour=flavour, version=version, cuda=gpu.cuda,
             driver=gpu.driver, gpu=gpu.name, capability=gpu.capability, precision=self.precision,
@@ -80,7 +80,7 @@ class OwnRuntime:
         return self.library.flavour
 
     def between(self, networks: Mapping[str, Any], width: int) -> Between:
-        """What is done between an encoder's networks of this way, which are H wide."""
+        """Create the steps between an encoder's networks, which are H wide."""
         return BetweenEngines(self.driver, networks[DECODER], networks.get(VISION))
 
     def open(self, target: Target) -> Engine:
@@ -118,7 +118,7 @@ class Provider:
     runtime: str = "onnxruntime-tensorrt"
 
     def between(self, networks: Mapping[str, Any], width: int) -> Between:
-        """What is done between an encoder's networks of this way, which are H wide."""
+        """Create the steps between an encoder's networks, which are H wide."""
         decoder, vision = networks[DECODER], networks.get(VISION)
         return BetweenBound(decoder, vision, width=width, device="cuda", threads=self.threads)
 
@@ -155,7 +155,7 @@ def provider_shapes(target: Target) -> dict[str, str]:
 
 
 def find_way(flavours: Sequence[str] = (), *, threads: int) -> OwnRuntime | Provider:
-    """What runs TensorRT here.
+    """Find a way to run TensorRT on this machine.
 
     Args:
         flavours: Of the library that the bundle was exported for, which are taken before others.
@@ -276,7 +276,7 @@ def encoder_targets(bundle: EncoderBundle, folder: Path) -> dict[str, Target]:
 
 
 def tokens_at_once(decoder: Target) -> int:
-    """How many tokens a decoder's profile lets it read at once."""
+    """The number of tokens that a decoder's profile lets it read at once."""
     _, tokens, _ = graph_inputs(decoder.graph.read_bytes())["hidden"]
     return decoder.profile[str(tokens)].most
 

@@ -40,7 +40,7 @@ LIMIT_GB = 20.0
 ENGINE, RECORD, TIMING = ".engine", ".json", ".timing"
 WAIT_S = 0.2
 LEFT_S = 24 * 3600
-"""How old what a killed process has left must be before it is removed."""
+"""The age at which files of a killed process are removed."""
 _READ_LIMIT_BYTES = 1 << 20
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -98,7 +98,7 @@ class _Distrusted(Exception):
 
 
 def cache_folder() -> Path:
-    """Where this user's engines are kept.
+    """The folder in which this user's engines are kept.
 
     Raises:
         CannotCreate: If no place is known.
@@ -114,7 +114,7 @@ def cache_folder() -> Path:
 
 
 def cache_limit() -> int:
-    """How many bytes of engines are kept.
+    """The limit of the bytes of engines that are kept.
 
     Raises:
         BadConfig: If the environment names no number.
@@ -125,7 +125,7 @@ def cache_limit() -> int:
         if not limit >= 0:
             raise ValueError
     except ValueError as error:
-        raise BadConfig(f"${LIMIT} is no size", expected="gigabytes, such as 20", found=repr(text)) from error
+        raise BadConfig(f"${LIMIT} is not a size", expected="gigabytes, such as 20", found=repr(text)) from error
     return int(min(limit, 1e9) * 1e9)
 
 
@@ -211,7 +211,7 @@ class EngineCache:
         return engine, f"{len(engine)} bytes"
 
     def _nearest(self, fingerprint: Fingerprint) -> str:
-        """What is different in the entry that differs least."""
+        """The differences from the entry that differs least."""
         best: list[str] | None = None
         for path in sorted(self.folder.glob(f"*{RECORD}")):
             with suppress(_Distrusted):

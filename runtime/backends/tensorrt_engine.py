@@ -1,8 +1,9 @@
 """Engines of TensorRT and TensorRT-RTX, run by their own Python package on memory of the driver's.
 
-Written by NVIDIA's documentation and exercised with a stand-in (tests/support/fake_gpu.py): see docs/devices.md for
-what has run on a GPU. Memory and copies go through libcuda itself (:mod:`topt_deploy.tensorrt.cuda_driver`), which is
-there wherever a GPU can be used; cuda-python and libcudart would be one more package each, whose version has to match.
+Written after NVIDIA's documentation and tested with a stand-in (tests/support/fake_gpu.py).
+docs/reference/status.md says what has run on a GPU. Memory and copies go through libcuda itself
+(:mod:`topt_deploy.tensorrt.cuda_driver`), which is there wherever a GPU can be used; cuda-python and libcudart
+would be one more package each, whose version has to match.
 """
 
 import threading
@@ -106,7 +107,7 @@ class Engine:
     def _type(self, name: str) -> np.dtype[Any]:
         found = str(self._engine.get_tensor_dtype(name).name)
         if found not in _NUMPY:
-            raise BadBundle(f"the engine's {name} is of a type without numbers here", file=self._source, found=found)
+            raise BadBundle(f"the engine's {name} is of a type that is not supported", file=self._source, found=found)
         return np.dtype(_NUMPY[found])
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, OnGpu]:
@@ -166,7 +167,7 @@ class Engine:
 
 
 class BetweenEngines:
-    """What is done between engines (:class:`topt_deploy.prompts.graph_backend.Between`): copies on the GPU.
+    """The steps between engines (:class:`topt_deploy.prompts.graph_backend.Between`): copies on the GPU.
 
     Hidden states alone come back, to be added up in float64: a few MB a pass, where an engine that multiplies on the
     GPU would have to be built and kept for every width.

@@ -16,12 +16,12 @@ from . import object_stores
 
 FAILED = "failed"
 ATTEMPTS = 2
-"""How often a city is tried whose worker dies."""
+"""The number of attempts for a city whose worker dies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all cities of a batch have in common.
+    """The settings that all cities of a batch have in common.
 
     Attributes:
         bundle: The bundle's path, which every worker must see.
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of a city, in plain values.
+    """The outcome of a city, in plain values.
 
     Attributes:
         city, file: The city and its output.

@@ -64,13 +64,13 @@ def run_local(jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: in
 
 
 def workers_for(jobs: Sequence[Job]) -> int:
-    """How many workers are enough: one per processor; two where cities are small, and wait for the disk as long as they
-    are worked on."""
+    """The default number of workers: one per processor; two if cities are small, because those wait for the disk as
+    long as they compute."""
     return usable_cpus() * (2 if max((job.size for job in jobs), default=0) <= SMALL_BYTES else 1)
 
 
 def usable_cpus() -> int:
-    """How many processors this process may use, as its container or batch system has it."""
+    """The number of processors that this process may use by the limits of its container or batch system."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # a container's share of time, where it has a limit
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -94,7 +94,7 @@ class _Worker:
             self.connection.send(job)
 
     def died(self) -> str:
-        """How its process ended."""
+        """A description of how its process ended."""
         self.connection.close()
         self._process.join()
         code = self._process.exitcode or 0

@@ -29,17 +29,17 @@ DENIED = (
     "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED", "UNAUTHENTICATED",
     "AuthorizationFailure", "AuthenticationFailed", "AuthorizationPermissionMismatch",
 )  # fmt: skip
-"""What the stores call it, in Arrow's messages: there is no other sign of it."""
+"""Codes of refused access in Arrow's messages: there is no other sign of it."""
 ABSENT = ("NO_SUCH_BUCKET", "ContainerNotFound", "No such file or directory")
 CHUNK_BYTES = 1 << 22
 PATIENCE_S = 60
 
 
 def is_uri(place: str) -> bool:
-    """Whether a place is a URI of one of :data:`SCHEMES`."""
+    """True if a place is a URI of one of :data:`SCHEMES`."""
     scheme, found, _ = place.partition("://")
     if found and scheme not in SCHEMES and scheme.isalnum():
-        raise UsageError("no such kind of place", file=place, expected=", ".join(f"{s}://" for s in SCHEMES))
+        raise UsageError("unknown kind of address", file=place, expected=", ".join(f"{s}://" for s in SCHEMES))
     return bool(found)
 
 
@@ -219,7 +219,7 @@ def _azure(uri: str) -> tuple[Any, str]:
             system = fs.AzureFileSystem(account, **dict(parse_qsl(settings.removeprefix("?"))), **secrets)
         except TypeError as error:
             raise UsageError(
-                "has settings that are none of Azure's", file=shown(uri), found=settings.partition("=")[0],
+                "has settings that Azure does not know", file=shown(uri), found=settings.partition("=")[0],
                 expected="blob_storage_authority, blob_storage_scheme, dfs_storage_authority, dfs_storage_scheme",
             ) from error  # fmt: skip
     return system, unquote(path)
@@ -237,12 +237,12 @@ def _answers(uri: str, *, writing: bool = False) -> Iterator[None]:
         reason = str(error)
         if any(word in reason for word in DENIED):
             raise NoPermission(
-                f"the store refuses it ({reason})", file=place, fix="check credentials, and what they allow"
+                f"the object store refused access ({reason})", file=place, fix="check credentials, and what they allow"
             ) from error
         if isinstance(error, FileNotFoundError) or any(word in reason for word in ABSENT):
             if writing:
                 raise CannotCreate("no such bucket or folder", file=place, fix="create it, or name another") from error
             raise NoInput("no such file or folder", file=place) from error
         raise IOFailure(
-            f"the store does not do it ({reason})", file=place, fix="check name, network and credentials"
+            f"the object store failed ({reason})", file=place, fix="check name, network and credentials"
         ) from error

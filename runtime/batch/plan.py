@@ -1,4 +1,4 @@
-"""Which cities a batch has: files, folders, globs and URIs in, one job per city out."""
+"""The cities of a batch: files, folders, globs and URIs in, one job per city out."""
 
 import glob
 import os
@@ -17,7 +17,7 @@ from .object_stores import is_uri, joined, listing, parted, shown, sizes
 
 REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
 OURS = ("predictions", "prompts", "mobility")
-"""What files that are no regions tables are called, up to the first dot."""
+"""The names, up to the first dot, of files that are not regions tables."""
 
 
 def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
@@ -95,7 +95,7 @@ def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
             yield folder + file, files if listed else _beside(folder + file, settings)
     if not count:
         raise NoInput(
-            "no regions table here", file=shown(given), expected=f"{REGIONS}, or other Parquet files, in it or below",
+            "no regions table found", file=shown(given), expected=f"{REGIONS} or other Parquet files, in it or below",
             fix="name files or folders that exist",
         )  # fmt: skip
 

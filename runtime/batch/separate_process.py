@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 def apart(call: Callable[[], Value]) -> Value:
-    """What ``call`` returns, which must be picklable, or the error that it raises.
+    """Run ``call`` in a separate process and return its result, which must be picklable, or raise its error.
 
     Raises:
         IOFailure: If its process ends without either.

@@ -1,4 +1,4 @@
-"""What is said of a whole batch: its exit code, its record ``_run.json``, and metrics for Prometheus."""
+"""The summary of a batch: its exit code, its record ``_run.json``, and metrics for Prometheus."""
 
 import json
 import time

@@ -8,7 +8,7 @@ from .options import log_format_option
 
 
 @click.command()
-@click.option("--clear", is_flag=True, help="Remove them.")
+@click.option("--clear", is_flag=True, help="Remove the engines.")
 @log_format_option
 def cache(clear: bool, log_format: str) -> None:
     """List the TensorRT engines that are kept on this machine, the one used longest ago first."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @signature_option
 @log_format_option
 def info(bundle: Path, require_signature: Path | None, log_format: str) -> None:
-    """Show what BUNDLE predicts, what it reads, and what to expect of it; or what encoder it is. Checks every hash."""
+    """Show what BUNDLE predicts, what it needs and how accurate it is, or which encoder it is. Checks every hash."""
     from topt_deploy.bundle.manifest import SCHEMA_VERSION, open_sealed
 
     if open_sealed(bundle, SCHEMA_VERSION).is_encoder:
@@ -32,7 +32,7 @@ def info(bundle: Path, require_signature: Path | None, log_format: str) -> None:
 
 
 def _city(bundle: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
-    """What a city's bundle is, for people and for machines."""
+    """A description of a city's bundle, for people and for machines."""
     from topt_deploy.bundle.manifest import open_bundle, well_formed
     from topt_deploy.bundle.signature import check_signature
 
@@ -76,7 +76,7 @@ def _told(opened: "Bundle") -> tuple[list[str], dict[str, Any]]:
 
 
 def _built(variant: Mapping[str, Any]) -> str:
-    """What engines a variant holds, and what built them; nothing where it is for none."""
+    """The engines that a variant holds, and what built them; empty for variants without engines."""
     if "engines" not in variant:
         return ""
     built = ", ".join(variant["engines"])

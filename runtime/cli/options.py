@@ -20,14 +20,14 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda", "tensorrt", "auto"]),
     default="cpu",
     show_default=True,
-    help="An absent one is an error; auto takes the best that works, and says which and why.",
+    help="The command fails if the device is missing; auto takes the best that works and says why.",
 )
 encoder_engine_option = click.option(
     "--encoder-engine",
     type=click.Choice(["onnxruntime", "openvino"]),
     default="onnxruntime",
     show_default=True,
-    help="What runs the prompt encoder; an absent one is an error.",
+    help="Library that runs the prompt encoder; the command fails if it is missing.",
 )
 signature_option = click.option(
     "--require-signature",

@@ -34,7 +34,9 @@ ROWS_SHOWN = 5
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
 @click.option("--wide", is_flag=True, help="One row per region, one column per task.")
 @click.option(
-    "--coverage", type=float, help="How often lower to upper should hold [default: 0.9, or none with too few labels]."
+    "--coverage",
+    type=float,
+    help="Share of regions between lower and upper [default: 0.9, or no interval with too few labels].",
 )
 @click.option("--geo", type=PATH, help="Also write one city's map: FILE.gpkg or FILE.geojson (extra `geo`).")
 @click.option("--id-col", default="region_id", show_default=True, help="The column of region ids.")
@@ -42,17 +44,21 @@ ROWS_SHOWN = 5
     "--on-bad-row", type=click.Choice(["fail", "mask", "quarantine"]), default="fail", show_default=True,
     help="Single bad rows: refuse the city, give them no prediction, or leave them out.",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Leave cities as they are that these inputs and options have made.")
+@click.option("--resume", is_flag=True, help="Skip cities whose output was made with the same inputs and options.")
 @click.option("--workers", type=click.IntRange(min=1), help="Cities at once [default: one or two per processor].")
 @click.option(
     "--engine", type=click.Choice(["local", "ray", "spark"]), default="local", show_default=True,
-    help="Where many cities are predicted.",
+    help="Run many cities on this machine, on Ray or on Spark.",
 )  # fmt: skip
-@click.option("--metrics-file", type=PATH, help="Figures of the run for Prometheus' node_exporter: FILE.prom.")
+@click.option("--metrics-file", type=PATH, help="Write metrics for Prometheus' node_exporter to FILE.prom.")
 @threads_option
-@click.option("--encoder-bundle", type=PATH, help="The prompt encoder, for regions without prompts [default: found].")
+@click.option(
+    "--encoder-bundle",
+    type=PATH,
+    help="Bundle of the prompt encoder, for regions without prompts [default: beside the city's].",
+)
 @encoder_engine_option
-@click.option("--no-cache", is_flag=True, help="Keep no prompts beside the regions, and take none from there.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write prompts beside the regions.")
 @signature_option
 @device_option
 @log_format_option
@@ -112,10 +118,12 @@ def predict(
         for option, given in (("--mobility", mobility), ("--geo", geo)):
             if given is not None:
                 raise UsageError(
-                    f"{option} is one city's", found=f"{len(inputs)} inputs", fix="predict that city alone"
+                    f"{option} is for one city only", found=f"{len(inputs)} inputs", fix="predict that city alone"
                 )
         if out is None:
-            raise UsageError("many cities need a place", expected="--out FOLDER", fix="name one; it is made")
+            raise UsageError(
+                "several cities need an output folder", expected="--out FOLDER", fix="name one; it is made"
+            )
         return _predict_many(inputs, out, setting, measure, log, engine=engine, workers=workers)
 
 

@@ -17,7 +17,7 @@ from .options import PATH, device_option, encoder_engine_option, log_format_opti
 @signature_option
 @log_format_option
 def selftest(bundle: Path, device: str, encoder_engine: str, require_signature: Path | None, log_format: str) -> None:
-    """Predict BUNDLE's golden cities on this machine and compare with the exporter's values; so too its encoder."""
+    """Predict BUNDLE's golden cities on this machine and compare with the exporter's values; its encoder likewise."""
     from ..selftest import selftests
 
     log = Log(log_format)

@@ -1,4 +1,4 @@
-"""One bit flipped, anywhere in a bundle: refused. The figures are in docs/reliability.md."""
+"""One bit flipped, anywhere in a bundle: refused. The figures are in docs/background/reliability.md."""
 
 import random
 import shutil

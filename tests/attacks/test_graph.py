@@ -304,5 +304,5 @@ def test_the_walk_reads_what_onnx_reads(demo_bundle):
     model = helper.make_model(graph)
     check_graph(model.SerializeToString(), {})
     set_external_data(model.graph.node[0].attribute[0].t, "elsewhere", 0, 4)
-    with pytest.raises(ValueError, match="'elsewhere', which is no file beside it"):
+    with pytest.raises(ValueError, match="'elsewhere', which is not a file beside it"):
         check_graph(model.SerializeToString(), {})

@@ -166,7 +166,7 @@ def test_one_endless_id(role, desk, refused):
     path = desk.regions if role == "region_id" else desk.mobility
     table = pq.read_table(path)
     pq.write_table(replaced(table, **{role: ["x" * 4096, *table.column(role).to_pylist()[1:]]}), path)
-    refused(BAD_DATA, path.name, "an id is absurdly long", "4,096")
+    refused(BAD_DATA, path.name, "an id is too long", "4,096")
 
 
 def test_an_absurd_number_of_regions(desk, refused):

@@ -192,7 +192,7 @@ class TestEncoders:
         check_signature(opened(city / "beside.topt"), keys / "mine.pub")
         said = topt_run(*predict)
         assert said.code == Exit.BAD_BUNDLE
-        assert "another prompt encoder than the bundle goes with" in said.err
+        assert "not the prompt encoder that the bundle was exported with" in said.err
 
     def test_of_its_own(self, prompted, keys, tmp_path):
         bundle = shutil.copytree(prompted / "encoder.topt", tmp_path / "encoder.topt")

@@ -48,8 +48,8 @@ def spoil(home: Path):
 
 @pytest.fixture(scope="session")
 def told_codes() -> dict[str, set[int]]:
-    """Exit codes by what the table in docs/contracts.md says that a scheduler should do: success, stop, try again."""
-    page = (ROOT / "docs/contracts.md").read_text(encoding="utf-8")
+    """Exit codes by the table's last column in docs/reference/exit-codes.md: success, stop, try again."""
+    page = (ROOT / "docs/reference/exit-codes.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:3].strip("| ").isdigit()]
     codes: dict[str, set[int]] = {}
     for code, _, what in rows:

@@ -1,4 +1,4 @@
-"""Exit codes: the table in docs/contracts.md has all of them, and every example uses them as it says."""
+"""Exit codes: the table in docs/reference/exit-codes.md has all of them, and every example uses them as it says."""
 
 import ast
 import re

@@ -58,7 +58,7 @@ def test_what_needs_a_person_is_told_and_passed_on(nightly, home):
     said = nightly(wait_s=600)
     assert said.code == 66
     assert said.out.startswith(f"topt-run: exit code 66, see {home}/log/")
-    assert "no regions table here" in said.out
+    assert "no regions table found" in said.out
     assert len(logged(home)) == 1, "it was not tried again"
 
 

@@ -21,7 +21,7 @@ COLUMNS = ["city_id", "region_id", "task", "prediction", "lower", "upper", "stat
 
 
 def with_flows(regions, flows):
-    """As docs/batch.md says."""
+    """As docs/how-to/mlflow.md says."""
     return regions.join(flows.groupby("origin_id")[["dest_id", "flow"]].agg(list), on="region_id")
 
 
@@ -76,7 +76,7 @@ def test_the_command_writes_it_and_mlflow_predicts_the_same(topt_deploy, tmp_pat
     before = (tmp_path / "model.topt" / "MODEL_CARD.md").stat().st_mtime_ns
     said = topt_deploy("export", demo_run, "--out", tmp_path / "model.topt", "--mlflow", folder)
     assert said.code == 2, "an MLflow model is never written over"
-    assert "is there already" in said.err
+    assert "already exists" in said.err
     assert (tmp_path / "model.topt" / "MODEL_CARD.md").stat().st_mtime_ns == before, "refused after the work"
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_bundle_leaves_no_folder(tmp_path, desk):
 
 def test_nothing_is_written_over(tmp_path, demo_bundle):
     (tmp_path / "model").mkdir()
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         write_mlflow(tmp_path / "model", demo_bundle)
     assert list((tmp_path / "model").iterdir()) == []
 

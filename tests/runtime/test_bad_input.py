@@ -244,7 +244,7 @@ def test_a_folder_without_regions_is_refused(desk, refused):
     folder = desk.folder / "folder.parquet"
     folder.mkdir()
     arguments = ("--bundle", desk.bundle, "--out", desk.folder / "out")
-    refused(NO_INPUT, "folder.parquet", "no regions table here", arguments=arguments, regions=folder)
+    refused(NO_INPUT, "folder.parquet", "no regions table found", arguments=arguments, regions=folder)
     refused(USAGE, "--out", arguments=("--bundle", desk.bundle), regions=folder)
 
 

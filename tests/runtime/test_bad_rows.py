@@ -280,7 +280,7 @@ def test_what_cannot_be_masked_is_refused_with_the_way_out(name, tables, write, 
     folder = write("city", case.spoil(regions), mobility)
     said = topt_run("predict", folder, "--bundle", demo_bundle, "--on-bad-row", "mask")
     assert said.code == BAD_DATA
-    assert "nothing can stand in for that" in said.err
+    assert "there is no neutral value to replace it" in said.err
     assert "--on-bad-row quarantine" in said.err
     assert not aside(folder).exists()
 

@@ -118,7 +118,7 @@ def test_another_encoder(topt_run, desk, encoders, family, precision):
     arguments = ("predict", desk.regions, "--bundle", desk.folder / "beside.topt")
     said = topt_run(*arguments, "--encoder-bundle", encoders(family, precision))
     assert said.code == BAD_BUNDLE
-    assert "another prompt encoder than the bundle goes with" in said.err
+    assert "not the prompt encoder that the bundle was exported with" in said.err
     assert not desk.out.exists()
 
 

@@ -36,7 +36,7 @@ def shell(command: str, folder: Path, before: Callable[[], None] | None = None, 
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=240,
+        timeout=1800,
     )
     return Said(done.returncode, done.stdout, done.stderr)
 

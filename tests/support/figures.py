@@ -1,4 +1,4 @@
-"""Figures that tests leave for docs/reliability.md, where dev/benchmarks/reliability.py runs them at full length."""
+"""Figures of tests that dev/benchmarks/reliability.py runs at full length for docs/background/reliability.md."""
 
 import json
 import os

@@ -75,7 +75,7 @@ def test_an_operator_of_onnx_runtimes_own_is_named(library, tmp_path):
     [
         ({}, "no sizes for dimension 'regions' of input 'x'"),
         ({"rows": Range(least=1, usual=1, most=1)}, "has sizes for 'rows'"),
-        ({"regions": Range(least=1, usual=700, most=100)}, "does not take the profile"),
+        ({"regions": Range(least=1, usual=700, most=100)}, "rejects the profile"),
     ],
 )
 def test_a_wrong_profile_is_named(library, graph, profile, message):

@@ -28,7 +28,7 @@ EDGE_LIMIT = 1 << 12
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderManifest:
-    """What an exported encoder says of itself.
+    """The manifest of an exported encoder.
 
     Attributes:
         schema_version: Version of this record; another one is refused.
@@ -42,7 +42,7 @@ class EncoderManifest:
         past: Key heads and width of every past tensor that the decoder reads, by name.
         networks: By name: ``graphs`` (file of each form), and ``weights``, the file that they share; with a form
             ``tensorrt`` also an entry of that name: flavour, profile, library, engines and checked, as a city's bundle
-            has them (docs/tensorrt.md).
+            has them (docs/how-to/tensorrt.md).
         tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest, relative to a vector's
             root mean square.
         parity: What the gate measured, per golden region.

@@ -49,7 +49,7 @@ READ_LIMIT_BYTES = 1 << 30
 TOTAL_LIMIT_BYTES = 64 << 30
 FILE_COUNT_LIMIT = 10_000
 UNPACKED_RATIO_LIMIT = 100
-"""How many times a zip's size it may unpack to. Weights shrink by a tenth, tables and texts to a fifth."""
+"""The limit of a zip's unpacked size, in times its size. Weights shrink by a tenth, tables and texts to a fifth."""
 DIRECTORY_LIMIT_BYTES = 4 << 20
 """Of a zip's directory, which Python's reader makes objects of: ten times a directory of as many files as may be."""
 BLOCK_BYTES = 1 << 20
@@ -58,7 +58,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Manifest:
-    """What a bundle says of itself.
+    """The manifest of a bundle.
 
     Attributes:
         schema_version: Version of this record; another one is refused.
@@ -74,7 +74,7 @@ class Manifest:
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
         opset: ONNX operator set.
         variants: By name: graph, weights and where each initialiser lies in them, providers, tolerance and what the
-            parity gate measured. One of TensorRT's (docs/tensorrt.md) has ``flavour``, ``precision``, ``profile``
+            parity gate measured. One for TensorRT (docs/how-to/tensorrt.md) has ``flavour``, ``precision``, ``profile``
             (:mod:`topt_deploy.tensorrt.profile`), ``library`` and ``engines`` by compute capability where they were
             built, and ``checked``, what looked through the graph.
         golden: Base names of the golden cities under ``golden/``.
@@ -100,7 +100,7 @@ class Manifest:
 
     @property
     def schema(self) -> Schema:
-        """What the model reads of a city."""
+        """The tables and columns of a city that the model reads."""
         return Schema(
             views={view: tuple(names) for view, names in self.views.items()},
             mobility=self.mobility,
@@ -130,7 +130,7 @@ class Sealed:
 
     @property
     def is_encoder(self) -> bool:
-        """Whether it is a prompt encoder's own (:mod:`topt_deploy.bundle.encoder_manifest`), and not a city's."""
+        """True for a prompt encoder's own bundle (:mod:`topt_deploy.bundle.encoder_manifest`), and not a city's."""
         return "spec" in self.record
 
     def read(self, name: str) -> bytes:
@@ -308,7 +308,7 @@ def _record(data: bytes) -> Any:
     def number(text: str) -> float:
         value = float(text)
         if not math.isfinite(value):
-            raise ValueError(f"{text[:20]} is no number")
+            raise ValueError(f"{text[:20]} is not a number")
         return value
 
     def whole(text: str) -> int:

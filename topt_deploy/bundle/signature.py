@@ -2,7 +2,7 @@
 
 The seal tells a whole bundle from a damaged one; whoever writes a bundle can seal it. A signature tells who wrote it.
 It stands beside the manifest as ``manifest.json.sig``, in base64. Keys are PEM files that ``openssl`` makes
-(docs/security.md); nothing here makes or keeps one.
+(docs/how-to/sign.md); nothing here makes or keeps one.
 """
 
 from base64 import b64decode, b64encode
@@ -91,7 +91,7 @@ def _key(path: Path, *, private: bool) -> Any:
         ) from error
     path = Path(path)
     if not path.exists():
-        raise NoInput("no such key", file=path, fix="docs/security.md says how to make a pair of keys")
+        raise NoInput("no such key", file=path, fix="docs/how-to/sign.md says how to make a pair of keys")
     with reading(path), path.open("rb") as stream:
         data = stream.read(KEY_LIMIT_BYTES)
     try:

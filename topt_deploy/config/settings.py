@@ -44,22 +44,31 @@ Share = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True, kw_only=True)
 class SrelConfig:
-    """Stage 1, spatial-aware region embedding learning. Tasks with equal settings share one embedding.
+    """Stage 1, spatial-aware region embedding learning (SREL). Tasks with equal settings share one embedding.
 
     Attributes:
         width: D, the width of every layer and of the embedding.
-        heads: Attention heads, of the intra-view blocks and the Graphormer layers.
-        intra_blocks, inter_blocks, layers: Intra-view blocks, external-attention blocks, Graphormer layers.
+        heads: Attention heads of the intra-view blocks and of the Graphormer layers.
+        intra_blocks: Intra-view blocks.
+        inter_blocks: External-attention blocks.
+        layers: Graphormer layers.
         ffn_width: Inner width of the feed-forward layers.
         memory: d_m, slots of the external attention's memory.
         channels: c, channels that an attention score is expanded to.
         view_width: d', width of the view-weight score.
-        distance_bias, centrality: Whether the two spatial priors are used (ablation).
+        distance_bias: Use distances as a bias of the attention. Off is an ablation.
+        centrality: Use the centrality of regions. Off is an ablation.
         bias: λ at the start, the weight of the adjacency in the attention scores.
         decay: The adjacency's form: exp(-d/ℓ), exp(-(d/ℓ)²) or 1/(1+d/ℓ).
-        decay_length_m: ℓ; 0 takes the city's median distance to the fifth nearest region.
+        decay_length_m: ℓ in metres; 0 takes the city's median distance to the fifth nearest region.
+        dropout: Share of hidden values that are dropped in training.
+        epochs: Epochs of training.
+        lr: Learning rate.
+        schedule: How the learning rate changes over the epochs.
+        weight_decay: Weight decay.
         decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
-        mobility_weight, similarity_weight: Weights of the loss terms. The mobility term sums over N² pairs.
+        mobility_weight: Weight of the loss term for flows. It sums over N² pairs.
+        similarity_weight: Weight of the loss term for the similarity of views.
     """
 
     width: Positive = 144
@@ -88,7 +97,7 @@ class SrelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt4ReConfig:
-    """Stage 2, task-aware prompting.
+    """Stage 2, task-aware prompting (Prompt4RE).
 
     Attributes:
         enabled: Off is the ablation without Prompt4RE: a regression on the embedding.
@@ -97,15 +106,22 @@ class Prompt4ReConfig:
         alignment: Off is the ablation without alignment: the prompt is projected and concatenated.
         components: Principal components of the prompt vectors that are kept; 0 keeps all.
         width: Width of the attention; 0 takes the embedding's. The authors' code has the prompt's own.
-        skip: Beside the embedding the head sees features and prompts themselves, all standardised.
+        heads: Attention heads.
+        skip: Besides the embedding, the head also sees the features and prompts themselves, standardised.
         hidden: Width of a hidden layer in the FNN; 0 is the paper's single linear layer.
+        dropout: Share of hidden values that are dropped in training.
+        epochs: Epochs of training.
+        lr: Learning rate.
+        schedule: How the learning rate changes over the epochs.
+        weight_decay: Weight decay.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
         ridge_alpha: α of the ridge fit that the FNN starts from; 0 chooses it by leave-one-out, inside the training
             regions of each fold.
-        ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training only
-            moves away from the ridge fit for what the prompts explain. Off is the paper: ridge is where it starts.
-        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
+        ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training moves away
+            from the ridge fit only for what the prompts explain. Off is the paper: training starts from the ridge fit.
         members: Independently initialised heads whose mean is the prediction.
-        folds, fold_seed: The held-out estimate: KFold(folds, shuffle=True, random_state=fold_seed).
+        folds: Folds of the held-out estimate.
+        fold_seed: Seed of the folds: KFold(folds, shuffle=True, random_state=fold_seed).
     """
 
     enabled: bool = True
@@ -131,22 +147,30 @@ class Prompt4ReConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleConfig:
-    """The head that takes the place of the embedding and of Prompt4RE's attention: the mean of two regressions on the
-    views, what flows lead to, positions and prompts. Which prompts, and how many of their components, ``prompt4re``
-    says.
+    """The default's head, in place of the embedding and of Prompt4RE's attention: the mean of two regressions on the
+    views, what flows lead to, positions and prompts. The section ``prompt4re`` says which prompts, and how many of
+    their components.
 
     Attributes:
         enabled: Off is the paper's form.
-        kernel, network: Whether the Gaussian process, and the network, take part (ablation).
-        lengths: Lengths of the radial kernels of every view, in units of a standardised feature's spread. There are
-            as many Gaussian processes: with all of them, without the shortest, and so on.
+        kernel: Use the Gaussian processes. Off is an ablation.
+        network: Use the networks. Off is an ablation.
+        lengths: Lengthscales of the radial kernels of every view, in units of a standardised feature's spread. There
+            are as many Gaussian processes: one with all of them, one without the shortest, and so on.
         position_lengths: The same for the positions.
-        not_linear: Views without a linear kernel: where a region's values may lie far outside of the others'.
+        not_linear: Views without a linear kernel: those in which a region's values may lie far outside the others'.
         features: Random frequencies of every radial kernel.
         steps: Steps of evidence maximisation.
-        members, width, layers: Networks in the ensemble, their width, and their residual layers.
-        input_dropout, dropout: Of the features, and of the hidden layers.
-        epochs, lr, schedule, weight_decay, decoupled: How the networks are trained.
+        members: Networks in the ensemble.
+        width: Width of the networks.
+        layers: Residual layers of the networks.
+        input_dropout: Share of the features that are dropped in training.
+        dropout: Share of hidden values that are dropped in training.
+        epochs: Epochs of training.
+        lr: Learning rate.
+        schedule: How the learning rate changes over the epochs.
+        weight_decay: Weight decay.
+        decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
     """
 
     enabled: bool = False
@@ -174,10 +198,11 @@ class TargetConfig:
     """How counts enter the loss.
 
     Attributes:
-        transform: What the Gaussian likelihood sees; predictions are transformed back.
+        transform: The transform that is applied to counts before the Gaussian likelihood; predictions are
+            transformed back.
         likelihood: ``gaussian`` is the paper's squared error; the others have a log link on the count itself.
-        drop_zeros: Regions with a zero count leave training and the held-out figures (the published
-            protocol for check-ins); they still get a prediction.
+        drop_zeros: Leave regions with a zero count out of training and of the held-out figures (the published
+            protocol for check-ins). They still get a prediction.
     """
 
     transform: Literal["none", "sqrt", "cbrt", "log1p"] = "none"
@@ -203,13 +228,13 @@ class TaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A training run's settings.
+    """The settings of a training run.
 
     Attributes:
-        preset: The preset that the settings started from, for the record.
+        preset: The preset that the settings start from.
         seed: Seed of every random number in training.
-        views: Count views to read.
-        mobility: Whether flows are read.
+        views: Count columns to read, by the prefix of their names.
+        mobility: Read flows.
         checkpoint_every: Epochs between checkpoints.
         tasks: Settings per task, by label column.
     """
@@ -432,11 +457,19 @@ def _check(task: TaskConfig, where: str) -> None:
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
     if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
-        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or both")
+        raise BadConfig(
+            "ensemble: kernel and network are both switched off", file=where, expected="kernel, network or both"
+        )
     if not (task.ensemble.lengths and task.ensemble.position_lengths):
-        raise BadConfig("ensemble: no length", file=where, expected="at least one of lengths and of position_lengths")
+        raise BadConfig(
+            "ensemble: a list of lengths is empty",
+            file=where,
+            expected="at least one of lengths and of position_lengths",
+        )
     if task.ensemble.enabled and task.target.likelihood != "gaussian":
-        raise BadConfig("ensemble: squared error only", file=where, expected="target.likelihood = 'gaussian'")
+        raise BadConfig(
+            "ensemble: only the squared error is supported", file=where, expected="target.likelihood = 'gaussian'"
+        )
     if task.prompt4re.folds < 2:
         raise BadConfig("prompt4re.folds: at least 2 folds", file=where, found=task.prompt4re.folds)
 

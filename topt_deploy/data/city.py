@@ -1,4 +1,4 @@
-"""A city's tables (docs/contracts.md) as arrays: read, checked, and put into canonical order.
+"""A city's tables (docs/reference/files.md) as arrays: read, checked, and put into canonical order.
 
 Regions are sorted by ``region_id`` and flows by origin and destination before anything is computed, so that
 neither the order of rows nor of columns can change a single bit of a result. This is the one way in, for
@@ -44,7 +44,7 @@ ID_LIMIT = 256
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Schema:
-    """What a model reads of a city.
+    """The tables and columns of a city that a model reads.
 
     Attributes:
         views: Count views, each with its categories in order.
@@ -205,7 +205,7 @@ def read_city(
 
 
 def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str], bool]:
-    """Whether a column is worth reading: texts and images of a large city stay on disk."""
+    """True for columns that must be read: texts and images of a large city stay on disk."""
     exact = {id_col, CITY_ID, "lon", "lat", GEOMETRY, *schema.views, *schema.prompts, *labels}
     prefixes = tuple(f"{view}_" for view in schema.views)
     return lambda column: column in exact or column.startswith(prefixes)
@@ -258,7 +258,7 @@ def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
     longest = max(map(len, filter(None, raw)), default=0)
     if longest > ID_LIMIT:
         raise BadData(
-            "an id is absurdly long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
+            "an id is too long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
             found=f"{longest:,}",
         )  # fmt: skip
     return np.array(raw, dtype=np.str_)
@@ -323,7 +323,7 @@ def _lonlat(source: Source, ids: Array) -> Array:
 
 
 def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
-    """What the prompt columns' metadata say, where they do."""
+    """Encoder, template and precision that the metadata of the prompt columns name, if any."""
     said = {column: (source.field(column).metadata or {}).get(what, b"") for column in schema.prompts}
     return {column: name.decode(errors="replace") for column, name in said.items() if name}
 

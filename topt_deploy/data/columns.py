@@ -1,6 +1,6 @@
 """The columns of a table, each read as a checked array; every error names file, column and regions.
 
-The names of columns are the data contract (docs/contracts.md). Of pyarrow this uses the core alone:
+The names of columns are the data contract (docs/reference/files.md). Of pyarrow this uses the core alone:
 ``pyarrow.compute`` or ``pyarrow.dataset`` would cost the runtime more start-up time than everything else it does.
 """
 
@@ -80,7 +80,7 @@ class Source:
         return self._table
 
     def _apart(self, column: str) -> bool:
-        """Whether a column is read by itself, each time that it is asked for."""
+        """True for large columns, which are read separately each time they are asked for."""
         return self.file is not None and not self.file.held and column.startswith(PROMPT_PREFIX)
 
     def choose(self, rows: Array) -> None:
@@ -100,7 +100,7 @@ class Source:
         raise BadRows(message, table=self.role, rows=rows, code=code, fill=fill, file=self.name, **facts)
 
     def has(self, column: str) -> bool:
-        """Whether there is such a column."""
+        """True if there is such a column."""
         return column in self.names
 
     def column(self, name: str) -> pa.ChunkedArray:

@@ -21,7 +21,7 @@ TWO_HOPS = "mobility_two_hops"
 TRIPS = "trips"
 DESTINATIONS = "destinations"
 FLOW_VIEWS = (MOBILITY, LOG_CONTEXT, TWO_HOPS, TRIPS, DESTINATIONS)
-"""What is made of the flows, in order; only :data:`MOBILITY` is a view of the paper's embedding."""
+"""The views that are computed from the flows, in order; only :data:`MOBILITY` is a view of the paper's embedding."""
 TRIP_FEATURES = 11
 EARTH_RADIUS_M = 6_371_008.8
 """Mean radius of the Earth (IUGG), metres."""
@@ -92,7 +92,9 @@ class _Averaging:
 
 
 def flow_features(flows: Flows, x: Array, position_m: Array, views: Sequence[str] = FLOW_VIEWS) -> dict[str, Array]:
-    """What a region's flows lead to and come from. No width depends on N, and memory grows with the number of flows.
+    """Features of where each region's flows lead to and come from.
+
+    No width depends on N, and memory grows with the number of flows.
 
     P are the row-normalised flows (N, N), L the row-normalised logarithms log1p(flow), out- and inbound each:
 

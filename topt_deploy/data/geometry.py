@@ -31,7 +31,7 @@ NESTING_LIMIT = 16
 """Of collections in a geometry."""
 _POINT, _LINE, _POLYGON, _COLLECTION = 1, 2, 3, 7  # WKB's codes; what is above is a curve, or none
 _SIMPLE = {struct.pack(f"{order}BI", order == "<", kind) for order in "<>" for kind in (1, 2, 3)}
-"""How what cannot nest begins."""
+"""The first bytes of geometries that cannot contain others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +301,8 @@ def _decode(wkb: Array) -> Array:
 
 
 def _shallow(wkb: bytes) -> bool:
-    """Whether there is no curve, and collections are nested no deeper than the limit, up to where the bytes end or make
-    no sense."""
+    """True if there is no curve and no collection is nested deeper than the limit. Reading stops where the bytes end or
+    are invalid."""
     if wkb[:5] in _SIMPLE:
         return True
     position, left = 0, [1]  # geometries still to come, per level

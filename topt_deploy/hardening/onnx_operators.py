@@ -1,4 +1,4 @@
-"""What an ONNX graph may hold, looked up in its bytes before any runtime is given them.
+"""The operators and fields that an ONNX graph may hold, checked in its bytes before a runtime gets them.
 
 Whoever can write a bundle can seal it, so a graph is not believed: numbers are computed from numbers by operators of
 the lists below; the body of a Scan, which ends with its input, is looked through like the graph around it. There is
@@ -101,7 +101,7 @@ def _size(data: bytes, where: _Range) -> int | str | None:
 
 
 def _inner(data: bytes, where: _Range, number: int) -> list[_Range]:
-    """Where the messages of a field are."""
+    """The places of the messages of a field."""
     return [_message(value) for field, value in _fields(data, where) if field == number]
 
 
@@ -151,7 +151,7 @@ def _check_tensor(data: bytes, tensor: _Range, beside: Mapping[str, int]) -> Non
         return
     location = entries.get("location", "")
     if location not in beside:
-        raise ValueError(f"weights lie in {location!r}, which is no file beside it")
+        raise ValueError(f"weights lie in {location!r}, which is not a file beside it")
     offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     if offset < 0 or length < 0 or offset + length > beside[location]:
         raise ValueError(f"weights lie beyond the end of {location}")
@@ -176,7 +176,7 @@ def _fields(data: bytes, where: _Range, refused: Mapping[int, str] | None = None
             value = (position, position + size)
             position += size
         else:
-            raise ValueError("it is no ONNX model")
+            raise ValueError("it is not an ONNX model")
         if position > end:
             raise ValueError("it is cut off")
         yield number, value
@@ -191,12 +191,12 @@ def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise ValueError("it is no ONNX model")
+    raise ValueError("it is not an ONNX model")
 
 
 def _message(value: int | _Range) -> _Range:
     if isinstance(value, int):
-        raise ValueError("it is no ONNX model")
+        raise ValueError("it is not an ONNX model")
     return value
 
 

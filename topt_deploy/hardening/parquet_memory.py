@@ -1,4 +1,4 @@
-"""How much memory a Parquet file's columns take, read off the headers of its pages before any page is decoded.
+"""The memory that a Parquet file's columns take, computed from the headers of its pages before any page is decoded.
 
 A page of fifty bytes can stand for two billion numbers: one value and how often it is repeated. What the file's footer
 says of that need not be true, and Arrow decodes by what the pages say; so their headers are read, all of them, which
@@ -20,7 +20,7 @@ TEXT, FIXED = 6, 7
 TEXT_BYTES = 64
 """A text's memory besides its characters, once it is Python's."""
 PAGE_BYTES = 1 << 10
-"""What a page costs whatever is in it; nobody writes pages as small as that."""
+"""The memory counted for a page in any case; no writer makes pages as small as that."""
 EXACT_FROM_BYTES = 64 << 20
 """Of texts by a dictionary: below, every one is taken for as long as the whole dictionary."""
 DICTIONARY_LIMIT_BYTES = 16 << 20
@@ -61,7 +61,7 @@ Footer = tuple[list[list[_Chunk]], list[int]]
 
 
 def read_footer(file: pa.NativeFile) -> Footer:
-    """Where a file's columns are.
+    """Read the places of a file's columns from its footer.
 
     Raises:
         ValueError: If the footer says it in no way that makes sense.
@@ -84,7 +84,7 @@ def _chunk(facts: dict[int, Any], rows: int) -> _Chunk:
 
 def _number(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError("the footer has something else where a number should be")
+        raise ValueError("the footer lacks a number where one must be")
     return value
 
 
@@ -161,11 +161,11 @@ def _pages(file: pa.NativeFile, chunk: _Chunk) -> Iterator[_Page]:
         # Data of version 1, of a dictionary, of version 2: number of values and encoding.
         about = header.get(5) or header.get(7) or header.get(8) or {}
         if not isinstance(about, dict):
-            raise ValueError("a page's header is none")
+            raise ValueError("invalid page header")
         values, encoding = about.get(1, 0), about.get(4 if 8 in header and 5 not in header else 2, 0)
         for number in (unpacked, packed, values, encoding):
             if not isinstance(number, int) or number < 0:
-                raise ValueError("a page's header is none")
+                raise ValueError("invalid page header")
         yield _Page(header.get(1) == _DICTIONARY_PAGE, position + length, packed, unpacked, values, encoding)
         position += length + packed
 
@@ -220,7 +220,7 @@ def _struct(data: bytes, position: int, depth: int) -> tuple[dict[int, Any], int
         elif kind == 7:
             position += 8
         else:
-            raise ValueError("a page's header is none")
+            raise ValueError("invalid page header")
     return fields, position + 1
 
 
@@ -249,7 +249,7 @@ def _list(data: bytes, position: int, depth: int) -> tuple[list[Any], int]:
     elif kind == 7:
         position += 8 * count
     elif count:
-        raise ValueError("a list of what no footer has")
+        raise ValueError("a list of an unknown type")
     if position > len(data):
         raise IndexError("a list is cut off")
     return kept, position
@@ -270,7 +270,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise ValueError("a page's header is none")
+    raise ValueError("invalid page header")
 
 
 def _longest(file: pa.NativeFile, page: _Page) -> int:

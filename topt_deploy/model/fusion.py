@@ -35,7 +35,7 @@ class _PooledScores(torch.autograd.Function):
 
 
 class ScoreFeature(nn.Module):
-    """What a region's row of the attention map looks like, as a feature.
+    """A feature computed from a region's row of the attention map.
 
     Every score s_ij is expanded to c channels a_c·s_ij + b_c, pooled over j with its own softmax weights and
     projected to D. Softmax ignores b_c, so the pooled value is a_c·Σ_j softmax_j(a_c s_ij) s_ij + b_c.

@@ -52,7 +52,7 @@ def halved(model: Model) -> Model:
 
 
 def never_in_few_bits(model: nn.Module) -> frozenset[str]:
-    """Names of weights that keep half precision where others have 8 or 4 bits, as measured (docs/tensorrt.md).
+    """Names of weights that keep half precision where others have 8 or 4 bits, as measured (docs/how-to/tensorrt.md).
 
     An embedding's last map, which every head reads all of a region through, with coefficients of either sign that
     nearly cancel; and a network's maps of the features themselves, which in another city may be far from those that it

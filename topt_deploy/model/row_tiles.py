@@ -1,4 +1,4 @@
-"""What is N×N of N regions, a few rows at a time: memory grows with N and not with its square.
+"""N×N quantities of N regions, computed a few rows at a time: memory grows with N and not with its square.
 
 Attention, distances and similarities are asked for a tile of rows, and only what is left of it, a few numbers a row,
 is kept. Small cities are one tile, computed as if there were none of this. In training a tile's inner values are
@@ -34,7 +34,7 @@ BLOCK_BYTES = 1 << 18
 ALL = slice(None)
 
 Rows = slice | Tensor
-"""Which rows: a slice, or their numbers."""
+"""Rows, given as a slice or by their numbers."""
 
 
 class Matrix(Protocol):
@@ -133,7 +133,7 @@ def apart(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) -> tuple[Tensor, ...]:
-    """What ``tile`` gives for all N rows, one tile after the other.
+    """Compute ``tile`` for all N rows, one tile after the other, and join the results.
 
     Args:
         n: N.
@@ -155,7 +155,7 @@ def _plan() -> Tensor | None:
 
 
 def one_tile(n: int) -> bool:
-    """Whether N regions are a single tile."""
+    """True if N regions fit into a single tile."""
     most = _entries()
     return _PLAN.get() is None and (most == math.inf or n * n <= most)  # asked of a traced N, it would be a guard
 

@@ -30,7 +30,7 @@ class Target(nn.Module):
 
     @property
     def log_link(self) -> bool:
-        """Whether the network's output is a log rate."""
+        """True if the network's output is a log rate."""
         return self.config.likelihood != "gaussian"
 
     def _transform(self, counts: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class TaskHead(nn.Module):
         return torch.cat(parts, dim=1)
 
     def see(self, embedding: Tensor, features: Tensor, coordinates: Tensor | None) -> Tensor:
-        """What the head sees of every region: E, or with ``skip`` all of it, standardised."""
+        """The head's input for every region: E, or with ``skip`` all features, standardised."""
         if self.skip is None:
             return embedding
         seen: Tensor = self.skip(self.joined(embedding, features, coordinates))
@@ -108,7 +108,7 @@ class EnsembleHead(nn.Module):
         return views if self.basis is None else views | {PROMPT: self.basis(prompts)}
 
     def side_by_side(self, views: Mapping[str, Tensor]) -> Tensor:
-        """What the networks see (N, ΣF_v)."""
+        """The input of the networks, (N, ΣF_v)."""
         return torch.cat([views[name] for name in self.names], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where PyTorch computes."""
+"""The device on which PyTorch computes."""
 
 import torch
 

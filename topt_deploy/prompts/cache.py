@@ -17,7 +17,7 @@ from topt_deploy.storage.atomic import sha256_bytes, write_error
 Array = np.ndarray[Any, Any]
 
 APPLICATION = 0x746F7054
-"""What SQLite's header says whose file it is: "topT"."""
+"""The application id in SQLite's header: "topT"."""
 WAIT_S = 60.0
 _AT_ONCE = 500  # keys per query; SQLite does not take more than 999 everywhere
 _NO_PLACE = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM}

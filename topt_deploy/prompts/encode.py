@@ -31,15 +31,15 @@ class Encoder(Protocol):
 
     @property
     def spec(self) -> EncoderSpec:
-        """What it is."""
+        """The encoder's description."""
 
     @property
     def precision(self) -> str:
-        """What it computes in."""
+        """The precision of the computation."""
 
     @property
     def runtime(self) -> str:
-        """What runs it: vectors of one runtime are not taken for another's."""
+        """The name of the runtime: vectors of one runtime are not used for another."""
 
     @property
     def sha256(self) -> str:
@@ -104,7 +104,7 @@ def limit_pixels(spec: EncoderSpec, max_pixels: int) -> EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """What :func:`encode` made.
+    """The result of :func:`encode`.
 
     Attributes:
         table: Of :func:`.table.prompt_table`.

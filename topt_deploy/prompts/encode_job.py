@@ -27,7 +27,7 @@ class Team(Protocol):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of regions."""
 
     def total(self, count: int) -> int:
         """The sum of every process's count, once all have come this far."""
@@ -54,14 +54,16 @@ class Job:
 
     def __post_init__(self) -> None:
         if not self.regions.exists():
-            raise NoInput("no city here", file=self.regions, expected="a regions.parquet, or a folder with one")
+            raise NoInput(
+                "no city in this folder", file=self.regions, expected="a regions.parquet, or a folder with one"
+            )
         if self.place.resolve() == self.regions.resolve():
             raise UsageError("the output would overwrite its input", file=self.place, fix="--update-regions adds to it")
         check_place(self.place)
         if self.resume and self.no_cache:
-            raise UsageError("--resume goes on with the cache, which --no-cache leaves alone")
+            raise UsageError("--resume needs the cache, which --no-cache switches off")
         if self.resume and not self.cache.exists():
-            raise UsageError("nothing to go on with", file=self.cache, fix="start without --resume")
+            raise UsageError("there is nothing to resume", file=self.cache, fix="start without --resume")
 
     @property
     def regions(self) -> Path:
@@ -128,7 +130,7 @@ class Job:
         return done
 
     def summary(self, done: Encoded) -> str:
-        """What to say at the end."""
+        """The lines to print at the end."""
         lines = [
             f"prompts {self.place}: {done.encoded} regions encoded, {done.cached} as they were, {done.skipped} skipped"
         ]

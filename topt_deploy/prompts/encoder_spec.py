@@ -1,4 +1,4 @@
-"""What a prompt encoder is, as JSON: everything the host side needs besides the tokenizer's own file."""
+"""The description of a prompt encoder, as JSON: everything the host side needs besides the tokenizer's own file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class EncoderSpec:
 
     @property
     def identity(self) -> str:
-        """What prompt columns name as their encoder: the same for every precision and runtime."""
+        """The name that prompt columns give for their encoder: the same for every precision and runtime."""
         return f"{self.name} sha256:{self.weights_sha256[:16]}"
 
     def host(self, tokenizer: bytes) -> Family:
-        """What turns text and images into this model's input.
+        """Create the object that turns text and images into this model's input.
 
         Args:
             tokenizer: The bytes of tokenizer.json.

@@ -1,4 +1,4 @@
-"""What is done between an encoder's networks, as ONNX graphs of a few nodes, for numbers that stay on a device.
+"""The steps between an encoder's networks, as ONNX graphs of a few nodes, for data that stays on a device.
 
 Made here byte by byte, for the runtime has no onnx: protobuf's wire format is tags, lengths and bytes. The numbers
 are onnx.proto's, as in :mod:`topt_deploy.hardening.onnx_operators`.

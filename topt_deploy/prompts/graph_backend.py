@@ -19,7 +19,7 @@ from .prompt import Array
 VISION, CROSS, DECODER = "vision", "cross", "decoder"
 """Networks of an encoder: each has a decoder."""
 PAST, PRESENT = "past_", "present_"
-"""How the decoder's inputs and outputs of keys and values begin."""
+"""The prefixes of the decoder's inputs and outputs of keys and values."""
 
 
 class Runner(Protocol):
@@ -32,7 +32,7 @@ class Runner(Protocol):
 
 
 class Between(Protocol):
-    """What is done with runners' outputs on the way from one network to the next, in the form that they have."""
+    """The steps from one network's outputs to the next one's inputs, on the device where the outputs are."""
 
     def join(self, features: Sequence[Held]) -> Held:
         """One behind the other: (m, H)."""
@@ -80,7 +80,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class State:
-    """What a decoder has read.
+    """The state of a decoder after the tokens that it has read.
 
     Attributes:
         past: Keys and values, (B, K, P, D) each, by the names of the decoder's inputs.

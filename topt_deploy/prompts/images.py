@@ -22,7 +22,7 @@ from topt_deploy.storage.atomic import reading, sha256_bytes
 Array = np.ndarray[Any, Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-"""What satellite and street images come in. Pillow's other decoders, some of which start programs, stay shut."""
+"""The formats of satellite and street images. Pillow's other decoders, some of which start programs, are not used."""
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags

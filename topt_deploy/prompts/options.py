@@ -23,7 +23,7 @@ _OPTIONS = (
         show_default=True,
         help="Leave a region with an unreadable image out, with the reason, instead of failing.",
     ),
-    click.option("--resume", is_flag=True, help="Go on with a run that was cut off; an error if there is none."),
+    click.option("--resume", is_flag=True, help="Continue a run that was cut off; the command fails if there is none."),
     click.option("--no-cache", is_flag=True, help=f"Neither read nor write {CACHE} beside the regions."),
 )  # fmt: skip
 

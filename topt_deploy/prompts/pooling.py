@@ -77,7 +77,7 @@ class Backend(Protocol):
 
 
 def allowed(begins: Array, past: int) -> Array:
-    """Where each of S new tokens may look: bool (B, 1, S, past + S), of ``begins`` (B, S)."""
+    """The attention mask of S new tokens: bool (B, 1, S, past + S), computed from ``begins`` (B, S)."""
     new = np.arange(begins.shape[1])
     among = (new >= begins[:, :, None]) & (new <= new[:, None])  # (B, S, S)
     return np.concatenate([np.ones((*begins.shape, past), bool), among], axis=2)[:, None]
@@ -128,13 +128,13 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
 
 
 def _begins(lengths: Sequence[int], width: int) -> Array:
-    """Where the end that each of ``width`` tokens belongs to begins; what stands behind the last belongs to it."""
+    """The start of the task's part that each of ``width`` tokens is in; tokens after the last part count to it."""
     starts = np.cumsum([0, *lengths[:-1]])
     return np.repeat(starts, [*lengths[:-1], width - starts[-1]])
 
 
 def _shared(sequences: Sequence[TokenSequence]) -> int:
-    """How many tokens the tasks have in common at their beginning."""
+    """The number of tokens that the tasks have in common at their beginning."""
     shortest = min(len(sequence.ids) for sequence in sequences)
     ids = np.stack([sequence.ids[:shortest] for sequence in sequences])
     differing = np.flatnonzero((ids != ids[0]).any(axis=0))

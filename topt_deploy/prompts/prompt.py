@@ -1,4 +1,4 @@
-"""What a frozen language model reads of one region, for every task at once, as arrays."""
+"""The input of a frozen language model for one region and all tasks, as arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Prompt:
 
 
 class Family(Protocol):
-    """How one family of models turns text and images into what its networks read."""
+    """A family of models: how text and images become the inputs of its networks."""
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
         """Build one region's prompt.

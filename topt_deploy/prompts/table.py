@@ -1,4 +1,4 @@
-"""What the encoder reads of a regions table, and the table of prompt vectors that it writes."""
+"""The columns of a regions table that the encoder reads, and the table of prompt vectors that it writes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ REASON = "reason"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Regions:
-    """What there is to encode, sorted by region id. N regions.
+    """The regions to encode, sorted by region id. N regions.
 
     Attributes:
         region_id: str (N,).
@@ -70,7 +70,7 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
     poor = [not (counted or texts[row] or addresses[row] or images[row]) for row in rows]
     if any(poor):
         raise BadData(
-            "nothing but a position is known of some regions",
+            "some regions have nothing but a position",
             file=source.name,
             ids=city.region_id[poor],
             expected=f"a {TEXT!r}, columns {POI + '_<category>'!r}, an {ADDRESS!r}, or {IMAGES!r}",
@@ -146,7 +146,7 @@ def merge_prompts(regions: pa.Table, prompts: pa.Table, *, id_col: str = REGION_
     here, there = _cities(regions), _cities(prompts)
     if here and there and here != there:
         raise BadData(
-            "the prompts are another city's", column=CITY_ID, expected=some(sorted(here)), found=some(sorted(there))
+            "the prompts belong to another city", column=CITY_ID, expected=some(sorted(here)), found=some(sorted(there))
         )
     if ids.keys() != order.keys():
         raise BadData(

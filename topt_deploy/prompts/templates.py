@@ -1,4 +1,4 @@
-"""What a language model is told and asked: the shipped templates.toml, and a user's own on top of it."""
+"""The texts and questions for a language model: the shipped templates.toml, and a user's own file on top of it."""
 
 import json
 import string

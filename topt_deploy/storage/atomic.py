@@ -38,7 +38,7 @@ def write_error(path: Path, error: OSError) -> ToptError:
             expected=f"an existing folder {str(path.parent)!r} that this user may write to",
             fix="create the folder, or name another place with --out",
         )
-    return IOFailure(f"writing failed ({reason})", file=path, fix="free space or mend the disk, then run again")
+    return IOFailure(f"writing failed ({reason})", file=path, fix="free space or repair the disk, then run again")
 
 
 @contextmanager
@@ -401,7 +401,7 @@ def json_text(value: Any) -> str:
 
 
 def _indented(value: Any, newline: str) -> str:
-    """What ``json.dumps(value, indent=2)`` gives, whose own way is Python, value by value, and not C."""
+    """The same text as ``json.dumps(value, indent=2)``, which is slower because indentation switches off its C code."""
     inner = f"{newline}  "
     if isinstance(value, dict) and value:
         names = [key if isinstance(key, str) else _JSON(key) for key in value]

@@ -37,7 +37,7 @@ class Built:
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What the library's parser made of a graph.
+    """The result of parsing a graph with the library's parser.
 
     Attributes:
         inputs: Dimensions of each input, by its name: a number, or the name of a free one.
@@ -174,7 +174,7 @@ def _parse(library: Library, graph: Path) -> _Work:
             fix="export it with --format trt, which uses no other operators",
         )
     if not network.num_outputs:  # a file that is no ONNX at all is read without a word
-        raise BadBundle(f"{library.title} finds no network in the file", file=graph, fix="export it again")
+        raise BadBundle(f"{library.title} found no network in the file", file=graph, fix="export it again")
     return work
 
 
@@ -188,7 +188,7 @@ def _fault(fault: Any) -> str:
 
 
 def _harmless(text: str) -> bool:
-    """Whether it is but the complaint that there is no driver, which all else than this is told with."""
+    """True for the message that there is no driver, which comes with every other one."""
     return "cudaError 35" in text
 
 
@@ -208,7 +208,7 @@ def _add_profile(work: _Work, config: Any, sizes: Mapping[str, Shapes]) -> None:
     for name, of in sizes.items():
         profile.set_shape(name, of.least, of.usual, of.most)
     if sizes and config.add_optimization_profile(profile) < 0:
-        raise UsageError("the library does not take the profile", expected="a valid one", found=_listed(sizes))
+        raise UsageError("the library rejects the profile", expected="a valid one", found=_listed(sizes))
 
 
 def _listed(sizes: Mapping[str, Shapes]) -> str:

@@ -1,4 +1,4 @@
-"""Which TensorRT is installed: TensorRT itself, or its sibling TensorRT-RTX."""
+"""The installed TensorRT library: TensorRT itself, or its sibling TensorRT-RTX."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -16,9 +16,9 @@ def import_group() -> None:
 @import_group.command("hafusion")
 @click.argument("directory", type=FOLDER)
 @click.option("--city", required=True, help="Which of the clone's data_<CITY> folders: Chi, NY or SF.")
-@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; made where absent.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; it is made if it is missing.")
 @click.option("--prompt4re", type=FOLDER, help="Clone of Prompt4RE: Chicago's coordinates, texts and prompts.")
-@click.option("--encoder", type=click.Choice(["llama", "qwen"]), help="Whose prompt vectors; none by default.")
+@click.option("--encoder", type=click.Choice(["llama", "qwen"]), help="Prompt vectors to take [default: none].")
 @click.option("--geometry", type=FILE, help="The regions' places: GeoJSON, GeoPackage, shapefile, Parquet or CSV.")
 @click.option("--geometry-id", metavar="COLUMN", help="Column of --geometry with each region's number, from 1.")
 @click.option(
@@ -53,7 +53,7 @@ def hafusion(
 
 
 @click.command("sample")
-@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; made where absent.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; it is made if it is missing.")
 @click.option("--regions", default=120, show_default=True, help="How many regions the city has.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
 def sample(out: Path, regions: int, seed: int) -> None:

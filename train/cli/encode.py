@@ -27,16 +27,24 @@ BATCH_ON_CUDA = 8
 @click.option("--model", required=True, help="The model's folder, or its id on the Hugging Face hub.")
 @shared_options
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="The command fails if the device is missing.",
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="To compute in."
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Precision to compute in.",
 )
 @click.option("--max-pixels", type=click.IntRange(min=1), help="Resize images to at most this (Qwen2.5-VL).")
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
-    help=f"Regions at once, where short enough [default: 1; {BATCH_ON_CUDA} on CUDA].",
+    help=f"Regions at once, if they are short enough [default: 1; {BATCH_ON_CUDA} on CUDA].",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads on the CPU.")
 @click.option(

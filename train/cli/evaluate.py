@@ -15,7 +15,9 @@ FIRST_SEED = 2024
 
 @click.command("evaluate")
 @click.argument("city", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="honest", show_default=True, help="What is held out.")
+@click.option(
+    "--protocol", type=click.Choice(PROTOCOLS), default="honest", show_default=True, help="How labels are held out."
+)
 @click.option("--tasks", default="", metavar="A,B", help="Label columns [default: the settings' tasks].")
 @click.option("--variants", default="variant", metavar="A,B", help="Forms of ToPT, or none [default: all].")
 @click.option("--baselines", default="literature,plain", metavar="A,B", help="Baselines, or none [default: all].")
@@ -25,7 +27,13 @@ FIRST_SEED = 2024
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Also measure how often intervals of this coverage hold; costs each method twice the time or more.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="As in train.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="The same as for topt-deploy train.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 def evaluate(
     city: Path,
@@ -44,7 +52,7 @@ def evaluate(
     plain. The same command again goes on where it stopped, and other methods or tasks add to the same folder.
     """
     if protocol == "paper" and coverage is not None:
-        raise UsageError("--coverage says nothing under `paper`", fix="measure it under honest or spatial")
+        raise UsageError("--coverage has no meaning under `paper`", fix="measure it under honest or spatial")
 
     import torch
 

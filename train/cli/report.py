@@ -12,7 +12,9 @@ DEFAULT_OUT = "report.html"
 @click.command("report")
 @click.argument("run", type=click.Path(file_okay=False, path_type=Path), required=False)
 @click.option("--out", type=click.Path(path_type=Path), help=f"The page [default: {DEFAULT_OUT} in the run's folder].")
-@click.option("--evaluation", type=click.Path(path_type=Path), help="Also show what `evaluate --out` left in here.")
+@click.option(
+    "--evaluation", type=click.Path(path_type=Path), help="Also show the results in this folder of `evaluate --out`."
+)
 def report(run: Path | None, out: Path | None, evaluation: Path | None) -> None:
     """Report on RUN as one HTML page: maps, errors and their pattern. RUN is the newest finished one under ./runs."""
     opened = open_run(run) if run else newest_run(Path(), finished=True)

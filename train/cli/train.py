@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 @click.option("--task", "tasks", multiple=True, help="Train this task only (repeatable).")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting.")
 @click.option("--seed", type=int, help="Seed of the run [default: the settings'].")
-@click.option("--resume", is_flag=True, help="Go on with --out, or with the newest unfinished run.")
+@click.option("--resume", is_flag=True, help="Continue --out, or the newest unfinished run.")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="An absent one is an error."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="The command fails if the device is missing.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="[default: fp32; tf32 on CUDA]")
 @click.option("--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA].")
@@ -51,7 +55,7 @@ def train(
     regions, mobility = city / "regions.parquet", city / "mobility.parquet"
     if not regions.exists():
         raise NoInput(
-            "no city here",
+            "no city in this folder",
             file=regions,
             expected="a folder with regions.parquet and mobility.parquet",
             fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",

@@ -34,7 +34,7 @@ _REGION_IN_PATH = re.compile(r"/matched_images_by_region/(\d+)/")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What was imported, for the user to compare with what they expected."""
+    """A summary of what was imported, for the user to compare with what they expected."""
 
     out: Path
     city: str
@@ -67,7 +67,7 @@ class ImportReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Messages:
-    """What prompt_data.json says of each region. N regions.
+    """The entries of prompt_data.json for each region. N regions.
 
     Attributes:
         text: The geo-texts.

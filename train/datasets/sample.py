@@ -99,7 +99,7 @@ STREETS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a label comes about.
+    """The recipe of a label.
 
     Attributes:
         level: Count of a typical region.
@@ -148,8 +148,8 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SampleReport:
-    """What was made; ``best_r2`` is the R² of the true means, by task, over the regions with labels, and ``encoder``
-    what the prompts are by."""
+    """A summary of the city. ``best_r2`` is the R² of the true means, by task, over the regions with labels;
+    ``encoder`` is the encoder of the prompts."""
 
     out: Path
     seed: int
@@ -174,7 +174,7 @@ class SampleReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Land:
-    """Where the regions are.
+    """The shapes and places of the regions.
 
     Attributes:
         cells: Their shapes (N,), in degrees.

@@ -2,7 +2,8 @@
 
 A vector is found by the hash of its region's text and of the questions, so it is never taken for another text's.
 A number is stored in one byte, on a scale of its task's and direction's own over the regions: regions differ little
-beside what they have in common, and one scale per vector would round the differences away (docs/encoder-figures.md).
+beside what they have in common, and one scale per vector would round the differences away
+(docs/background/encoder-figures.md).
 """
 
 import json

@@ -19,10 +19,10 @@ import click
 from topt_deploy.errors import Exit, NoDevice, TryAgain, UsageError
 
 LONGEST = timedelta(days=30)
-"""How long a process that is done waits for the slowest one."""
+"""The time that a finished process waits for the slowest one."""
 POLL_S = 0.05
 GRACE_S = 10.0
-"""What a process that is told to end is given to do so."""
+"""The seconds that a process has to end after it is told to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Member:
 
 
 def launched() -> bool:
-    """Whether ``accelerate launch``, or :func:`run_team`, started this process as one of several."""
+    """True if ``accelerate launch``, or :func:`run_team`, started this process as one of several."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

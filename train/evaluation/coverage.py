@@ -1,4 +1,4 @@
-"""How often prediction intervals hold on regions that had no part in making them."""
+"""The coverage of prediction intervals on regions that had no part in making them."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -36,7 +36,7 @@ LIBRARIES = ("numpy", "scikit-learn", "torch")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """What is evaluated, and where its results go.
+    """The task of an evaluation, and the place of its results.
 
     Attributes:
         problem: The city as methods see it.

@@ -15,7 +15,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """How a method's errors compare with another's; negative is in favour of the first.
+    """A comparison of two methods' errors; negative is in favour of the first.
 
     Attributes:
         difference: Its MAE over the other's, less 1.
@@ -31,7 +31,7 @@ class Paired:
 
     @property
     def significant(self) -> bool:
-        """Whether the primary test finds a difference, in the direction that the MAEs differ in."""
+        """True if the primary test finds a difference in the direction in which the MAEs differ."""
         return self.wilcoxon_p < SIGNIFICANT and self.difference * self.rank_biserial > 0
 
 

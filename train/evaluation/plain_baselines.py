@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 NEAREST = 5
 """Neighbours of a region."""
 PARTS = ("sqrt", "flow", "neighbours", "lag")
-"""What a name lists after the regressor."""
+"""The parts that a name may list after the regressor."""
 RIDGE_ALPHAS = np.logspace(-2, 5, 22)
 REGRESSORS: Mapping[str, Callable[[int], Any]] = {
     "ridge": lambda seed: make_pipeline(StandardScaler(), RidgeCV(RIDGE_ALPHAS)),

@@ -1,4 +1,4 @@
-"""What a method is given: a city without its labels, and rows of labels in which nothing held out is left."""
+"""The input of a method: a city without its labels, and rows of labels without those that are held out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -24,7 +24,7 @@ FACTS_FILE = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """What a method came to for a task.
+    """The result of a method for a task.
 
     Attributes:
         group: What the method is.
@@ -130,7 +130,7 @@ class Store:
         self._write(method, task, {"settings": settings, "reason": str(error)})
 
     def has_coverage(self, method: str, task: str, nominal: float) -> bool:
-        """Whether the coverage of the method's intervals at this level is there."""
+        """True if the coverage of the method's intervals at this level was measured."""
         coverage = _read(self._file(method, task))["coverage"]
         return coverage is not None and coverage["nominal"] == nominal
 

@@ -1,4 +1,4 @@
-"""What an evaluation came to: Markdown for people, JSON for machines, and a verdict per task."""
+"""The results of an evaluation: Markdown for people, JSON for machines, and a verdict per task."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

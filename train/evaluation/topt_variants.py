@@ -40,7 +40,7 @@ class Topt:
 
     @property
     def settings(self) -> str:
-        """What results depend on, for the record."""
+        """The settings that results depend on, as text for the record."""
         return load_config(preset=self.preset, tasks=["any"], overrides=self.overrides).as_json()
 
     def predict(self, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> Array:

@@ -1,4 +1,4 @@
-"""What a trained SREL attends to: the weights of its views, and the regions that each region looks at.
+"""The attention of a trained SREL: the weights of its views, and the regions that each region looks at.
 
 Forward hooks ask the modules for it here, so that the model neither carries it in training nor in its export. A report
 shows every pair of regions, so this is whole, (N, N).
@@ -71,7 +71,7 @@ def spread(weights: Array) -> float:
 
 
 def received(weights: Array) -> Array:
-    """How much attention each region gets from all, where 1 is an even share.
+    """The attention that each region gets from all, where 1 is an even share.
 
     *Shape:* (N, N) → (N,)
     """

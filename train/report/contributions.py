@@ -1,4 +1,4 @@
-"""What an ensemble head's predictions are made of: exact, for its Gaussian processes are additive over views."""
+"""The parts of an ensemble head's predictions: exact, because its Gaussian processes are additive over views."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What ``topt-deploy evaluate`` found on the same city, read from its folder, as the page shows it."""
+"""The results of ``topt-deploy evaluate`` on the same city, read from its folder, as the page shows them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ..evaluation.tables import FIGURES, GROUPS, Spread
 
 FILE = "results.json"
 KEPT = {"literature": 1, "plain": 3}
-"""How many of a group's methods are shown for a task, the best by MAE; variants are shown all."""
+"""The number of a group's methods that are shown for a task, the best by MAE; all variants are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageRow:
-    """How often one method's intervals held: shares in [0, 1] with the number of regions behind them."""
+    """The coverage of one method's intervals: shares in [0, 1] with the number of regions behind them."""
 
     task: str
     method: str
@@ -41,7 +41,7 @@ class CoverageRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the page shows of an evaluation.
+    """The part of the page about an evaluation.
 
     Attributes:
         protocol, meaning: The protocol's name, and what was held out from what.

@@ -1,4 +1,4 @@
-"""What the page shows of a model's inside: contributions of an ensemble head, attention of an embedding, flows."""
+"""The part of the page about a model's inside: contributions of an ensemble head, attention of an embedding, flows."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ Array = np.ndarray[Any, Any]
 
 NETWORKS = "neural networks"
 SHOWN = 2
-"""How many views that raise, and that lower, a region's prediction are listed."""
+"""The number of views listed that raise, and that lower, a region's prediction."""
 OTHERS = 3
-"""How many of the regions that a region attends to, or exchanges flow with, are listed."""
+"""The number of regions listed that a region attends to, or exchanges flow with."""
 
 Listed = list[list[tuple[str, float]]]
 """Per region, names and figures, the largest first."""
@@ -28,7 +28,7 @@ Listed = list[list[tuple[str, float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class MadeOf:
-    """What the page shows of one ensemble head's contributions.
+    """The part of the page about one ensemble head's contributions.
 
     Attributes:
         unit: The scale that they add up on.
@@ -53,7 +53,7 @@ class MadeOf:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSection:
-    """What the page shows of one embedding's attention.
+    """The part of the page about one embedding's attention.
 
     Attributes:
         tasks: Titles of the tasks that build on it.

@@ -121,7 +121,7 @@ def scatter(
     high = max(float(reported[both].max()), float(held_out[both].max()), 1.0)
 
     def along(count: Array | float) -> Array:
-        """Where a count lies along an axis."""
+        """The position of a count along an axis."""
         share = np.sqrt(np.clip(count, 0, high) / high)
         return np.round(SCATTER_SIZE * share, 1)
 

@@ -1,4 +1,4 @@
-"""Where a run's regions are and what flows between them, as far as the city's folder still holds the run's bytes."""
+"""The places of a run's regions and the flows between them, if the city's folder still holds the same files."""
 
 from dataclasses import dataclass
 from pathlib import Path

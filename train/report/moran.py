@@ -70,7 +70,7 @@ def morans_i(values: Array, neighbours: Array, *, permutations: int = PERMUTATIO
 
 
 def meaning(moran: Moran | None) -> str:
-    """What the figure means for trusting the predictions, in one sentence."""
+    """The meaning of the figure for trusting the predictions, in one sentence."""
     if moran is None:
         return "The errors do not vary from region to region, so there is no spatial pattern to test."
     if moran.p > SIGNIFICANT:

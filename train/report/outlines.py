@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 320.0, 360.0
 """The box that a map is fitted into, in its own units."""
 MARGIN = 8.0
 TOLERANCE = 0.5
-"""How coarsely outlines are simplified, in the map's units: about half a pixel of a screen."""
+"""The tolerance of simplified outlines, in the map's units: about half a pixel of a screen."""
 RADIUS = (1.5, 9.0)
 """Smallest and largest disc."""
 FLATTEST = 1e-6

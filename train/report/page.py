@@ -29,7 +29,7 @@ COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSection:
-    """What the page shows of one task.
+    """The part of the page about one task.
 
     Attributes:
         title: The task's name as words.
@@ -164,7 +164,7 @@ def _part(value: float, *, signed: bool = False) -> str:
 
 
 def _tips(task: TaskFacts, region_ids: tuple[str, ...]) -> list[str]:
-    """What hovering over a region tells, in lines."""
+    """The text that is shown when hovering over a region, in lines."""
     return ["\n".join(_tip(task, i, region_id)) for i, region_id in enumerate(region_ids)]
 
 

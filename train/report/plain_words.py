@@ -16,7 +16,7 @@ VIEWS = {
 }
 """Views whose names are not words."""
 SCALES = {"none": "count", "sqrt": "√count", "cbrt": "∛count", "log1p": "log(1 + count)"}
-"""What a prediction is before it is transformed back."""
+"""The scale of a prediction before it is transformed back."""
 
 
 def in_words(name: str) -> str:

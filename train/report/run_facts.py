@@ -1,4 +1,4 @@
-"""What a report is made from: everything is read from the run folder; shapes and flows from the city's tables."""
+"""The facts of a report: everything is read from the run folder, and shapes and flows from the city's tables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .geography import Place, read_place
 Array = np.ndarray[Any, Any]
 
 COVERAGE = 0.9
-"""How often the report's intervals should hold."""
+"""The coverage of the report's intervals."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

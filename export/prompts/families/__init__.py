@@ -1,1 +1,1 @@
-"""How each model family is taken apart for export."""
+"""The parts of each model family for export."""

@@ -66,7 +66,7 @@ class VisionLayer(nn.Module):
 
 
 class Between(nn.Module):
-    """What stands between the local layers and the global ones: a norm, and once more the places of the tiles."""
+    """The step between the local layers and the global ones: a norm, and the positions of the tiles once more."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()

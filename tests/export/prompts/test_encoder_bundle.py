@@ -180,13 +180,13 @@ class TestMake:
         monkeypatch.setattr(module, "export_encoder", None)
         said = []
         assert self.make(tiny_models("text"), place, said).sha256 == open_encoder_bundle(encoders("text")).sha256
-        assert "is there already" in said[-1]
+        assert "already exists" in said[-1]
         own = tmp_path / "own.toml"
         own.write_text('[tasks.noise]\nquestion = "How loud is it here?"\n')
         for changed in ({"precision": "int8"}, {"templates": own}):
-            with pytest.raises(UsageError, match="another encoder is there"):
+            with pytest.raises(UsageError, match="another encoder is already there"):
                 self.make(tiny_models("text"), place, **changed)
-        with pytest.raises(UsageError, match="another encoder is there"):
+        with pytest.raises(UsageError, match="another encoder is already there"):
             self.make(tiny_models("qwen2_5_vl"), place)
 
     def test_nothing_is_left_where_the_gate_fails(self, tiny_models, tmp_path, monkeypatch):

@@ -163,13 +163,13 @@ def test_the_command_makes_an_encoder_with_engines(tiny_models, topt_deploy, top
     assert topt_run("info", out).code == 0
     made = ("--encoder-only", "--prompt-encoder", tiny_models("text"), "--encoder-bundle", out)
     made = ("export", *made, "--encoder-precision", "fp16")
-    assert "is there already" in topt_deploy(*made).err
+    assert "already exists" in topt_deploy(*made).err
     asked = ("--format", "trt", "--flavour", "rtx", "--profile", "1,32,128")
     for more in (("--capability", "8.0", "--profile", "past=0,64,256"), ("--capability", "8.9")):
         said = topt_deploy(*made, *asked, *more)
         assert said.code == 2
-        assert "another encoder is there" in said.err
-    assert "is there already" in topt_deploy(*made, *asked, "--capability", "8.9", "--profile", "past=0,64,256").err
+        assert "another encoder is already there" in said.err
+    assert "already exists" in topt_deploy(*made, *asked, "--capability", "8.9", "--profile", "past=0,64,256").err
     (out / "decoder.tensorrt.sm89.engine").write_bytes(b"another")
     assert topt_run("info", out).code == 76
 

@@ -225,7 +225,7 @@ def test_a_model_that_is_not_here_is_an_error_that_says_where_to_put_it(tmp_path
         open_checkpoint("nobody/such-model")
     with pytest.raises(NoInput, match="no such folder"):
         open_checkpoint(str(tmp_path / "absent"))
-    with pytest.raises(NoInput, match="no model here"):
+    with pytest.raises(NoInput, match="no model in this folder"):
         open_checkpoint(str(tmp_path))
 
 
@@ -302,7 +302,7 @@ def test_broken_weights_are_an_error(text):
         ),
         ({"model_type": "mamba"}, "not every layer attends"),
         ({"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model"}}, "its own code is not run"),
-        ({"model_type": None}, "no model that can be encoded with"),
+        ({"model_type": None}, "this model cannot encode prompts"),
         ({"num_attention_heads": 5}, "does not take it"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
     ],

@@ -140,12 +140,12 @@ class TestWhereNothingCanBegin:
     @pytest.mark.parametrize(
         ("arguments", "code", "part"),
         [
-            (("nowhere",), NO_INPUT, "no regions table here"),
+            (("nowhere",), NO_INPUT, "no regions table found"),
             (("--task", "theft", "cities"), USAGE, "does not predict 'theft'"),
             (("--mobility", "m.parquet", "cities"), USAGE, "--mobility is one city's"),
             (("--geo", "map.gpkg", "cities"), USAGE, "--geo is one city's"),
             (("--device", "cuda", "cities"), NO_DEVICE, "device 'cuda'"),
-            (("http://host/x",), USAGE, "no such kind of place"),
+            (("http://host/x",), USAGE, "unknown kind of address"),
         ],
     )
     def test_it_is_said_and_no_output_made(self, arguments, code, part, mine, batch, tmp_path):

@@ -104,7 +104,7 @@ class TestNoStore:
     def test_in(self, batch, tmp_path):
         said = batch("s3://bucket/cities", **NO_STORE)
         assert said.code == IO_ERROR, said
-        assert said.err.startswith("error: s3://bucket/cities: the store does not do it")
+        assert said.err.startswith("error: s3://bucket/cities: the object store failed")
         assert "credentials" in said.err
         assert "Traceback" not in said.err
         assert not (tmp_path / "out").exists()

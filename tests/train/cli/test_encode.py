@@ -104,7 +104,7 @@ def test_a_bad_image_fails_or_is_skipped(topt_deploy, models, city):
     [
         (66, "not on this machine", ("--model", "nobody/such-model")),
         (2, "needs --revision", ("--model", "nobody/such-model", "--allow-download")),
-        (2, "nothing to go on with", ("--model", "{models}/qwen", "--resume")),
+        (2, "there is nothing to resume", ("--model", "{models}/qwen", "--resume")),
         (2, "--no-cache", ("--model", "{models}/qwen", "--resume", "--no-cache")),
         (2, "overwrite its input", ("--model", "{models}/qwen", "--out", "{city}/regions.parquet")),
         (73, "cannot create", ("--model", "{models}/qwen", "--out", "{city}/images")),
@@ -126,7 +126,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(topt_deploy, mod
 def test_a_city_that_is_not_there(topt_deploy, models, tmp_path):
     said = topt_deploy("encode", tmp_path, "--model", models / "text")
     assert said.code == 66
-    assert "no city here" in said.err
+    assert "no city in this folder" in said.err
 
 
 def test_images_below_another_folder(topt_deploy, models, city, tmp_path):

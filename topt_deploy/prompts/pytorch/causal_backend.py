@@ -72,11 +72,11 @@ class TorchBackend:
         return found
 
     def read(self, state: Any) -> int:
-        """How many tokens have been read."""
+        """The number of tokens that have been read."""
         return int(state.get_seq_length())
 
     def besides(self, visible: Array | None) -> dict[str, Any]:
-        """What else the decoder is called with."""
+        """Additional inputs of the decoder."""
         return {}
 
     def tensor(self, values: Array) -> Tensor:

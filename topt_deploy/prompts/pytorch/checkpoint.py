@@ -82,12 +82,14 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
     path = _locate(model, allow_download, revision)
     config = _json(path / "config.json")
     if config is None:
-        raise NoInput("no model here", file=path / "config.json", fix="name the folder that holds config.json")
+        raise NoInput(
+            "no model in this folder", file=path / "config.json", fix="name the folder that holds config.json"
+        )
     if "quantization_config" in config:
         raise BadConfig(
-            "the weights are quantised",
+            "the weights are already quantized",
             file=path / "config.json",
-            expected="the model's own weights: exporting quantises them",
+            expected="the model's own weights: exporting quantizes them",
             found=f"quant_method {config['quantization_config'].get('quant_method')!r}",
             fix="take the model that this one was made from",
         )
@@ -228,14 +230,14 @@ def _json(file: Path) -> dict[str, Any] | None:
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
-    """What is said of images: in a file of its own, in the processor's under ``image_processor``, or among its own."""
+    """The image settings: in their own file, in the processor's file under ``image_processor``, or directly in it."""
     merged: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         values = _json(folder / name) or {}
         merged |= values.get("image_processor", values)
     if not merged:
         raise NoInput(
-            "nothing says how images are prepared", file=folder, expected="preprocessor_config.json",
+            "the image settings are missing", file=folder, expected="preprocessor_config.json",
             fix="fetch the whole model",
         )  # fmt: skip
     return merged
@@ -280,7 +282,8 @@ def _family(config: Mapping[str, Any], path: Path) -> tuple[str, int]:
         family = TEXT
     if family is None:
         raise BadConfig(
-            "no model that can be encoded with" + (", and its own code is not run" if "auto_map" in config else ""),
+            "this model cannot encode prompts"
+            + ("; code in a model's folder is never run" if "auto_map" in config else ""),
             file=path / "config.json",
             expected=f"a model_type of {', '.join(_TYPES)}, or one that transformers reads text or images with",
             found=repr(kind),
@@ -296,7 +299,7 @@ def _family(config: Mapping[str, Any], path: Path) -> tuple[str, int]:
     narrow = set(layers) - {"full_attention"} if layers else {f"sliding_window {window}"} if window else None
     if narrow and family != OTHER:
         raise BadConfig(
-            "not every layer attends to all that came before: such models are not run here",
+            "not every layer attends to all that came before: such models are not supported",
             file=path / "config.json",
             expected="no sliding window, and no other kind of layer",
             found=", ".join(sorted(narrow)),

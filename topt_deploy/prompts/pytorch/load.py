@@ -87,7 +87,7 @@ def _check_shares(backend: TorchBackend, model: Any, checkpoint: Checkpoint) -> 
         if abs(shared - expected).max() <= tolerance * abs(expected).max():
             return
     raise BadConfig(
-        f"a {checkpoint.config['model_type']} is no plain causal decoder: tasks cannot share their beginning{reason}",
+        f"a {checkpoint.config['model_type']} is not a causal decoder: tasks cannot share their beginning{reason}",
         file=checkpoint.path,
         expected="a decoder such as Llama, Qwen2 or SmolLM2",
     )

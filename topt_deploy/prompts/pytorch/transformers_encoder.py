@@ -34,7 +34,7 @@ class OtherEncoder:
     runtime: str = "torch"
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Any:
-        """What the model takes, per task."""
+        """The model's input, per task."""
         from PIL import Image
 
         self.tokens.refuse_control(text, "geo-text")

@@ -1,4 +1,4 @@
-"""The literature's methods, each after its paper; docs/literature.md says what each is and what it would need."""
+"""The literature's methods, each after its paper. docs/background/literature.md says what each is and needs."""
 
 from collections.abc import Callable
 

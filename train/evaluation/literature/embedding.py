@@ -1,4 +1,4 @@
-"""What the literature's methods share: an embedding of the regions that no label enters, and a ridge on it per task."""
+"""Shared by the literature's methods: an embedding of the regions without labels, and a ridge on it per task."""
 
 import math
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ FEWEST_LABELS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a paper trains: Adam on the full batch; every ``step`` epochs the rate is multiplied by ``decay``."""
+    """A paper's schedule: Adam on the full batch; every ``step`` epochs the rate is multiplied by ``decay``."""
 
     epochs: int
     lr: float

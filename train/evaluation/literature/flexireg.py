@@ -47,7 +47,7 @@ class FlexiRegStyle(HaFusion):
         """
         if PROMPT_COLUMN not in problem.inputs:
             raise BadData(
-                "the FlexiReg-style head needs prompts that no task wrote",
+                "the FlexiReg-style head needs prompts without a task",
                 column=PROMPT_COLUMN,
                 expected="a prompt column read by the problem",
                 found=f"prompt columns {', '.join(problem.schema.prompts) or 'none'}",

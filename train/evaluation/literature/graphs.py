@@ -29,7 +29,7 @@ def distributions(counts: Array) -> Array:
 
 
 def mobility_similarities(flows: Flows, n: int) -> tuple[Array, Array]:
-    """How alike two regions are in where their flows lead to, and in where they come from.
+    """Similarities of regions by where their flows lead to, and by where they come from.
 
     Cosine between p(destination | origin = i) and p(destination | origin = j), and the same between distributions of
     origins (MVURE, HREP). A region without flows is similar to none.
@@ -54,7 +54,7 @@ def nearest(similarity: Array, k: int) -> Array:
 
 
 def contiguity(lonlat: Array) -> Array:
-    """Which regions are neighbours, by their centroids: edges of the Delaunay triangulation, bool (N, N).
+    """Neighbourhood of regions by their centroids: edges of the Delaunay triangulation, bool (N, N).
 
     These are the regions whose Thiessen polygons touch, the usual stand-in where there are no boundaries.
 

@@ -164,7 +164,7 @@ class Hrep(EmbeddingMethod):
         apart = ~adjacent & ~np.eye(len(city), dtype=bool)
         if not apart.any(axis=1).all():
             raise BadData(
-                "HREP contrasts neighbours with regions that are none",
+                "HREP needs regions that are not neighbours",
                 ids=city.region_id[~apart.any(axis=1)],
                 expected="for every region, one that it does not border on",
                 found=f"{len(city)} regions",

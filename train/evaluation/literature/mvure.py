@@ -71,7 +71,7 @@ class Sharing(nn.Module):
     """Self-attention among the regions of each view, with weights that the views share, mean over heads.
 
     The paper calls this module cross-view information sharing; this is what the authors' ``self_attn``
-    computes. docs/literature.md has what attention among the views of a region gives instead.
+    computes. docs/background/literature.md has what attention among the views of a region gives instead.
 
     *Shape:* (V, N, D) → (V, N, D)
     """

@@ -23,7 +23,7 @@ FIXED = {"tile_tag": "2D", "global_view_pos": "head", "normalize": True, "sft_fo
 
 @dataclass(frozen=True, kw_only=True)
 class DeepseekVL2Settings:
-    """What the published files say of images.
+    """The image settings in the published files.
 
     Attributes:
         resolutions: Widths and heights that an image may be fitted into, whole tiles each; the first is one tile.
@@ -116,7 +116,7 @@ def best_resolution(width: int, height: int, resolutions: Sequence[Sequence[int]
 
 
 def vision_inputs(image: Array, settings: DeepseekVL2Settings, *, tiled: bool) -> dict[str, Array]:
-    """What the vision network takes for one image of m tokens.
+    """The inputs of the vision network for one image of m tokens.
 
     Args:
         image: uint8 (h, w, 3).

@@ -140,7 +140,7 @@ class DeepseekVL2Config:
 def _supported(what: str, found: object, *known: object) -> None:
     if found not in known:
         raise BadData(
-            f"{what} is none that a published DeepSeek-VL2 has",
+            f"{what} is not that of a published DeepSeek-VL2",
             file="config.json",
             expected=" or ".join(map(repr, known)),
             found=repr(found),
@@ -309,7 +309,7 @@ def _halves(x: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Which experts a token goes to."""
+    """The gate, which sends each token to its experts."""
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def rotary(config: DeepseekV2Config) -> LlamaRotaryEmbedding:
 
 
 def routed(config: DeepseekV2Config, layer: int) -> bool:
-    """Whether a layer has experts."""
+    """True if the layer has experts."""
     return layer >= config.first_k_dense_replace
 
 

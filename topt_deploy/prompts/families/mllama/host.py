@@ -16,7 +16,7 @@ from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
 
 @dataclass(frozen=True, kw_only=True)
 class MllamaSettings:
-    """What the published files say of images.
+    """The image settings in the published files.
 
     Attributes:
         image_token: Id of the token from which on an image is seen.
@@ -100,7 +100,7 @@ class Mllama:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How an image of some size is laid on tiles.
+    """The arrangement of an image on tiles.
 
     Attributes:
         id: Of the arrangement, as the model's tables of positions count them from 1.
@@ -133,7 +133,7 @@ def layout(height: int, width: int, settings: MllamaSettings) -> Layout:
 
 
 def vision_inputs(image: Array, settings: MllamaSettings) -> dict[str, Array]:
-    """What the vision network takes for one image of t tiles.
+    """The inputs of the vision network for one image of t tiles.
 
     Args:
         image: uint8 (h, w, 3).
@@ -158,7 +158,7 @@ def vision_inputs(image: Array, settings: MllamaSettings) -> dict[str, Array]:
 
 
 def visible_tiles(ids: Array, tiles: Sequence[int], settings: MllamaSettings) -> Array:
-    """Which tiles each token sees: an image from its token on up to the next one's; neighbours are seen together.
+    """The tiles that each token sees: an image's from its token to the next image's. Adjacent images are seen together.
 
     Tiles that fill an image up count, though no token sees them by this table: one that sees nothing at all, as
     those before the first image, attends to every state, these too, and passes the layer's feed-forward part by.

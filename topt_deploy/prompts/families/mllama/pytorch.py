@@ -50,7 +50,7 @@ class MllamaBackend(TorchBackend):
         return cache
 
     def besides(self, visible: Array | None) -> dict[str, Any]:
-        """What the cross-attention layers are told of the tokens."""
+        """Additional inputs of the cross-attention layers, about the tokens."""
         mask, seeing = see(torch.tensor(visible, device=self.device), self.visual.num_patches)
         weights = torch.zeros(mask.shape, dtype=self.dtype, device=self.device)
         return {
@@ -65,7 +65,7 @@ class MllamaBackend(TorchBackend):
 
 
 def see(visible: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """What the tokens of S see of the images' L states, ``states`` for each tile.
+    """Attention masks of S tokens over the L states of the images, ``states`` of them per tile.
 
     A token that sees nothing attends to everything, and is left out of the layer's feed-forward part: that is how
     transformers computes it.

@@ -13,7 +13,7 @@ from topt_deploy.prompts.prompt import Array, Prompt, TokenSequence
 from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
 
 LONGEST = 200
-"""How many times as long as wide an image may be; the authors' limit."""
+"""The limit of an image's aspect ratio, as the authors set it."""
 BICUBIC = 3
 """Pillow's number of the filter."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen25VLSettings:
-    """What the published files say of images. A square of ``merge`` × ``merge`` patches becomes one token.
+    """The image settings in the published files. A square of ``merge`` × ``merge`` patches becomes one token.
 
     Attributes:
         image_token: Id of the token that an image's embeddings replace.
@@ -135,7 +135,7 @@ def resized(height: int, width: int, settings: Qwen25VLSettings) -> tuple[int, i
 
 
 def vision_inputs(image: Array, size: tuple[int, int], settings: Qwen25VLSettings) -> dict[str, Array]:
-    """What the vision network takes for one image, of M tokens with U patches each, in W windows of K tokens.
+    """The inputs of the vision network for one image, of M tokens with U patches each, in W windows of K tokens.
 
     Args:
         image: uint8 (h, w, 3).
