@@ -202,7 +202,8 @@ def main() -> None:
         "# The prompt encoder's speed and memory",
         "",
         f"Made by `dev/benchmarks/encoder.py` on {date.today()}: {processor_name()}, one thread, one process per "
-        f"figure, processor seconds, best of {REPEATS} runs. One region has a text of {TOKENS:,} tokens and three tasks.",
+        f"figure, processor seconds, best of {REPEATS} runs. One region has a text of {TOKENS:,} tokens "
+        "and three tasks.",
         "",
         "- *published*: three full passes of transformers in float32, with logits and all hidden states.",
         "- *torch*: ours in PyTorch. What the tasks have in common is read once, and there are no logits.",
