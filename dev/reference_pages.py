@@ -24,11 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- Made by dev/reference_pages.py (make docs); do not edit. -->"
 HELP_WIDTH, SIGNATURE_WIDTH = 92, 80
-PUBLIC = {
-    "topt_deploy.runtime": ["load", "Predictor"],
-    "topt_deploy.errors": [],
-}
-"""The public modules, and their public names; an empty list means every class of the module."""
+PUBLIC = ("topt_deploy", "topt_deploy.runtime", "topt_deploy.errors")
+"""The public modules. Their public names are those of ``__all__``, or else all classes that they define."""
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -159,13 +156,11 @@ def _toml(value: Any) -> str:
 
 def public_objects() -> Iterator[tuple[str, griffe.Object]]:
     """Every public object, under the name by which it is imported. Sources are read, not imported."""
-    for module_name, names in PUBLIC.items():
+    for module_name in PUBLIC:
         module = importlib.import_module(module_name)
-        listed = names or [
-            name for name, value in vars(module).items()
-            if not name.startswith("_") and getattr(value, "__module__", None) == module_name
-            and inspect.isclass(value)
-        ]  # fmt: skip
+        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module_name]
+        classes = [value.__name__ for value in own if inspect.isclass(value) and not value.__name__.startswith("_")]
+        listed = [name for name in getattr(module, "__all__", classes) if not name.startswith("_")]
         for name in listed:
             value = inspect.unwrap(getattr(module, name))
             file = Path(inspect.getsourcefile(value) or "")

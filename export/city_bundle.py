@@ -101,8 +101,8 @@ def export_bundle(
         out: The bundle's folder, or file with ``as_zip``. An older bundle there is replaced.
         say: Told what is being done.
         encoder: The prompt encoder that goes with it.
-        inside: Whether a copy of that goes into the bundle; its own is referred to otherwise.
-        target: What TensorRT's engines are made for; they are one more variant, beside the portable one.
+        inside: True if a copy of that goes into the bundle; its own is referred to otherwise.
+        target: The target of TensorRT's engines; they are one more variant, beside the portable one.
 
     Raises:
         BadBundle: If the parity gate fails, or TensorRT cannot build the model.

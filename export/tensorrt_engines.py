@@ -69,7 +69,7 @@ class Made:
     Attributes:
         library: Name and version of what built the engines; None where the target does.
         engines: Their files, by compute capability.
-        checked: What looked through the graph.
+        checked: The parser or checker that checked the graph.
     """
 
     library: str | None
@@ -98,7 +98,7 @@ def make_engines(target: Target, graph: Path, profile: Profile) -> Made:
     """Check a graph, and build its engines beside it where that can be done here.
 
     Args:
-        target: What for.
+        target: The target of the engines.
         graph: The ONNX file, beside its weights. Engines are written as ``<graph>.sm80.engine``.
         profile: Sizes of its inputs' dimensions.
 

@@ -23,7 +23,7 @@ class Chosen:
         asked: One of :data:`DEVICES`.
         used: One of them, never ``auto``.
         instead_of: Better devices that ``auto`` did not take, and why.
-        how: What runs the model there, and what else was in question.
+        how: The library that runs the model there, and the alternatives.
     """
 
     asked: str
@@ -47,7 +47,7 @@ def choose(asked: str, ways: Mapping[str, Callable[[], T]], *, what: str) -> tup
     Args:
         asked: One of :data:`DEVICES`.
         ways: Opens it, by device.
-        what: What it is, for the log.
+        what: Its name in the log.
 
     Raises:
         NoDevice: If the device that was asked for is not there; ``auto`` ends with the CPU.

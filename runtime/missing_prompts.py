@@ -26,7 +26,7 @@ class Prompted:
     Attributes:
         table: The regions table with the prompt columns, null where a region was skipped.
         skipped: Why, by region id.
-        facts: What the prompts were made with, for the receipt.
+        facts: The encoder of the prompts, for the receipt.
     """
 
     table: pa.Table
@@ -70,7 +70,7 @@ class PromptEncoder:
             home: The folder that images lie below and that the cache is in; without one there is no cache.
             id_col: The column that holds the region ids.
             on_bad_image: Of :func:`topt_deploy.prompts.encode.encode`.
-            cache: Whether to keep vectors, and to take what is kept.
+            cache: True to keep vectors, and to take what is kept.
             progress: Told how many regions are done, and of how many.
 
         Raises:

@@ -43,11 +43,11 @@ class Job:
     """One city's files.
 
     Attributes:
-        name: What the city is called in messages and in the output's folder.
+        name: The city's name in messages and in the output's folder.
         regions, mobility: Its tables, local paths or URIs; no mobility where there is none.
         out: The predictions to write, likewise.
         size: Bytes to read: how much work it is, compared with others.
-        given: What the user calls a table that is here under another path.
+        given: The user's name of a table that is here under another path.
     """
 
     name: str
@@ -107,9 +107,9 @@ def predict_city(
 
     Args:
         job: The city, with local paths.
-        resume: Whether to leave it as it is where its receipt says that these inputs, this bundle and these options
+        resume: True to leave it as it is where its receipt says that these inputs, this bundle and these options
             made it, and its bytes are still those.
-        cache: Whether prompts that are made here are kept beside the regions, and taken from there.
+        cache: True if prompts that are made here are kept beside the regions, and taken from there.
         geo: A map to write as well.
         progress: Told how many regions' prompts are made, and of how many.
 

@@ -58,11 +58,11 @@ class Predictor:
         device: One of :data:`.device_choice.DEVICES`.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
-        engine: What runs the prompt encoder.
+        engine: The library that runs the prompt encoder.
 
     Attributes:
         chosen: Where the model runs, and why there.
-        encoded: What the prompts of the last city were made with, where they were made here.
+        encoded: The encoder of the last city's prompts, if they were made here.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class Predictor:
         """The predictions of :meth:`predict`, before they are laid out as a long or wide table.
 
         Args:
-            on_bad_row: What becomes of single bad rows (:mod:`topt_deploy.runtime.bad_rows`).
-            cache: Whether prompts that are made here are kept beside the regions' file, and taken from there.
+            on_bad_row: The treatment of single bad rows (:mod:`topt_deploy.runtime.bad_rows`).
+            cache: True if prompts that are made here are kept beside the regions' file, and taken from there.
             progress: Told, while they are made, how many regions are done, and of how many.
         """
         manifest = self.bundle.manifest
@@ -377,7 +377,7 @@ def load(
             ``auto`` takes the best that works: ``chosen`` and the log of ``topt_deploy`` say which and why.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         encoder: The prompt encoder's bundle, where it is neither inside nor beside this one.
-        engine: What runs the prompt encoder, ``onnxruntime`` or ``openvino``.
+        engine: The library that runs the prompt encoder, ``onnxruntime`` or ``openvino``.
         key: The public key that must have signed it (docs/background/security.md); None asks for no signature.
 
     Raises:
@@ -415,7 +415,7 @@ class Predictions:
         city: The city.
         results: By task, in canonical order.
         reasons: Per region in canonical order, why it is extrapolated; empty where it is not.
-        sieve: What was set aside.
+        sieve: The rows that were set aside.
 
     Attributes:
         lonlat: float64 (N, 2), degrees.

@@ -52,7 +52,7 @@ class OpenedEncoder:
     """A loaded prompt encoder.
 
     Attributes:
-        encoder: What encodes.
+        encoder: The encoder.
         templates: Those that travel with it.
         sha256: Of its manifest.
         checked: Names of the files whose bytes were found to be the manifest's.
@@ -377,7 +377,7 @@ class _Loaded:
     """An encoder's networks, loaded.
 
     Attributes:
-        runtime: What runs them: vectors of one are not taken for another's.
+        runtime: The runtime: vectors of one are not taken for another's.
         networks, embedding, chunk, between: Of :class:`.graphs.GraphBackend`.
         files: That were checked.
         how: For the log.

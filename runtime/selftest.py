@@ -30,7 +30,7 @@ def selftests(path: Path, *, device: str, engine: str, key: Path | None = None) 
     Args:
         path: The bundle.
         device: Where both run.
-        engine: What runs the encoder.
+        engine: The library that runs the encoder.
         key: The public key that must have signed the bundle; None asks for no signature.
 
     Raises:

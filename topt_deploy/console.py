@@ -116,7 +116,7 @@ class Lines:
     """Progress as a line now and then, on standard error.
 
     Args:
-        what: What is counted.
+        what: The name of the things that are counted.
     """
 
     def __init__(self, what: str = "regions") -> None:

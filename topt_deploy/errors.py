@@ -42,11 +42,11 @@ class ToptError(Exception):
     """An error for the user.
 
     Args:
-        message: What is wrong, in one sentence.
+        message: The fault, in one sentence.
         file, column: Where it is wrong.
         ids: The region ids concerned; the first few are shown and all are counted.
         expected, found: Both sides of the disagreement.
-        fix: What to do about it.
+        fix: The advice for the user.
     """
 
     exit_code = Exit.BUG
@@ -130,11 +130,11 @@ class BadRows(BadData):
     """Single rows are not what the contract says; the others may be (``--on-bad-row``).
 
     Args:
-        table: Which table, :data:`REGIONS` or :data:`MOBILITY`.
+        table: The table, :data:`REGIONS` or :data:`MOBILITY`.
         rows: bool, one per row of the table: which rows.
         code: The reason as one word, for machines.
         fill: The columns that a neutral value could stand in for; empty where nothing can.
-        facts: What :class:`ToptError` takes.
+        facts: The arguments of :class:`ToptError`.
     """
 
     REGIONS, MOBILITY = "regions", "mobility"

@@ -27,8 +27,8 @@ class Run:
         config: Its settings.
         city_dir: The city's folder.
         regions_sha256, mobility_sha256: Hashes of the tables it was started with.
-        finished: Whether the model is complete; set last.
-        facts: What else is recorded: reports, training ranges, versions, times.
+        finished: True if the model is complete; set last.
+        facts: More to record: reports, training ranges, versions, times.
     """
 
     path: Path

@@ -84,8 +84,8 @@ class _Begun:
         target: The target scale of every row.
         scaled: Labels on it (S, N).
         known: bool (S, N).
-        parts: What each regression predicts so far, (S, N) each, on the target scale.
-        x: What the networks see (N, F).
+        parts: The prediction of each regression so far, (S, N) each, on the target scale.
+        x: The input of the networks (N, F).
         network: Every row's networks, and the state of the random numbers from which they draw.
     """
 

@@ -47,7 +47,7 @@ class Engine:
 
         Args:
             device, precision: As the user asked; None leaves the precision open.
-            compile_: Whether to compile; None does not. Captured steps need no compiler: only False leaves them out.
+            compile_: True to compile; None does not. Captured steps need no compiler: only False leaves them out.
 
         Raises:
             NoDevice: If CUDA was asked for and is not there.
@@ -128,7 +128,7 @@ def fit(
     interrupted, on the same machine with the same number of threads.
 
     Args:
-        module: What is trained; left in training mode.
+        module: The module to train; left in training mode.
         loss: Computes the loss's terms, by name.
         settings: Epochs, rate, schedule and weight decay.
         stage: Name for people and files.
@@ -137,7 +137,7 @@ def fit(
         observe: Called after every epoch with the number of epochs done; leaves the module in training mode.
         capturable: Off for a loss that cannot be captured as a CUDA graph: one of several tiles, which are computed
             again for the gradient (:mod:`topt_deploy.model.row_tiles`) and put random numbers back to do so.
-        generators: What the loss draws random numbers from, besides PyTorch's own generator. A checkpoint has none of
+        generators: Generators of the loss's random numbers, besides PyTorch's own generator. A checkpoint has none of
             their state.
     """
     adam = torch.optim.AdamW if settings.decoupled else torch.optim.Adam

@@ -68,7 +68,7 @@ class Step:
     Args:
         loss: Computes the loss's terms.
         optimiser: With a graph, capturable, and with a rate that is a tensor on the device.
-        context: What the forward pass runs in, anew every time.
+        context: Makes the context of the forward pass, anew every time.
         graph: Captures the step; None runs every step as it is.
     """
 

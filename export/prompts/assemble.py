@@ -52,7 +52,7 @@ def assemble(
         kept: Precision of linear layers that have one of their own, by the checkpoint's name.
         precision: Of all others (:mod:`.lower`).
         folder: Where ``<network>.weights`` and ``<network>.<form>.onnx`` are written.
-        forms: Which forms (:mod:`.lower`).
+        forms: The forms (:mod:`.lower`).
     """
     traced: dict[str, Traced] = {}
     names = {form: {name: name for name in network.inputs} for form in forms}

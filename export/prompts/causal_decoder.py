@@ -110,7 +110,7 @@ def decoder(
         cache: Key heads, width of a key, width of a value.
         norm: Makes the last norm.
         prefix: Of the weights' names: ``"model."``.
-        for_engines: What makes a kind's layers for TensorRT (:attr:`.pieces.Piece.for_engines`).
+        for_engines: Makes a kind's layers for TensorRT (:attr:`.pieces.Piece.for_engines`).
     """
     heads, key_width, value_width = cache
     hidden = Spec(dtype=torch.float32, dims=(BATCH, TOKENS, width))

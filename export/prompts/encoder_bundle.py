@@ -78,7 +78,7 @@ def make_encoder(
         out: The bundle's folder.
         precision: Of :func:`export_encoder`.
         templates: A templates file; the shipped templates by default.
-        max_pixels: What images are resized to, where prompts were encoded so.
+        max_pixels: The limit that images are resized to, if prompts were encoded so.
         say: Told what is being done.
         target: Of :func:`export_encoder`.
 
@@ -150,9 +150,9 @@ def export_encoder(
         folder: The folder; what stands there after an error is to be thrown away.
         precision: One of :data:`.lower.PRECISIONS`, of the decoder's linear maps; a vision network is not taken below
             int8, and maps that lose too much (:mod:`.outliers`) are kept in the next higher precision.
-        templates: What questions travel with it.
+        templates: The questions that travel with it.
         say: Told what is being done.
-        target: What TensorRT's engines are made for; with it graphs have a third form.
+        target: The target of TensorRT's engines; with it graphs have a third form.
 
     Raises:
         UsageError: If the model or the precision cannot be exported, or what is asked of engines does not go together.

@@ -162,7 +162,7 @@ def gate(
     Args:
         candidate: The form.
         expected: PyTorch's vectors (regions, T, H).
-        regions, questions: What was encoded.
+        regions, questions: The regions and questions that were encoded.
         host, spec, embedding, past: The encoder besides its networks.
         precision: Of the weights, which the tolerance goes by.
 

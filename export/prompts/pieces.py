@@ -30,7 +30,7 @@ class Piece:
             by position in the order of ``inputs`` and returns a tuple in the order of ``outputs``.
         inputs: By the forward's names.
         outputs: Names.
-        for_engines: What computes the same for TensorRT, where ``build``'s has operators that it lacks.
+        for_engines: Computes the same for TensorRT, where ``build``'s has operators that it lacks.
     """
 
     name: str
@@ -45,8 +45,8 @@ class Use:
     """One layer.
 
     Attributes:
-        piece: What it computes.
-        weights: What stands before the names of the module's parameters in the checkpoint. A module that wraps another
+        piece: The computation.
+        weights: The prefix of the names of the module's parameters in the checkpoint. A module that wraps another
             as ``inner`` does not show in them.
         names: The network's names of the piece's tensors, where they differ: ``{"past_key": "past_key_3"}``.
     """

@@ -39,7 +39,7 @@ class Session:
         graph: The serialised ONNX model, its hash already checked.
         weights: Its external data, likewise; kept alive, for the model works on this very buffer.
         initializers: Offset in bytes and shape of every float32 initialiser in ``weights``.
-        source: What errors say the model is from.
+        source: The model's origin, for errors.
         device: ``cpu`` or ``cuda``.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
 
@@ -194,7 +194,7 @@ def providers(
 
     Args:
         device: One of :data:`PROVIDERS`.
-        exact: Whether float32 is computed as such, and not in TF32, whose significand has 10 bits.
+        exact: True if float32 is computed as such, and not in TF32, whose significand has 10 bits.
         tensorrt: Options of the TensorRT provider, where that is the device.
     """
     if device == "cpu":

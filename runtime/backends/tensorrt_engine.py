@@ -70,10 +70,10 @@ class Engine:
     """An engine on the GPU (:class:`topt_deploy.prompts.graph_backend.Runner`). Threads take turns.
 
     Args:
-        library: What runs it.
+        library: The library that runs it.
         engine: The serialised engine, checked: what deserialises it trusts every byte.
         driver: The GPU's.
-        source: What errors say it is from.
+        source: Its origin, for errors.
 
     Raises:
         NoDevice: If the library does not take it for this GPU, with the library's reason.

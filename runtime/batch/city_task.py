@@ -26,9 +26,9 @@ class Setting:
     Attributes:
         bundle: The bundle's path, which every worker must see.
         device, threads, encoder, engine, key: Of :func:`topt_deploy.runtime.predictor.load`.
-        options: What shapes the output.
-        resume: Whether cities that are done are left as they are.
-        cache: Whether prompts are kept beside the regions.
+        options: The options that shape the output.
+        resume: True if cities that are done are left as they are.
+        cache: True if prompts are kept beside the regions.
     """
 
     bundle: str
@@ -59,7 +59,7 @@ class Result:
         regions: How many regions there are by status.
         set_aside: How many rows of each table were set aside, by reason code.
         seconds: It took.
-        error: What :meth:`topt_deploy.errors.ToptError.as_dict` says; None where all is well.
+        error: The facts of :meth:`topt_deploy.errors.ToptError.as_dict`; None without an error.
         told: The same for people.
     """
 

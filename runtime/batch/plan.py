@@ -26,7 +26,7 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
     Args:
         inputs: Regions tables; folders of any depth, Hive partitions ``city=…`` among them; globs; or URIs of either.
         out: The folder, or URI, that every city gets a folder ``city=…`` below.
-        mobility: Whether flows are read: ``NAME.mobility.parquet`` beside ``NAME.parquet``, or ``mobility.parquet``.
+        mobility: True if flows are read: ``NAME.mobility.parquet`` beside ``NAME.parquet``, or ``mobility.parquet``.
 
     Raises:
         NoInput: If an input is not there, or a folder holds no regions table.

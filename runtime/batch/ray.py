@@ -42,7 +42,7 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
 
     Args:
         jobs: In the order that they are begun in.
-        setting: What they have in common; every node must see the same paths.
+        setting: The settings that they have in common; every node must see the same paths.
         workers: How many actors; by default as many as the cluster has processors.
 
     Raises:

@@ -37,7 +37,7 @@ def run_batch(
 
     Args:
         inputs, out: Of :func:`.plan.plan`.
-        setting: What they have in common.
+        setting: The settings that they have in common.
         summary: Where results are counted.
         engine: One of :data:`ENGINES`.
         workers: How many cities at once; by default :func:`.local_workers.workers_for`, or the cluster's choice; on a

@@ -31,7 +31,7 @@ def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> 
 
     Args:
         jobs: In the order that they are begun in.
-        setting: What they have in common; every node must see the same paths.
+        setting: The settings that they have in common; every node must see the same paths.
         workers: Processors of a local session, where no other is set.
 
     Raises:

@@ -33,7 +33,7 @@ class EncoderManifest:
     Attributes:
         schema_version: Version of this record; another one is refused.
         version: topt-deploy's, that wrote it.
-        source: What it was made with: versions, and what the parity gate compared with.
+        source: Versions that it was made with, and the reference of the parity gate.
         spec: The :class:`EncoderSpec`.
         templates: The templates, in their file's form.
         precision: Of the linear layers' weights.
@@ -45,7 +45,7 @@ class EncoderManifest:
             has them (docs/how-to/tensorrt.md).
         tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest, relative to a vector's
             root mean square.
-        parity: What the gate measured, per golden region.
+        parity: The gate's measurements, per golden region.
         golden: Names of the golden regions under ``golden/``.
         exact_without_vnni: True where sums of two products of 8-bit weights fit 16 bits, so that processors without
             VNNI compute the same vectors. Bundles from before this was recorded lack it: their weights may not fit.
@@ -75,7 +75,7 @@ class EncoderBundle(Sealed):
 
     Attributes:
         manifest: Its manifest.
-        spec: What encoder it is.
+        spec: The encoder's description.
         templates: The templates that travel with it.
     """
 

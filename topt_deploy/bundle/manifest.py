@@ -63,11 +63,11 @@ class Manifest:
     Attributes:
         schema_version: Version of this record; another one is refused.
         version: topt-deploy's, that wrote it.
-        source: What it was made from: run, city, number of regions, hashes of the tables.
+        source: Its origin: run, city, number of regions, hashes of the tables.
         tasks: By name: the prompt column (or null), the run's figures, and its held-out scores, which intervals
             are made of, with their scale.
         views: Categories of every count view, in order.
-        mobility: Whether flows are read.
+        mobility: True if flows are read.
         prompts: By column: ``width``, and ``encoder``, ``template`` (its hash) and ``precision`` where the training
             table named them.
         ranges: Smallest and largest training value of every count and total flow.

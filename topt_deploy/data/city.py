@@ -48,7 +48,7 @@ class Schema:
 
     Attributes:
         views: Count views, each with its categories in order.
-        mobility: Whether flows between the regions are read.
+        mobility: True if flows between the regions are read.
         prompts: Prompt columns, each with its width H.
     """
 
@@ -89,7 +89,7 @@ class City:
             its field metadata names, if any.
         labels: float64 (N,) per task; NaN marks a region to predict.
         geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
-        synthetic: Whether the table says of itself that it is made up.
+        synthetic: True if the table says of itself that it is made up.
     """
 
     region_id: Array
@@ -116,7 +116,7 @@ def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompt
     Args:
         regions: The regions table.
         views: Names of the count views to read.
-        mobility: Whether flows will be read.
+        mobility: True if flows will be read.
         prompts: Names of the prompt columns to read.
 
     Raises:
@@ -162,10 +162,10 @@ def read_city(
     Args:
         regions: regions.parquet, or the table itself.
         mobility: mobility.parquet, or the table itself; None if the schema reads no flows.
-        schema: What to read. A category too many or too few is an error.
+        schema: The columns to read. A category too many or too few is an error.
         labels: Label columns to read (training only).
         id_col: The column that holds the region ids.
-        city_id: What to call a city whose table does not say, and whose file lies in no ``city=…`` folder.
+        city_id: The name of a city whose table does not say, and whose file lies in no ``city=…`` folder.
 
     Raises:
         BadData: Naming file, column, regions, both sides and what to do.

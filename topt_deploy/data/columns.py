@@ -45,8 +45,8 @@ class Source:
 
     Args:
         table: The table, or its file.
-        role: Which table of the contract it is, :data:`BadRows.REGIONS` or :data:`BadRows.MOBILITY`.
-        keep: Which columns are read; ``everything`` names all, for messages.
+        role: The table's role in the contract, :data:`BadRows.REGIONS` or :data:`BadRows.MOBILITY`.
+        keep: The columns to read; ``everything`` names all, for messages.
 
     Raises:
         BadData: If a column occurs twice, or the file is no Parquet.

@@ -47,7 +47,7 @@ def features(city: City, names: Sequence[str] | None = None) -> dict[str, Array]
 
     Args:
         city: The city.
-        names: What is to be made; by default all that the city has.
+        names: The features to make; by default all that the city has.
 
     Returns:
         One (N, C) array of log1p counts per count view; the views of :func:`flow_features` where the city has flows;
@@ -108,7 +108,7 @@ def flow_features(flows: Flows, x: Array, position_m: Array, views: Sequence[str
         flows: Flows between the N regions, E of them.
         x: float64 (N, F), the count views.
         position_m: float64 (N, 3), :func:`local_position_m`.
-        views: Which of them to make.
+        views: The views to make.
     """
     n = len(x)
     ends = ((flows.origin, flows.dest), (flows.dest, flows.origin))  # out, in

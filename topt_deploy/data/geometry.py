@@ -55,7 +55,7 @@ def centroids(table: pa.Table, name: str, ids: Array) -> Array:
     Args:
         table: Has a WKB geometry column, and the ``geo`` key of GeoParquet 1.0 to 2.0 in its schema metadata
             (:func:`with_geo_key` derives it from Parquet's own GEOMETRY type where it is absent).
-        name: What errors call the table.
+        name: The table's name in errors.
         ids: str (N,), the region id of each row.
 
     Returns:

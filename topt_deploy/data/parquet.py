@@ -33,11 +33,11 @@ class ParquetFile:
 
     Args:
         source: A path, a file that is held, or the bytes of one.
-        name: What errors call it; the path by default.
+        name: Its name in errors; the path by default.
         coded: Columns that are read as codes of a dictionary, where they are text.
 
     Attributes:
-        held: Whether its bytes are in memory.
+        held: True if its bytes are in memory.
 
     Raises:
         NoInput, NoPermission: If the file is missing or may not be read.

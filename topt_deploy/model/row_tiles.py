@@ -138,7 +138,7 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
     Args:
         n: N.
         tile: Computes tensors for t rows.
-        axis: Which of their axes are the rows.
+        axis: The axis of the rows.
     """
     plan = _plan()
     if plan is not None:

@@ -24,7 +24,7 @@ class ModelSpec:
 
     Attributes:
         config: The run's configuration.
-        schema: What is read of a city.
+        schema: The tables and columns to read of a city.
         ranks: R of every prompt basis, by task; absent where a task reads no prompt.
     """
 

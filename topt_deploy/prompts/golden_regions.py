@@ -106,7 +106,7 @@ def reproduce(
     """Encode a region again: what :func:`compare` finds of its vectors and the expected ones (T, H).
 
     Args:
-        backend, prompt: What encodes what.
+        backend, prompt: The encoder, and its input.
         expected: The vectors to reproduce.
         tolerance: ``cosine``, the smallest that passes, and ``difference``, the largest.
         failed, fix, file: Of the error.

@@ -95,12 +95,12 @@ class GraphBackend:
     """Runs an encoder's graphs (:class:`topt_deploy.prompts.pooling.Backend`).
 
     Args:
-        networks: What runs each network, by its name.
+        networks: The runner of each network, by its name.
         embedding: Token embeddings (vocabulary, H).
         past: Key heads and width of every past tensor that the decoder reads, by name.
         spec: The encoder's.
         chunk: Prefix tokens to read at once.
-        between: What is done between them.
+        between: The steps between them.
     """
 
     def __init__(

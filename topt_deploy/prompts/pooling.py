@@ -56,7 +56,7 @@ class Backend(Protocol):
         """Read S more tokens.
 
         Args:
-            state: What was read before.
+            state: The state after the tokens read before.
             embeds: Of :meth:`embed`, (B, S, H).
             positions: int64 (A, B, S).
             visible: bool (B, S, tiles), or None.

@@ -105,7 +105,7 @@ def prompt_table(
         regions: Whose vectors these are.
         vectors: float32 (N, H) per task; rows of skipped regions are not looked at.
         reasons: Why a region was skipped; None where it was not. (N,)
-        encoder, precision: What made the vectors, for the columns' metadata.
+        encoder, precision: The encoder and precision of the vectors, for the columns' metadata.
         templates: The hash of each task's template, for the same.
 
     Raises:

@@ -16,9 +16,9 @@ class Chat:
     """A model's chat frame, split once out of its chat template.
 
     Attributes:
-        before: What comes before the user's own words and images, with the BOS token where the model has one.
-        image: What stands for one image.
-        after: What comes after the user's words, up to where the answer would begin.
+        before: The text before the user's own words and images, with the BOS token where the model has one.
+        image: The text that stands for one image.
+        after: The text after the user's words, up to where the answer would begin.
     """
 
     before: str
@@ -76,7 +76,7 @@ class Tokens:
 
         Args:
             text: Text from a table or a template.
-            what: What the error calls it.
+            what: Its name in the error.
 
         Raises:
             BadData: If it holds a control token, as it stands or after the tokenizer's own normalisation.

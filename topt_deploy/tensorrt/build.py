@@ -27,7 +27,7 @@ class Built:
     Attributes:
         engine: The serialised plan.
         timing_cache: TensorRT's, for the next build on the same kind of GPU; TensorRT-RTX has none.
-        messages: What the library had to say from warnings upwards.
+        messages: The library's messages, from warnings upwards.
     """
 
     engine: bytes
@@ -42,7 +42,7 @@ class Parsed:
     Attributes:
         inputs: Dimensions of each input, by its name: a number, or the name of a free one.
         layers: How many the network has.
-        messages: What the parser had to say from warnings upwards.
+        messages: The parser's messages, from warnings upwards.
     """
 
     inputs: Mapping[str, tuple[int | str | None, ...]]

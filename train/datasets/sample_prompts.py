@@ -28,7 +28,7 @@ class Prompts:
     """Prompt vectors of a city.
 
     Attributes:
-        encoder: What made them.
+        encoder: The encoder that made them.
         vectors: float32 (N, H) by task.
         fields: The metadata of each task's column.
     """
@@ -77,7 +77,7 @@ def store_prompts(
     Args:
         texts, templates: As there.
         vectors: float32 (N, H) by task, in the order of ``templates``.
-        encoder, precision: What made them.
+        encoder, precision: The encoder and precision of the vectors.
     """
     stacked = np.stack([vectors[task] for task in templates])  # (T, N, H)
     low, high = stacked.min(axis=1), stacked.max(axis=1)

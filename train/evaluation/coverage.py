@@ -46,7 +46,7 @@ def nested_intervals(
     training sets go to the method at once.
 
     Args:
-        held_out: What the method said under the outer folds.
+        held_out: The method's predictions under the outer folds.
         seed: Seed of the first repetition, and of the inner folds.
         nominal: How often the interval should hold, in (0, 1).
 

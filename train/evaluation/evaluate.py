@@ -109,7 +109,7 @@ def evaluate_city(
     """Evaluate methods on a city's folder.
 
     Args:
-        config: Which tasks and views are read, and whether flows are. Prompts are read where the city has them.
+        config: The tasks and views to read, and if flows are read. Prompts are read where the city has them.
         names: Of :data:`.registry.METHODS`.
         out: Folder of the results. Those of other methods and tasks that it holds are reported with these.
 

@@ -54,10 +54,10 @@ class Plain:
 
     Attributes:
         regressor: One of :data:`REGRESSORS`.
-        sqrt: Whether it is fitted to √count; predictions are squared.
-        flow: Whether counts averaged along the flows, both ways, are among the features.
-        neighbours: Whether POI counts averaged over the nearest regions are.
-        lag: Whether the target averaged over the nearest labelled regions is, on the scale it is fitted on.
+        sqrt: True if it is fitted to √count; predictions are squared.
+        flow: True if counts averaged along the flows, both ways, are among the features.
+        neighbours: True if POI counts averaged over the nearest regions are.
+        lag: True if the target averaged over the nearest labelled regions is, on the scale it is fitted on.
     """
 
     regressor: str

@@ -23,7 +23,7 @@ class Problem:
 
     Attributes:
         city: The city; its ``labels`` are empty.
-        schema: What was read of it.
+        schema: The columns that were read.
         inputs: :func:`topt_deploy.data.features.features`, float32, on the engine's device.
         engine: Where and how training steps are computed.
         reporter: Who is told of progress.

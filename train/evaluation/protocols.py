@@ -23,7 +23,7 @@ class Protocol:
     """A protocol.
 
     Attributes:
-        meaning: What was held out from what, for the head of a table.
+        meaning: The held-out labels, described for the head of a table.
         predict: (method, problem, task, labels (N,), seeds (R), folder for what may be kept) → held-out predictions.
     """
 

@@ -23,10 +23,10 @@ class Entry:
     """A method that can be evaluated.
 
     Attributes:
-        group: What it is.
+        group: The method's group.
         make: Makes it.
-        settings: What its results depend on beside its name and this version, so that results of other settings are
-            not taken for its own.
+        settings: The settings that its results depend on beside its name and this version, so that results of other
+            settings are not taken for its own.
     """
 
     group: Group

@@ -27,7 +27,7 @@ class Result:
     """The result of a method for a task.
 
     Attributes:
-        group: What the method is.
+        group: The method's group.
         held_out: Its predictions; None where it could not run.
         reason: Why it could not.
         coverage: Of its intervals, where that was measured.

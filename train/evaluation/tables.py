@@ -93,7 +93,7 @@ def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     """The whole page: protocol, figures, verdicts, coverage, and what did not run.
 
     Args:
-        facts: What the results depend on, :func:`.evaluate.facts`.
+        facts: The facts that the results depend on, :func:`.evaluate.facts`.
     """
     repetitions = len(facts["seeds"])
     blocks = [

@@ -53,7 +53,7 @@ def contributions(head: EnsembleHead, views: Mapping[str, Tensor]) -> Contributi
 
     Args:
         head: In evaluation mode.
-        views: What it sees, (N, F_v) per view (:meth:`EnsembleHead.views`).
+        views: Its inputs, (N, F_v) per view (:meth:`EnsembleHead.views`).
     """
     processes = 0 if head.kernel is None else len(head.kernel.lengths)
     scale = float(head.target.scale) / (processes + (head.network is not None))  # of each in the ensemble's mean

@@ -50,7 +50,7 @@ class Evaluation:
         tables: Rows by task.
         verdicts: A sentence by task, where the main method and a plain baseline ran.
         coverage: Empty where it was not measured.
-        strata: What the shares of a coverage row are of.
+        strata: The groups of regions whose shares a coverage row gives.
     """
 
     protocol: str

@@ -32,8 +32,8 @@ class MadeOf:
 
     Attributes:
         unit: The scale that they add up on.
-        views: Whether views are told apart: without Gaussian processes they cannot be.
-        networks: Whether networks are among the parts.
+        views: True if views are told apart: without Gaussian processes they cannot be.
+        networks: True if networks are among the parts.
         parts: Name and standard deviation over the regions, the largest first.
         raised, lowered: Per region, the views that raise and lower it most against the average region.
     """

@@ -49,7 +49,7 @@ class Scatter:
     """Reported counts (x) against held-out predictions (y), both on √ axes of the same length.
 
     Attributes:
-        label: What it shows, for those who cannot see it.
+        label: A description for those who cannot see it.
         points: One per region that has both.
         radius: Of the points: smaller where there are many.
         ticks: Position along an axis, and text.
@@ -77,7 +77,7 @@ def choropleth(
     Args:
         values: float64 (N,); a NaN leaves its region empty. At least one is a number.
         scale: Makes classes from the numbers among the values.
-        label, unit: What is shown, and in what.
+        label, unit: The quantity shown, and its unit.
         tips: Text per region (N).
         hatched: bool (N,); by default the regions without a number.
     """
@@ -115,7 +115,7 @@ def scatter(
         reported, held_out: float64 (N,), NaN where there is none.
         tips: Text per region (N).
         interval: Lower and upper ends around predictions, or None.
-        label: What is shown.
+        label: A description of the figure.
     """
     both = np.flatnonzero(~np.isnan(reported) & ~np.isnan(held_out))
     high = max(float(reported[both].max()), float(held_out[both].max()), 1.0)

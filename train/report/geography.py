@@ -26,7 +26,7 @@ class Place:
     """A run's regions on the ground.
 
     Attributes:
-        outlines: What maps are drawn with.
+        outlines: The shapes that maps are drawn with.
         outlines_note: Where the outlines come from, in a sentence.
         flows: Flows between the regions; None where the run reads none, or its table is gone.
         no_flows: Why there are none, in words; empty where there are.

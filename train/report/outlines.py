@@ -31,7 +31,7 @@ class Outlines:
         width, height: Of the drawing, in the map's units; north is up.
         paths: SVG path data, one per region.
         line: Width of the lines between regions, in the map's units: thinner where there are many.
-        points: Whether the paths are discs.
+        points: True if the paths are discs.
         bar, bar_km: Length of the scale bar in the map's units and in kilometres.
     """
 

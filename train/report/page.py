@@ -41,7 +41,7 @@ class TaskSection:
         predicted, width, residual: Maps; ``width`` is None with too few labels for intervals.
         scatter: Reported against held out.
         moran, moran_meaning: Spatial pattern of the residuals, and what it means.
-        made_of: What its predictions are made of; None where the head is not an ensemble.
+        made_of: The parts of its predictions; None where the head is not an ensemble.
     """
 
     title: str

@@ -24,7 +24,7 @@ class Scale:
     Attributes:
         edges: Ascending, one more than there are colours; the outer two are the smallest and the largest value.
         colours: One per class.
-        signed: Whether numbers are written with their sign.
+        signed: True if numbers are written with their sign.
     """
 
     edges: tuple[float, ...]

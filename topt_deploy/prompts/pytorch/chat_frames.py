@@ -20,7 +20,7 @@ def chat_frames(folder: Path, *, images: bool) -> tuple[Chat, Chat]:
 
     Args:
         folder: Of the model, with its tokenizer and chat template.
-        images: Whether the model reads any; if not, both frames are that of text.
+        images: True if the model reads any; if not, both frames are that of text.
 
     Raises:
         BadConfig: If the template does more than to put strings around, or a vision-language model has none.

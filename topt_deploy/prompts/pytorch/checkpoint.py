@@ -39,10 +39,10 @@ class Checkpoint:
     Attributes:
         path: Their folder.
         config: Of config.json.
-        preprocessor: What the files say of images; empty where the model reads none.
+        preprocessor: The image settings in the files; empty where the model reads none.
         tokenizer: The bytes of tokenizer.json.
         weights: The safetensors files.
-        spec: What the model is as an encoder.
+        spec: The model's description as an encoder.
     """
 
     path: Path

@@ -121,7 +121,7 @@ def vision_inputs(image: Array, settings: DeepseekVL2Settings, *, tiled: bool) -
     Args:
         image: uint8 (h, w, 3).
         settings: The published ones.
-        tiled: Whether it may have more than one tile.
+        tiled: True if it may have more than one tile.
 
     Returns:
         pixel_values float32 (N, 3, tile, tile), the whole view and then the tiles row by row; layout int64 (m,), for

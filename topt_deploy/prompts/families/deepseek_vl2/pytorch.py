@@ -45,7 +45,7 @@ class VisionConfig:
         patch: Edge of a patch in pixels.
         side: Whole patches in each direction of a tile.
         tile: Edge of a tile in pixels.
-        attention: Which of transformers' implementations to use.
+        attention: The implementation of transformers to use.
     """
 
     width: int
@@ -336,7 +336,7 @@ class Experts(nn.Module):
 
     Args:
         config: The language model's.
-        dense: Whether each sees all tokens instead, and what is not its own counts nothing: the same result, without
+        dense: True if each sees all tokens instead, and what is not its own counts nothing: the same result, without
             sizes that depend on what tokens say, which TensorRT-RTX has no operator for.
     """
 
@@ -372,7 +372,7 @@ class Layer(DeepseekV2DecoderLayer):
     Args:
         config: The language model's.
         layer_idx: Its place in the cache.
-        routed: Whether it has experts.
+        routed: True if it has experts.
         dense: Of :class:`Experts`.
     """
 
