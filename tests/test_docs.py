@@ -238,6 +238,17 @@ def test_everything_public_is_documented_and_shown() -> None:
             assert any(re.search(rf"\b{found.name}\(", text) for text in sources), f"no page or example calls {name}"
 
 
+def test_hooks_before_a_commit_call_what_is_installed() -> None:
+    yaml = pytest.importorskip("yaml")
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}, "a hook from elsewhere needs a network"
+    for hook in hooks:
+        program, what, *rest = hook["entry"].split()
+        assert (program, hook["language"]) == ("python", "system")
+        assert find_spec(rest[0]) if what == "-m" else (ROOT / what).exists()
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
