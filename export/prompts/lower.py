@@ -204,17 +204,26 @@ def _far(graph: Builder, allowed: str) -> str:
 def _attention_onnxruntime(
     graph: Builder, inputs: Sequence[str], mask: str | None, scale: float, queries: int, keys: int, width: int
 ) -> str:
-    """Queries that share a key head in an axis of their own, so that no key is copied for them."""
+    """Queries that share a key head are rows of one product: no key is copied, or packed twice."""
     q, k, v = inputs
-    rows = graph.node("Reshape", [q, graph.constant([0, keys, queries // keys, -1, width])])
-    two = graph.constant([2])
-    k, v5 = (graph.node("Unsqueeze", [x, two]) for x in (k, v))
-    scores = graph.node("FusedMatMul", [rows, k], domain=MICROSOFT, transB=1, alpha=float(scale))  # (B, K, G, S, L)
-    if mask is not None:  # (B, 1, S, L)
-        scores = graph.node("Add", [scores, graph.node("Unsqueeze", [mask, two])])
-    mixed = graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), v5])
+    shared = queries // keys
+    rows = graph.node("Reshape", [q, graph.constant([0, keys, -1, width])])  # (B, K, G·S, D)
+    scores = graph.node("FusedMatMul", [rows, k], domain=MICROSOFT, transB=1, alpha=float(scale))  # (B, K, G·S, L)
+    if mask is not None:
+        scores = graph.node("Add", [scores, _repeated(graph, mask, shared)])
+    mixed = graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), v])
     size = graph.node("Concat", [graph.constant([0, queries]), _size(graph, q, 2), _size(graph, v, 3)], axis=0)
     return graph.node("Reshape", [mixed, size])
+
+
+def _repeated(graph: Builder, mask: str, times: int) -> str:
+    """A mask (B, 1, S, L), repeated for the query heads that share a key head; layers with one mask share this."""
+    if times == 1:
+        return mask
+    name = f"{mask} {times} times"
+    if name not in graph.far:
+        graph.far[name] = graph.node("Concat", [mask] * times, axis=2)
+    return graph.far[name]
 
 
 def _attention_in_half(
