@@ -1,4 +1,4 @@
-"""docs/cities.md: the default against plain baselines on many cities, ``make cities``. Goes on where it stopped.
+"""docs/background/cities.md: the default against plain baselines on many cities, ``make cities``. Goes on where it stopped.
 
 Which cities the default was designed on, and which it is reported on, families.py says. Every figure comes from the
 folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate).
@@ -109,7 +109,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def page(folder: Path, options: argparse.Namespace) -> str:
-    """docs/cities.md from the folders of results."""
+    """docs/background/cities.md from the folders of results."""
     lines = [
         "# Many cities under `honest`",
         "",
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--variants", default=MAIN)
     parser.add_argument("--baselines", default="plain")
     parser.add_argument("--coverage", type=float)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "cities.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "background" / "cities.md")
     options = parser.parse_args()
     cities, results = options.folder / "cities", options.folder / "results"
     for folder in (cities, results):
