@@ -1,4 +1,4 @@
-"""docs/background/cities.md: the default against plain baselines on many cities, ``make cities``. Goes on where it stopped.
+"""docs/background/cities.md: the default against plain baselines on many cities, ``make cities``; resumable.
 
 Which cities the default was designed on, and which it is reported on, families.py says. Every figure comes from the
 folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate).
