@@ -9,7 +9,7 @@ TARGET ?= runtime-cpu train
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 
-.PHONY: install services demo test lint types docs check-install benchmark results reliability batch fuzz gpu-check clean
+.PHONY: install services demo test lint types docs check-install benchmark cities results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -98,6 +98,10 @@ gpu-check:
 # Every night: 60 seconds a target.
 fuzz: install
 	TOPT_FUZZ_SECONDS=60 $(BIN)/pytest --timeout=0 tests/fuzz
+
+# docs/background/cities.md: the default against the plain baselines on many cities. Goes on where it was stopped.
+cities: install
+	$(BIN)/python dev/benchmarks/cities.py --data $(DATA) --coverage 0.9
 
 # docs/background/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install

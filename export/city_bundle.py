@@ -169,6 +169,11 @@ def export_bundle(
                 "scores": run.facts["scores"][task],
                 "scale": SCALE,
             }
+            | (
+                {"fold_scores": run.facts["fold_scores"][task], "parts": run.facts["parts"][task]}
+                if model.spec.rows.get(task, 1) > 1
+                else {}
+            )
             for task, settings in config.tasks.items()
         },
         views={view: tuple(names) for view, names in schema.views.items()},
@@ -176,6 +181,7 @@ def export_bundle(
         prompts=prompts,
         ranges=ranges,
         inputs=tuple(model.input_names()),
+        leverage=run.facts.get("leverage"),
         opset=OPSET,
         variants={
             "fp32": {
@@ -202,7 +208,8 @@ def export_bundle(
         (folder / WEIGHTS_FILE).write_bytes(graph.weights)
         (folder / "golden").mkdir()
         for name, city in cities.items():
-            expected = {task: pa.array(values) for task, values in run_model(model, arrays[name]).items()}
+            predicted = run_model(model, arrays[name])
+            expected = {task: pa.array(predicted[task]) for task in config.tasks}
             _write_golden(folder / "golden", name, city, pa.table(expected))
         if encoder is not None and inside:
             shutil.copytree(encoder.path, folder / ENCODER)

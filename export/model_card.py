@@ -29,6 +29,11 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
         "|---|---|---|---|---|---|---|",
     ]
     lines += [_row(task, facts["report"]) for task, facts in manifest.tasks.items()]
+    for task, facts in manifest.tasks.items():
+        if parts := facts.get("parts"):
+            lines += ["", f"What the parts of {task} weigh, and the MAE held out without each:", ""]
+            lines += ["| part | weight | MAE without |", "|---|---|---|"]
+            lines += [f"| {name} | {part['weight']:.0%} | {_without(part)} |" for name, part in parts.items()]
     lines += ["", "## Intended use", "", "\n\n".join(INTENDED_USE), "", "## What it reads", ""]
     lines += [f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()]
     lines += ["- flows between the regions"] if manifest.mobility else []
@@ -44,6 +49,10 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
     ]
     lines += ["|---|---|---|", *(f"| {p.city} | {p.regions} | {p.worst:.1e} |" for p in parity)]
     return "\n".join(lines) + "\n"
+
+
+def _without(part: Mapping[str, float]) -> str:
+    return f"{part['mae_without']:.1f}" if "mae_without" in part else ""
 
 
 def _row(task: str, report: Mapping[str, Any]) -> str:

@@ -108,7 +108,9 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
     # Traced here and not by torch.onnx.export, which would quietly fix the axis where the code made it constant.
     with torch.no_grad():
         traced = torch.export.export(module, arguments, dynamic_shapes=(axes,), strict=False)
-        inputs, outputs = ([name + _OUTER for name in names] for names in ((*module.names, _TILES), model.heads))
+        inputs, outputs = (
+            [name + _OUTER for name in names] for names in ((*module.names, _TILES), model.output_names())
+        )
         proto = translate(traced, inputs, outputs)
     _lay_tiles(proto)
     _name(proto)
@@ -137,7 +139,7 @@ def export_for_engine(model: TopT, sample: Mapping[str, Tensor], *, precision: s
         traced = torch.export.export(
             module, tuple(sample[name] for name in module.names), dynamic_shapes=(axes,), strict=False
         )
-        inputs, outputs = ([name + _OUTER for name in names] for names in (module.names, model.heads))
+        inputs, outputs = ([name + _OUTER for name in names] for names in (module.names, model.output_names()))
         proto = translate(traced, inputs, outputs)
     _name(proto)
     _strip(proto)

@@ -55,10 +55,10 @@ def compare(
     precision: str = "fp32",
     rounding: Mapping[str, float] | None = None,
 ) -> Parity:
-    """Compare predictions of all tasks, each (N,), by value and by ranking.
+    """Compare all that a model puts out, (N,) or (N, K) each, by value and by every column's ranking.
 
     Args:
-        expected, found: By task.
+        expected, found: By output: tasks, and what else the model puts out.
         city: Its name in messages.
         precision: Of the graph's weights: regions within its :data:`TIES` have no order.
         rounding: Of :func:`rounding`, by task: nor have those that it alone can swap.
@@ -70,9 +70,10 @@ def compare(
             worst = float("inf")
             continue
         worst = max(worst, _relative(b, a))
-        ranked = a[np.argsort(b, kind="stable")]  # must not decrease, ties apart
         tie = max(TIES[precision], OFF_BY_ROUNDING * (rounding or {}).get(task, 0.0))
-        swapped += int((ranked[:-1] - ranked[1:] > tie * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
+        for exact, other in zip(np.atleast_2d(a.T), np.atleast_2d(b.T), strict=True):
+            ranked = exact[np.argsort(other, kind="stable")]  # must not decrease, ties apart
+            swapped += int((ranked[:-1] - ranked[1:] > tie * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
     return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
 
 

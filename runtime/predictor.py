@@ -1,7 +1,7 @@
 """The Python face of the runtime: a loaded bundle that turns a city's tables into predictions, Arrow to Arrow."""
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, file_of
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
-from topt_deploy.intervals import SCALE, carries, interval
+from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
 from topt_deploy.prompts.precision import comparable
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
@@ -36,6 +36,9 @@ OK = "ok"
 EXTRAPOLATED = "extrapolated"
 MASKED = "masked"
 REASONS_SHOWN = 3
+RANGE_BEYOND = 0.5
+"""How far outside the training range a single quantity is a reason for doubt: half of the range's own width, in
+logarithms. Less is common in any other city."""
 WORTH_RELEASING_BYTES = 2 << 20
 """Size of the model's inputs from which on Arrow gives back, before the model runs, what reading them took. Of small
 cities a batch needs it again at once."""
@@ -126,7 +129,7 @@ class Predictor:
         return session
 
     def _check_names(self, session: "Session | HostSession") -> None:
-        for side, names in (("inputs", self.bundle.manifest.inputs), ("outputs", self.tasks)):
+        for side, names in (("inputs", self.bundle.manifest.inputs), ("outputs", self.bundle.manifest.outputs)):
             found = getattr(session, side)
             if sorted(found) != sorted(names):  # an engine has them in an order of its own
                 raise BadBundle(
@@ -221,25 +224,33 @@ class Predictor:
         arrays = features(city, manifest.inputs)
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
             pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
-        predicted = self.session.run(arrays, chosen)
+        beside = [name for name in manifest.outputs if name == LEVERAGE or name in {task + FOLDS for task in chosen}]
+        predicted = self.session.run(arrays, [*chosen, *beside])
         for task, values in predicted.items():
-            if values.shape != (len(city),):
+            folds = manifest.tasks[task.removesuffix(FOLDS)]["fold_scores"] if task in beside[:-1] else []
+            shape = (len(city), len(folds)) if folds else (len(city),)
+            if values.shape != shape:
                 raise BadBundle(
                     "the graph does not give one number per region", file=self.bundle.path, column=task,
-                    expected=(len(city),), found=values.shape,
+                    expected=shape, found=values.shape,
                 )  # fmt: skip
             if not np.isfinite(values).all():
                 raise BadData(
                     "the model gives no finite number for this input", file=_name(regions), column=task,
                     ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
                 )  # fmt: skip
-        results = {task: self._result(task, values, coverage) for task, values in predicted.items()}
-        return Predictions(city, results, self._extrapolated(city), sieve)
+        results = {task: self._result(task, predicted, coverage) for task in chosen}
+        return Predictions(city, results, self._extrapolated(city, predicted.get(LEVERAGE)), sieve)
 
-    def _result(self, task: str, values: Array, coverage: float | None) -> "_Result":
+    def _result(self, task: str, predicted: Mapping[str, Array], coverage: float | None) -> "_Result":
+        values, facts = predicted[task], self.bundle.manifest.tasks[task]
         if coverage is None and (coverage := self.coverage(task)) is None:
             return _Result(values, None, None)
-        return _Result(values, *interval(values, self.bundle.manifest.tasks[task]["scores"], coverage))
+        if "fold_scores" in facts:
+            return _Result(
+                values, *cv_plus(values, predicted[task + FOLDS], facts["fold_scores"], predicted[LEVERAGE], coverage)
+            )
+        return _Result(values, *interval(values, facts["scores"], coverage))
 
     def coverage(self, task: str, coverage: float = COVERAGE) -> float | None:
         """The coverage of a task's intervals; None where its labels are too few for them."""
@@ -325,8 +336,12 @@ class Predictor:
                     expected=trained, found=given, fix="encode them in the precision of the training city's",
                 )  # fmt: skip
 
-    def _extrapolated(self, city: City) -> list[str]:
-        """Per region, in canonical order, which quantities lie outside the training range; empty if none."""
+    def _extrapolated(self, city: City, leverage: Array | None) -> list[str]:
+        """Per region, in canonical order, why it is unlike the training regions; empty where it is not.
+
+        By its leverage, or by a quantity that lies far outside the training range (:data:`RANGE_BEYOND`), and then with
+        all that lie outside; by these alone where the bundle's graph puts out no leverage.
+        """
         outside: list[list[str]] = [[] for _ in range(len(city))]
         columns = range_columns(city, self.bundle.manifest.schema)
         values = np.array([*columns.values()]).reshape(len(columns), len(city))
@@ -335,6 +350,17 @@ class Predictor:
         names, sides = list(columns), ("below", "above")
         for column, side, region in np.argwhere(np.stack([values < low, values > high], axis=1)).tolist():
             outside[region].append(f"{names[column]} {sides[side]} the training range")
+        far = self.bundle.manifest.leverage
+        wide = np.log1p(np.maximum(np.stack([low, high]), 0))
+        reach = RANGE_BEYOND * (wide[1] - wide[0])
+        logs = np.log1p(np.maximum(values, 0))
+        absurd = ((logs < wide[0] - reach) | (logs > wide[1] + reach)).any(axis=0)
+        if leverage is not None and far is not None:
+            over = leverage / max(float(far["threshold"]), 1e-12)
+            for region, times in enumerate(over.tolist()):
+                # What lies outside of a single range is common, and no reason for doubt alone.
+                told = f"unlike the training regions: leverage {times:.2g} times the largest that is trusted"
+                outside[region] = [told] * (times > 1) + (outside[region] if times > 1 or absurd[region] else [])
         return [
             "; ".join(r[:REASONS_SHOWN]) + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
             for r in outside

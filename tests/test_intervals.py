@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from topt_deploy.errors import UsageError
-from topt_deploy.intervals import interval, scores
+from topt_deploy.intervals import coverage_by_size, cv_plus, fold_scores, interval, scores, spread
 
 
 def test_scores_are_sorted_errors_of_roots_and_leave_out_what_took_no_part() -> None:
@@ -40,3 +40,69 @@ def test_a_new_region_falls_inside_as_often_as_promised(coverage: float) -> None
 def test_a_coverage_that_the_labels_cannot_carry_is_refused(coverage: float) -> None:
     with pytest.raises(UsageError, match=r"at most 0\.950, with 19 labelled regions"):
         interval(np.ones(3), [1.0] * 19, coverage)
+
+
+class TestCvPlus:
+    def test_ends_are_the_quantiles_of_its_definition(self) -> None:
+        rng = np.random.default_rng(2)
+        labels, fold = rng.gamma(2, 50, 19), np.arange(19) % 4
+        held_out, leverage = rng.gamma(2, 50, 19), rng.random(19)
+        score = fold_scores(labels, held_out, fold, leverage)
+        folds, new = rng.gamma(2, 50, (5, 4)), rng.random(5)
+        lower, upper = cv_plus(np.median(folds, axis=1), folds, score, new, 0.8)
+        residual = np.abs(np.cbrt(labels) - np.cbrt(held_out)) / np.sqrt(1 + leverage)
+        for x in range(5):
+            ends = np.cbrt(folds[x, fold]) + np.sqrt(1 + new[x]) * residual
+            starts = np.cbrt(folds[x, fold]) - np.sqrt(1 + new[x]) * residual
+            rank = math.ceil(20 * 0.8)
+            np.testing.assert_allclose(upper[x], np.sort(ends)[rank - 1] ** 3)
+            np.testing.assert_allclose(lower[x], max(np.sort(starts)[19 - rank], 0) ** 3)
+
+    def test_scores_keep_no_order_of_the_regions_within_a_fold(self) -> None:
+        labels, fold = np.array([8.0, 27.0, 1.0, np.nan]), np.array([0, 0, 1, -1])
+        found = fold_scores(labels, np.array([1.0, 27.0, 8.0, np.nan]), fold, np.zeros(4))
+        assert found == [[0.0, pytest.approx(1)], [pytest.approx(1)]]
+
+    def test_far_from_the_labelled_regions_intervals_are_wider(self) -> None:
+        folds = np.full((2, 3), 1000.0)
+        lower, upper = cv_plus(folds[:, 0], folds, [[0.1, 0.2], [0.3], [0.4, 0.5]], np.array([0.1, 8.0]), 0.8)
+        assert lower[1] < lower[0] < 1000 < upper[0] < upper[1]
+        np.testing.assert_allclose(spread(np.array([8.0])), 3)
+
+    def test_holds_as_often_as_promised_on_new_regions(self) -> None:
+        rng, inside, trials, n, folds = np.random.default_rng(3), 0, 300, 40, 5
+        for _ in range(trials):
+            x = rng.normal(size=(n + 1, 3))
+            y = (5 + x @ [0.5, 0.3, 0.0] + rng.normal(scale=0.5, size=n + 1)).clip(0) ** 3
+            fold = np.arange(n) % folds
+            fits = [np.linalg.lstsq(np.c_[np.ones((fold != k).sum()), x[:n][fold != k]], np.cbrt(y[:n][fold != k]),
+                                    rcond=None)[0] for k in range(folds)]  # fmt: skip
+            said = np.stack([(np.c_[np.ones(n + 1), x] @ fit).clip(0) ** 3 for fit in fits], axis=1)
+            score = fold_scores(y[:n], said[np.arange(n), fold], fold, np.zeros(n))
+            lower, upper = cv_plus(said[n:].mean(axis=1), said[n:], score, np.zeros(1), 0.9)
+            inside += bool(lower[0] <= y[n] <= upper[0])
+        assert inside / trials > 0.9 - 3 * math.sqrt(0.09 / trials)
+        assert inside / trials < 0.97
+
+    def test_the_final_prediction_is_never_outside(self) -> None:
+        lower, upper = cv_plus(np.array([8.0, 5000.0]), np.full((2, 2), 1000.0), [[0.1], [0.1]], np.zeros(2), 0.5)
+        assert lower[0] == 8 < upper[0]
+        assert lower[1] < upper[1] == 5000
+
+    def test_too_few_labels_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="with 3 labelled regions"):
+            cv_plus(np.ones(1), np.ones((1, 2)), [[0.1], [0.2, 0.3]], np.zeros(1), 0.9)
+
+
+def test_coverage_by_size_uses_the_other_regions_scores() -> None:
+    labels = np.arange(1.0, 31) ** 3
+    held_out = (np.cbrt(labels) + 0.01 * np.arange(30)) ** 3
+    found = coverage_by_size(labels, held_out, np.zeros(30, int), np.zeros(30), 0.9)
+    assert set(found) == {"all", "small", "medium", "large"}
+    assert found["small"] == found["medium"] == 1
+    inside = []
+    for i in range(30):
+        others = np.sort(np.delete(0.01 * np.arange(30), i))
+        inside.append(0.01 * i <= others[math.ceil(30 * 0.9) - 1] + 1e-9)
+    assert found["all"] == pytest.approx(np.mean(inside))
+    assert coverage_by_size(labels[:5], held_out[:5], np.zeros(5, int), np.zeros(5), 0.9) == {}

@@ -1,9 +1,17 @@
-"""Prediction intervals from held-out errors (cross-conformal; Vovk 2015, Barber et al. 2021).
+"""Prediction intervals from held-out errors.
 
 An error is measured on the scale of ∛count, where its spread depends least on the size of the count (dev/LOG.md). A
-region's score is the error of the fold that did not train on it. The interval of a new region is every count whose
-score would be no larger than a given share of those; it is right that often as far as the new region is like the
-labelled ones.
+region's score is the error of the fold that did not train on it.
+
+**CV+** (Barber, Candès, Ramdas and Tibshirani, Annals of Statistics 2021): the ends of a new region's interval are
+quantiles of μ₋ₖ₍ᵢ₎(x) ± Rᵢ over the labelled regions i, where μ₋ₖ₍ᵢ₎ is the fit that did not see i. For regions
+that are exchangeable with the labelled ones, an interval of nominal coverage 1 − α holds with a probability of at least
+about 1 − 2α, and in practice of about 1 − α. Scores are normalised by √(1 + h), h the region's leverage
+(:mod:`topt_deploy.model.leverage`): far from the labelled regions intervals grow wider. The bundle has scores by fold,
+sorted, and no region's row.
+
+**Around the final fit** (bundles without fits of the folds): the final prediction ± a quantile of the scores. This has
+no guarantee for finite samples.
 """
 
 import math
@@ -16,6 +24,12 @@ from .errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
+FOLDS = "_folds"
+"""After a task's name, the graph's output of the folds' fits (N, K)."""
+LEVERAGE = "leverage"
+"""The graph's output of the regions' leverage (N,)."""
+ENTRIES = 1 << 22
+"""Of the matrix of regions and scores that is sorted at once."""
 SCALE = "cbrt"
 """The scale of scores, ∛count; a bundle records it beside its scores."""
 
@@ -42,6 +56,12 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
     Raises:
         UsageError: If so few labels cannot carry so high a coverage.
     """
+    _check(score, coverage)
+    root, width = np.cbrt(np.maximum(prediction, 0)), score[_rank(score, coverage) - 1]
+    return np.maximum(root - width, 0) ** 3, (root + width) ** 3
+
+
+def _check(score: Sequence[float] | Array, coverage: float) -> None:
     if not carries(score, coverage):
         highest = len(score) / (len(score) + 1)
         raise UsageError(
@@ -50,14 +70,79 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
             found=f"{coverage:g}",
             fix="lower --coverage",
         )
-    root, width = np.cbrt(np.maximum(prediction, 0)), score[_rank(score, coverage) - 1]
-    return np.maximum(root - width, 0) ** 3, (root + width) ** 3
 
 
-def carries(score: Sequence[float], coverage: float) -> bool:
+def carries(score: Sequence[float] | Array, coverage: float) -> bool:
     """True if there are enough labels for an interval of this coverage."""
     return 0 < coverage < 1 and _rank(score, coverage) <= len(score)
 
 
-def _rank(score: Sequence[float], coverage: float) -> int:
+def _rank(score: Sequence[float] | Array, coverage: float) -> int:
     return math.ceil((len(score) + 1) * coverage)
+
+
+def spread(leverage: Array) -> Array:
+    """What scores are divided by, and intervals multiplied: √(1 + h) (N,)."""
+    root: Array = np.sqrt(1 + np.maximum(leverage, 0))
+    return root
+
+
+def fold_scores(labels: Array, held_out: Array, fold: Array, leverage: Array) -> list[list[float]]:
+    """Sorted normalised scores |∛y − ∛ŷ| / √(1 + h) of each fold's held-out regions.
+
+    Args:
+        labels, held_out: (N,), NaN where unknown.
+        fold: int64 (N,), the fold that a region was held out in; -1 for none.
+        leverage: (N,), each labelled region's with respect to the others.
+    """
+    normal = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0))) / spread(leverage)
+    own = [normal[(fold == k) & ~np.isnan(normal)] for k in range(int(fold.max()) + 1)]
+    return [sorted(float(score) for score in scores) for scores in own]
+
+
+def coverage_by_size(labels: Array, held_out: Array, fold: Array, leverage: Array, coverage: float) -> dict[str, float]:
+    """How often intervals hold around the held-out predictions of labelled regions, each by the scores of the others:
+    of all, and of the thirds by predicted size. Empty with too few labels for such intervals."""
+    own = np.flatnonzero((fold >= 0) & ~np.isnan(held_out) & ~np.isnan(labels))
+    normal = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0)))[own] / spread(leverage)[own]
+    if not carries(normal[1:], coverage):
+        return {}
+    ordered, rank = np.sort(normal), _rank(normal[1:], coverage) - 1
+    # Without a score below the quantile, the quantile of the others is the next larger one.
+    limit = np.where(normal <= ordered[rank], ordered[min(rank + 1, len(ordered) - 1)], ordered[rank])
+    inside = normal <= limit
+    thirds = np.array_split(np.argsort(held_out[own], kind="stable"), 3)
+    named = zip(("small", "medium", "large"), thirds, strict=True)
+    return {"all": float(inside.mean())} | {name: float(inside[part].mean()) for name, part in named if len(part)}
+
+
+def cv_plus(
+    prediction: Array, folds: Array, score: Sequence[Sequence[float]], leverage: Array, coverage: float
+) -> tuple[Array, Array]:
+    """Lower and upper ends for every region, by CV+.
+
+    Args:
+        prediction: (N,) counts, of the fit of all labels. An end that would leave it outside is moved to it, which
+            costs no coverage.
+        folds: (N, K) counts, as the fits of the K folds predict every region.
+        score: :func:`fold_scores` of the training city.
+        leverage: (N,), the regions'.
+        coverage: How often the interval should hold, in (0, 1).
+
+    Raises:
+        UsageError: If so few labels cannot carry so high a coverage.
+    """
+    flat = np.array([s for scores in score for s in scores])
+    _check(flat, coverage)
+    column = np.repeat(np.arange(len(score)), [len(scores) for scores in score])
+    root, wide = np.cbrt(np.maximum(folds, 0)), spread(leverage)
+    rank = _rank(flat, coverage) - 1
+    ends = np.empty((2, len(folds)))
+    step = max(1, ENTRIES // len(flat))
+    for start in range(0, len(folds), step):
+        part = slice(start, start + step)
+        centre, reach = root[part][:, column], wide[part, None] * flat
+        # The k-th smallest of all upper ends, and, by symmetry, the k-th largest of all lower ends.
+        ends[0, part] = -np.partition(reach - centre, rank, axis=1)[:, rank]
+        ends[1, part] = np.partition(centre + reach, rank, axis=1)[:, rank]
+    return np.minimum(np.maximum(ends[0], 0) ** 3, prediction), np.maximum(ends[1] ** 3, prediction)

@@ -1,4 +1,9 @@
-"""Train a task's ensemble head (topt_deploy.model.topt.EnsembleHead); all training sets as one batch."""
+"""Train a task's ensemble head (topt_deploy.model.topt.EnsembleHead); all training sets as one batch.
+
+Every training set is split once more, into inner folds. What a part predicts of the inner folds that it did not train
+on says what it weighs in that training set's head (:mod:`.stacking`): no label that is held out of the training set has
+a part in it.
+"""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.config.settings import Config
+from topt_deploy.config.settings import Config, EnsembleConfig
 from topt_deploy.data.city import Schema
-from topt_deploy.data.features import all_widths
-from topt_deploy.model.gaussian_process import KernelHead, maximise_evidence
+from topt_deploy.data.features import all_widths, feature_widths
+from topt_deploy.model.gaussian_process import PROMPT, KernelHead, maximise_evidence
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import Network
 from topt_deploy.model.target import Target
-from topt_deploy.model.topt import EnsembleHead
+from topt_deploy.model.topt import EnsembleHead, all_features
 
 from .loop import Workplace
-from .prompt4re import HeadResult, one_label
+from .prompt4re import HeadResult, fit_head, last_members, one_label
+from .stacking import Rows, stack, with_inner
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +38,9 @@ def train_ensemble(
     config: Config,
     task: str,
     place: Workplace,
+    *,
+    embedding: Tensor | None = None,
+    rows: int = 1,
 ) -> HeadResult:
     """Train the ensemble head of ``task``.
 
@@ -42,8 +51,13 @@ def train_ensemble(
         inputs: :func:`topt_deploy.data.features.features` as tensors on the engine's device.
         prompts: (N, H), or None without prompts.
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
+        embedding: E (N, D), frozen; None where the settings have no SREL.
+        rows: How many of the training sets, the last ones, the head holds the fits of.
     """
-    (result,) = train_ensembles(inputs, schema, prompts, [labels], [config], task, place)
+    embeddings = None if embedding is None else [embedding]
+    (result,) = train_ensembles(
+        inputs, schema, prompts, [labels], [config], task, place, embeddings=embeddings, rows=rows
+    )
     return result
 
 
@@ -55,6 +69,9 @@ def train_ensembles(
     configs: Sequence[Config],
     task: str,
     place: Workplace,
+    *,
+    embeddings: Sequence[Tensor] | None = None,
+    rows: int = 1,
 ) -> list[HeadResult]:
     """:func:`train_ensemble` of several seeds, whose networks are trained as one batch.
 
@@ -64,14 +81,24 @@ def train_ensembles(
     Args:
         labels: Of every seed.
         configs: The same for every seed, but for the seed.
+        embeddings: Of every seed; None where the settings have no SREL.
+        rows: As in :func:`train_ensemble`.
     """
     settings, stage, device = configs[0].tasks[task].ensemble, f"ensemble/{task}", place.engine.device
     begun: list[_Begun] = []
-    for rows, config in zip(labels, configs, strict=True):
+    for own, config in zip(labels, configs, strict=True):
         place.engine.seed(config.seed, stage)
-        begun.append(_begin(inputs, schema, prompts, rows, config, task, stage, device))
+        split = with_inner(own, folds=settings.inner_folds, seed=config.seed)
+        begun.append(_begin(inputs, schema, prompts, split, config, task, stage, device, rows))
     if settings.network:
         _train_networks(begun, configs[0], task, stage, place)
+    if settings.topt:
+        features, alone = all_features(inputs, schema), len(begun) == 1
+        for i, (one, config) in enumerate(zip(begun, configs, strict=True)):
+            embedding = None if embeddings is None else embeddings[i]
+            there = place if alone else replace(place, checkpoints=None)
+            place.engine.seed(config.seed, f"prompt4re/{task}")
+            one.add_topt(embedding, features, config, task, there)
     return [one.result() for one in begun]
 
 
@@ -81,49 +108,87 @@ class _Begun:
 
     Attributes:
         head: The head, with its Gaussian processes.
+        rows: The training sets, and their inner folds': S rows in all.
         target: The target scale of every row.
         scaled: Labels on it (S, N).
         known: bool (S, N).
         parts: The prediction of each regression so far, (S, N) each, on the target scale.
         x: The input of the networks (N, F).
+        coordinates: The prompts in their basis (N, R); None without.
         network: Every row's networks, and the state of the random numbers from which they draw.
     """
 
     head: EnsembleHead
+    rows: Rows
     target: Target
     scaled: Tensor
     known: Tensor
     parts: list[Tensor]
     x: Tensor
+    coordinates: Tensor | None
     network: Network | None
     random: torch.Generator
 
+    def kept(self) -> slice:
+        """The rows that the head holds the fits of."""
+        return slice(self.rows.outer - self.head.rows, self.rows.outer)
+
+    def add_topt(self, embedding: Tensor | None, features: Tensor, config: Config, task: str, place: Workplace) -> None:
+        """Train Prompt4RE on the embedding, as one more part."""
+        model, outputs = fit_head(embedding, features, self.coordinates, self.rows.labels, config, task, place)
+        members = config.tasks[task].prompt4re.members
+        self.parts.append(outputs.double().unflatten(0, (-1, members)).mean(dim=1))
+        outer = {
+            name: tensor[: self.rows.outer * members] if name.startswith(("head.", "target.")) else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        assert self.head.topt is not None
+        self.head.topt.load_state_dict(last_members(outer, self.head.rows * members))
+
+    @torch.no_grad()
     def result(self) -> HeadResult:
-        """Of all regressions."""
-        with torch.no_grad():
-            predicted = self.target.counts(torch.stack(self.parts).mean(dim=0)).cpu().numpy()
-        self.head.target.mean.copy_(self.target.mean[-1:])
-        self.head.target.scale.copy_(self.target.scale[-1:])
-        return HeadResult(head=self.head.cpu().eval(), predicted=predicted)
+        """Of all regressions: what they weigh, and what they say together."""
+        bounded = torch.stack([self.target.bounded(part) for part in self.parts])  # (P, S, N)
+        outer = self.rows.outer
+        weights = stack(bounded.cpu().numpy(), self.scaled.cpu().numpy(), self.rows)  # (outer, P)
+        named = self.head.parts()
+
+        def counts(shares: Array) -> Array:
+            combined = torch.zeros_like(bounded[0])
+            combined[:outer] = torch.einsum("sp,psn->sn", torch.tensor(shares).to(bounded), bounded[:, :outer])
+            return self.target.counts(combined)[:outer].cpu().numpy()
+
+        without = {}
+        for p, name in enumerate(named if len(named) > 1 else []):
+            others = np.where(np.arange(len(named)) == p, 0.0, weights)
+            without[name] = counts(others / others.sum(axis=1, keepdims=True))
+        for name, tensor in self.target.state_dict().items():
+            self.head.target.state_dict()[name].copy_(tensor[self.kept()])
+        self.head.weights.copy_(torch.tensor(weights)[self.kept()])
+        shares = dict(zip(named, weights[-1].tolist(), strict=True))
+        return HeadResult(head=self.head.cpu().eval(), predicted=counts(weights), weights=shares, without=without)
 
 
 def _begin(
     inputs: Mapping[str, Tensor],
     schema: Schema,
     prompts: Tensor | None,
-    labels: Array,
+    split: Rows,
     config: Config,
     task: str,
     stage: str,
     device: torch.device,
+    rows: int,
 ) -> _Begun:
-    settings = config.tasks[task].ensemble
+    settings, labels = config.tasks[task].ensemble, split.labels
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), config.tasks[task].prompt4re.components)
     head = EnsembleHead(
         widths=all_widths(schema),
+        features=sum(feature_widths(schema).values()),
         prompt_width=0 if basis is None else basis.basis.shape[0],
         rank=0 if basis is None else basis.basis.shape[1],
         settings=config.tasks[task],
+        rows=rows,
     )
     if basis is not None:
         head.basis = basis
@@ -137,16 +202,21 @@ def _begin(
     parts = []
     if head.kernel is not None:
         seed = zlib.crc32(f"{config.seed}/{stage}".encode())
-        parts += _fit_kernel(head.kernel, views, scaled, known, seed=seed)
+        parts += _fit_kernel(head.kernel, views, scaled, known, split, rows, seed=seed)
     network = None
     if head.network is not None:
         head.network.standardize.fit(x)
-        network = Network(members=len(labels) * settings.members, inputs=x.shape[1], config=settings).to(device)
+        network = Network(members=sum(_members(split, settings)), inputs=x.shape[1], config=settings).to(device)
         network.standardize = head.network.standardize
     return _Begun(
-        head=head, target=target, scaled=scaled, known=known, parts=parts, x=x, network=network,
-        random=random_here(device),
+        head=head, rows=split, target=target, scaled=scaled, known=known, parts=parts, x=x,
+        coordinates=views.get(PROMPT), network=network, random=random_here(device),
     )  # fmt: skip
+
+
+def _members(rows: Rows, settings: EnsembleConfig) -> list[int]:
+    """How many networks every row has: one for an inner fold, where only their share of the whole is in question."""
+    return [settings.members if row < rows.outer else 1 for row in range(len(rows.parents))]
 
 
 def random_here(device: torch.device) -> torch.Generator:
@@ -169,8 +239,10 @@ def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: s
         engine = replace(place.engine, compile=False)
         place = replace(place, engine=engine, checkpoints=None)
     known = torch.cat([one.known for one in begun])
-    weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(settings.members, dim=0)
-    aims = torch.cat([one.scaled for one in begun]).float().repeat_interleave(settings.members, dim=0)
+    counts = [_members(one.rows, settings) for one in begun]
+    each = torch.tensor([count for own in counts for count in own], device=known.device)
+    weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(each, dim=0)
+    aims = torch.cat([one.scaled for one in begun]).float().repeat_interleave(each, dim=0)
     place.fit(
         network,
         lambda: {"fit": ((network(x) - aims).square() * weights).sum()},
@@ -181,33 +253,44 @@ def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: s
         generators=generators,
     )
     with torch.no_grad():
-        everything = network.eval()(x).double()  # (ΣS · members, N)
+        everything = network.eval()(x).double()  # (Σ members, N)
     state, stop = network.state_dict(), 0
-    for one in begun:
-        start, stop = stop, stop + len(one.known) * settings.members
-        one.parts.append(everything[start:stop].unflatten(0, (len(one.known), settings.members)).mean(dim=1))
-        last = {name: t[stop - settings.members : stop] for name, t in state.items() if "standardize" not in name}
+    for one, own in zip(begun, counts, strict=True):
+        start, stop = stop, stop + sum(own)
+        one.parts.append(torch.stack([part.mean(dim=0) for part in everything[start:stop].split(own)]))
+        first, end = start + one.kept().start * settings.members, start + one.rows.outer * settings.members
+        last = {name: t[first:end] for name, t in state.items() if "standardize" not in name}
         assert one.head.network is not None
         one.head.network.load_state_dict(one.head.network.state_dict() | last)
 
 
 @torch.no_grad()
 def _fit_kernel(
-    head: KernelHead, views: Mapping[str, Tensor], scaled: Tensor, known: Tensor, *, seed: int
+    head: KernelHead,
+    views: Mapping[str, Tensor],
+    scaled: Tensor,
+    known: Tensor,
+    split: Rows,
+    rows: int,
+    *,
+    seed: int,
 ) -> list[Tensor]:
-    """Give the head the last row's mean coefficients; return each regression's predictions of every row, (S, N)."""
+    """Give the head the last training sets' coefficients; return each regression's predictions of every row, (S, N).
+
+    The rows of inner folds take the kernels' weights from their training set's own fit, which saw no more labels.
+    """
     head.fit_features({name: view.cpu() for name, view in views.items()}, seed)
     features = head.features(views)
     blocks = features.split(head.sizes, dim=1)
     predicted = []
     head.coefficients.zero_()
     places = torch.arange(features.shape[1]).split(head.sizes)
-    for kernels in head.nested():
+    for p, kernels in enumerate(head.regressions().values()):
         seen = torch.cat([blocks[q] for q in kernels], dim=1)
         with torch.enable_grad():
-            fitted = maximise_evidence(seen, [head.sizes[q] for q in kernels], scaled, known, steps=head.steps)
-        head.coefficients[torch.cat([places[q] for q in kernels])] += fitted.coefficients[-1].float() / len(
-            head.lengths
-        )
+            sizes = [head.sizes[q] for q in kernels]
+            fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents)
+        kept = fitted.coefficients[split.outer - rows : split.outer].float()
+        head.coefficients[:, p, torch.cat([places[q] for q in kernels])] = kept
         predicted.append(fitted.coefficients @ seen.double().T)
     return predicted

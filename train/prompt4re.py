@@ -1,6 +1,7 @@
 """Stage 2: train a task's Prompt4RE head on frozen embeddings; all training sets as one batch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,14 @@ class HeadResult:
     Attributes:
         head: The head of the last training set, in evaluation mode.
         predicted: float64 (S, N): counts, every region as each training set's head predicts it, at the last epoch.
+        weights: What the parts of an ensemble weigh in the head, by name; they add up to 1.
+        without: As ``predicted``, with one part left out and the others' weights scaled up, by the part's name.
     """
 
     head: TaskHead | EnsembleHead
     predicted: Array
+    weights: Mapping[str, float] = field(default_factory=dict)
+    without: Mapping[str, Array] = field(default_factory=dict)
 
 
 def fold_of(labels: Array, *, folds: int, seed: int, drop_zeros: bool) -> Array:
@@ -86,27 +91,62 @@ def train_head(
         prompts: (N, H), or None without Prompt4RE.
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
     """
+    place.engine.seed(config.seed, f"prompt4re/{task}")
+    settings = config.tasks[task].prompt4re
+    basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components).to(features.device)
+    coordinates = None if basis is None else basis(prompts)
+    model, outputs = fit_head(embedding, features, coordinates, labels, config, task, place)
+    with torch.no_grad():
+        predicted = model.target.counts(outputs)  # (M, N)
+    by_row = predicted.double().cpu().numpy().reshape(len(labels), settings.members, -1).mean(axis=1)
+    final = TaskHead(
+        members=settings.members,
+        features=features.shape[1],
+        rank=0 if basis is None else basis.basis.shape[1],
+        settings=config.tasks[task],
+        prompt_width=0 if basis is None else basis.basis.shape[0],
+    )
+    state = model.state_dict() if basis is None else model.state_dict() | basis.state_dict(prefix="basis.")
+    final.load_state_dict(last_members(state, settings.members))
+    return HeadResult(head=final.eval(), predicted=by_row)
+
+
+def last_members(state: Mapping[str, Tensor], members: int) -> dict[str, Tensor]:
+    """A head's weights with the last members alone: they have the members in front, and the rest is shared by all."""
+    return {
+        name: tensor[-members:] if name.startswith(("head.", "target.")) else tensor for name, tensor in state.items()
+    }
+
+
+def fit_head(
+    embedding: Tensor | None,
+    features: Tensor,
+    coordinates: Tensor | None,
+    labels: Array,
+    config: Config,
+    task: str,
+    place: Workplace,
+) -> tuple[TaskHead, Tensor]:
+    """Train the heads of all training sets as one batch.
+
+    Args:
+        embedding: E (N, D), frozen; None without SREL.
+        features: All views side by side (N, F).
+        coordinates: (N, R), the prompts in their basis; None without Prompt4RE.
+        labels: float64 (S, N), a training set per row.
+
+    Returns:
+        The heads, and what they say of every region on the standardised target scale (S · members, N).
+    """
     settings = config.tasks[task].prompt4re
     stage, device = f"prompt4re/{task}", place.engine.device
-    repeat = settings.members
     known = ~np.isnan(labels)
-    weights = torch.tensor(known.repeat(repeat, axis=0)).float().to(device)  # (S · repeat, N) ∈ {0, 1}
+    weights = torch.tensor(known.repeat(settings.members, axis=0)).float().to(device)  # (S · members, N) ∈ {0, 1}
     counts = torch.tensor(one_label(labels)).to(device)
-
-    place.engine.seed(config.seed, stage)
-    basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components)
-    sizes: dict[str, Any] = {
-        "features": features.shape[1],
-        "prompt_width": 0 if basis is None else basis.basis.shape[0],
-        "rank": 0 if basis is None else basis.basis.shape[1],
-        "settings": config.tasks[task],
-    }
-    model = TaskHead(members=len(weights), **sizes)
-    if basis is not None:
-        model.basis = basis
+    rank = 0 if coordinates is None else coordinates.shape[1]
+    model = TaskHead(members=len(weights), features=features.shape[1], rank=rank, settings=config.tasks[task])
     model.to(device)
     with torch.no_grad():  # what depends on no trained weight is computed once
-        coordinates = model.coordinates(prompts)
         if model.skip is not None:
             model.skip.fit(model.joined(embedding, features, coordinates))
         seen = model.see(embedding, features, coordinates)
@@ -128,18 +168,8 @@ def train_head(
             stage=stage,
             config=config,
             depends_on=config.tasks[task],
-            capturable=basis is None or not settings.alignment or one_tile(labels.shape[1]),
+            capturable=coordinates is None or not settings.alignment or one_tile(labels.shape[1]),
         )
     model.eval()
     with torch.no_grad(), held_on(device):
-        predicted = model.target.counts(model.head(seen, coordinates))  # (M, N)
-    by_row = predicted.double().cpu().numpy().reshape(len(labels), repeat, -1).mean(axis=1)
-    final = TaskHead(members=repeat, **sizes)
-    # Weights have the members in front, and the last training set's are the last; the rest is shared by all.
-    final.load_state_dict(
-        {
-            name: tensor[-repeat:] if name.startswith(("head.", "target.")) else tensor
-            for name, tensor in model.state_dict().items()
-        }
-    )
-    return HeadResult(head=final.eval(), predicted=by_row)
+        return model, model.head(seen, coordinates)

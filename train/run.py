@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.config.settings import Config
-from topt_deploy.data.city import City, infer_schema, read_city
-from topt_deploy.data.features import features, range_columns
+from topt_deploy.data.city import City, Schema, infer_schema, read_city
+from topt_deploy.data.features import all_widths, features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, UsageError
-from topt_deploy.intervals import scores
+from topt_deploy.intervals import coverage_by_size, fold_scores, scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
+from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.storage.atomic import sha256_file, sweep_folder, writing
@@ -38,6 +39,10 @@ Array = np.ndarray[Any, Any]
 
 HELD_OUT_FILE = "held_out.parquet"
 METRICS_FILE = "metrics.jsonl"
+FENCE = 1.5
+"""Quartile distances of Tukey's fence."""
+COVERAGE = 0.9
+"""Of the intervals whose coverage a run tells."""
 PROTOCOL = (
     "held out = every labelled region predicted by the fold that did not train on it (KFold, shuffled, fixed seed),"
     " last epoch, nothing selected; stage 1 and the prompt basis see the features of all regions and no label"
@@ -164,7 +169,10 @@ def train_run(
         )
         labels = training_sets(city.labels[task], fold)
         if settings.ensemble.enabled:
-            results[task] = train_ensemble(inputs, schema, prompts, labels, config, task, place)
+            embedding = embeddings[config.embedding_of(task)] if settings.embeds else None
+            results[task] = train_ensemble(
+                inputs, schema, prompts, labels, config, task, place, embedding=embedding, rows=len(labels)
+            )
         else:
             embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
             results[task] = train_head(embedding, all_, prompts, labels, config, task, place)
@@ -172,7 +180,13 @@ def train_run(
     ranks = {
         task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
     }
-    model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks))
+    ensembles = [task for task, settings in config.tasks.items() if settings.ensemble.enabled]
+    rows = {task: len(results[task].predicted) for task in ensembles}
+    leverage, far = _leverage(city, schema, inputs, outcomes, ensembles)
+    rank = 0 if leverage is None else leverage.factor.shape[1]
+    model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks, rows=rows, leverage=rank))
+    if leverage is not None and model.leverage is not None:
+        model.leverage.load_state_dict(leverage.state_dict())
     for name, srel in srels.items():
         model.srel[name].load_state_dict(srel.cpu().state_dict())
     for task, result in results.items():
@@ -195,6 +209,19 @@ def train_run(
             "synthetic": city.synthetic,
             "protocol": PROTOCOL,
             "scores": {task: scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()},
+            "fold_scores": {
+                task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
+                for task in ensembles
+            },
+            "coverage": {
+                task: coverage_by_size(
+                    city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out, COVERAGE
+                )
+                for task in ensembles
+            },
+            "leverage": None if leverage is None else {"threshold": far.threshold},
+            "far": far.regions(city),
+            "parts": {task: _parts(city.labels[task], results[task], outcomes[task]) for task in ensembles},
             "reports": {task: asdict(r) for task, r in reports.items()},
             "ranges": ranges,
             "seconds": round(time.monotonic() - began, 1),
@@ -209,6 +236,52 @@ def train_run(
         }
     )
     return reports
+
+
+def _parts(labels: Array, result: HeadResult, outcome: Outcome) -> dict[str, dict[str, float]]:
+    """What each part of an ensemble weighs, and the held-out MAE without it."""
+    truth = np.where(outcome.fold >= 0, labels, np.nan)
+    regions = np.arange(len(labels))
+    found: dict[str, dict[str, float]] = {}
+    for name, weight in result.weights.items():
+        found[name] = {"weight": weight}
+        if name in result.without:
+            own = result.without[name][outcome.fold, regions]
+            found[name]["mae_without"] = metrics(truth, own).mae
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Far:
+    """How far regions lie from the labelled ones, and from where on that is too far.
+
+    Attributes:
+        left_out: float64 (N,): leverage with respect to the labelled regions, without the region itself.
+        threshold: Beyond it a region is extrapolated: Tukey's fence, one and a half quartile distances above the
+            third quartile, of the labelled regions' logarithms.
+    """
+
+    left_out: Array
+    threshold: float
+
+    def regions(self, city: City) -> list[str]:
+        """Ids of the regions of the training city that lie beyond."""
+        return [str(region) for region in city.region_id[self.left_out > self.threshold]]
+
+
+def _leverage(
+    city: City, schema: Schema, inputs: Mapping[str, Tensor], outcomes: Mapping[str, Outcome], tasks: Sequence[str]
+) -> tuple[Leverage | None, Far]:
+    """The leverage with respect to the regions that have a label of some task; None without ensembles."""
+    if not tasks:
+        return None, Far(left_out=np.zeros(len(city)), threshold=float("inf"))
+    fitted = torch.tensor(np.any([outcomes[task].fold >= 0 for task in tasks], axis=0))
+    here = {name: tensor.cpu() for name, tensor in inputs.items()}
+    leverage = Leverage.fit(all_widths(schema), here, fitted)
+    left_out = leverage.left_out(here, fitted)
+    logs = np.log(np.maximum(left_out[fitted.numpy()], 1e-12))
+    first, third = np.quantile(logs, [0.25, 0.75])
+    return leverage, Far(left_out=left_out, threshold=float(np.exp(third + FENCE * (third - first))))
 
 
 def report(labels: Array, outcome: Outcome, trees: Array) -> TaskReport:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from topt_deploy.config.settings import Config
+from topt_deploy.config.settings import Config, SrelConfig
 from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import POSITION, feature_widths
 from topt_deploy.model.row_tiles import Matrix, held_on, matrix, one_tile
 from topt_deploy.model.srel import Srel, SrelLoss
 
 from .loop import Workplace
+
+Array = np.ndarray[Any, Any]
 
 
 def similarity_targets(city: City, device: torch.device | str = "cpu") -> dict[str, Matrix]:
@@ -39,6 +42,23 @@ def flow_target(city: City, device: torch.device | str = "cpu") -> Matrix | None
     over_mean = (target / (target.sum() / n**2)).astype(np.float32)
     sparse = csr_array((over_mean, (city.flows.origin, city.flows.dest)), shape=(n, n))
     return matrix(n, _rows(sparse, device), _rows(sparse.T.tocsr(), device))
+
+
+def some_targets(
+    city: City, flows: csr_array | None, some: Array, device: torch.device | str
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """:func:`similarity_targets` and :func:`flow_target` between some of the regions, (n, n)."""
+    similar: dict[str, Tensor] = {}
+    for view, counts in city.views.items():
+        own = counts[some]
+        norm = np.linalg.norm(own, axis=1, keepdims=True)
+        unit = torch.tensor(own / np.where(norm == 0, 1, norm), dtype=torch.float64, device=device)
+        similar[view] = (unit @ unit.T).float()
+    if flows is None:
+        return similar, None
+    between = flows[some][:, some].toarray()
+    mean = between.mean()
+    return similar, torch.tensor(between / (mean or 1.0), dtype=torch.float32, device=device)
 
 
 def _rows(sparse: csr_array, device: torch.device | str) -> Callable[[slice], Tensor]:
@@ -92,6 +112,8 @@ def train_embedding(
     srel = Srel(feature_widths(schema), settings)
     srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
     with held_on(device):
+        if 0 < settings.regions < len(city):
+            return _train_on_some(city, inputs, srel, config, settings, stage, place, observe)
         loss = SrelLoss(similarity_targets(city, device), flow_target(city, device), settings)
         training = SrelTraining(srel, loss).to(device)
         with torch.no_grad():
@@ -112,6 +134,44 @@ def train_embedding(
             observe=after,
             capturable=one_tile(len(city)),
         )
+    return srel.eval()
+
+
+def _train_on_some(
+    city: City,
+    inputs: Mapping[str, Tensor],
+    srel: Srel,
+    config: Config,
+    settings: SrelConfig,
+    stage: str,
+    place: Workplace,
+    observe: Callable[[int, Srel], None] | None,
+) -> Srel:
+    """Stage 1 on some of the regions, drawn anew each epoch: an epoch's time does not grow with the city."""
+    device, n = place.engine.device, len(city)
+    flows = None
+    if city.flows is not None:
+        target = np.asarray(city.flows.target, dtype=np.float64)
+        flows = csr_array((target, (city.flows.origin, city.flows.dest)), shape=(n, n))
+    start = torch.arange(settings.regions).numpy()
+    loss = SrelLoss(*some_targets(city, flows, start, device), settings)
+    training = SrelTraining(srel, loss).to(device)
+    views = [name for name in inputs if name in srel.encoders.names]
+
+    def terms() -> dict[str, Tensor]:
+        some = torch.randperm(n)[: settings.regions].sort().values  # PyTorch's generator: a checkpoint has its state
+        loss.similarities, loss.flow = some_targets(city, flows, some.numpy(), device)
+        some = some.to(device)
+        return loss(srel({name: inputs[name][some] for name in views}, srel.adjacency(inputs[POSITION][some])))
+
+    def after(epoch: int) -> None:
+        if observe is not None:
+            observe(epoch, srel)
+            training.train()
+
+    place.fit(
+        training, terms, settings, stage=stage, config=config, depends_on=settings, observe=after, capturable=False
+    )
     return srel.eval()
 
 

@@ -83,8 +83,12 @@ def test_inputs_outputs_and_axis_have_names(proto, bundle):
     assert tuple(inputs) == bundle.manifest.inputs
     assert REGIONS_AXIS == "regions"
     outputs = {value.name: shape(value) for value in proto.graph.output}
-    assert outputs == {task: [REGIONS_AXIS] for task in ("crime", "check_in", "service_call")}
-    assert tuple(outputs) == tuple(bundle.manifest.tasks)
+    assert outputs == {
+        **{task: [REGIONS_AXIS] for task in ("crime", "check_in", "service_call")},
+        "crime_folds": [REGIONS_AXIS, 3],  # the one that is an ensemble
+        "leverage": [REGIONS_AXIS],
+    }
+    assert list(outputs) == bundle.manifest.outputs
     kinds = {value.type.tensor_type.elem_type for value in (*proto.graph.input, *proto.graph.output)}
     assert kinds == {onnx.TensorProto.FLOAT}
 

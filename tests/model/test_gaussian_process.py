@@ -1,6 +1,7 @@
 """Random features against the kernels they stand for; evidence maximisation against scikit-learn and SciPy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,11 +149,15 @@ class TestKernelHead:
         for name in WIDTHS:
             names += [] if name in CONFIG.not_linear else [(name, "linear")]
             names += [(name, length) for length in (CONFIG.position_lengths if name == POSITION else CONFIG.lengths)]
-        found = [[names[q] for q in kernels] for kernels in head().nested()]
+        regressions = head().regressions()
+        assert list(regressions) == ["kernels from 0.7", "kernels from 1.5", "kernels from 3"]
+        found = [[names[q] for q in kernels] for kernels in regressions.values()]
         assert found[0] == names
         assert found[1] == [(view, q) for view, q in names if q != 0.7]
         assert found[2] == [(view, q) for view, q in names if q not in (0.7, 1.5)]
         assert len(found) == 3
+        radial = KernelHead(WIDTHS, replace(CONFIG, kernel=False, radial=True)).regressions()["radial kernels"]
+        assert [names[q] for q in radial] == [(v, q) for v, q in names if q != "linear" or v == PROMPT]
 
     def test_the_same_seed_gives_the_same_features_whatever_was_drawn_before(self):
         first, state = head(), torch.random.get_rng_state()
@@ -172,10 +177,19 @@ class TestKernelHead:
         with torch.no_grad():
             made.coefficients.normal_(generator=generator(1))
         out = made(inputs)
-        assert out.shape == (n,)
-        np.testing.assert_allclose(out, made.features(inputs).double() @ made.coefficients.double(), atol=1e-4)
+        assert out.shape == (1, 3, n)
+        expected = torch.einsum("nk,rpk->rpn", made.features(inputs).double(), made.coefficients.double())
+        np.testing.assert_allclose(out, expected, atol=1e-4)
         alone = made({name: x[-1:] for name, x in inputs.items()})
-        torch.testing.assert_close(alone[0], out[-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone[..., 0], out[..., -1], rtol=1e-5, atol=1e-5)
+
+    def test_a_feature_counts_no_further_than_the_limit(self):
+        made = KernelHead(WIDTHS, replace(CONFIG, clip=2.0))
+        made.fit_features(city(), 5)
+        with torch.no_grad():
+            made.coefficients.normal_(generator=generator(1))
+        near, far = (city(n=1, seed=9) | {"poi": torch.full((1, 4), value)} for value in (1e3, 1e6))
+        torch.testing.assert_close(made(near), made(far))
 
 
 SIZES = [3, 16, 8]
@@ -287,6 +301,17 @@ class TestEvidence:
         other = torch.where(known[row, :, None], phi, phi + 3)
         moved = solve((other, targets[:1], known[:1]))
         torch.testing.assert_close(moved.coefficients[0], clean.coefficients[row], rtol=1e-9, atol=1e-12)
+
+    def test_a_part_of_a_training_set_takes_its_kernels_weights(self):
+        phi, targets, known = regression()
+        part = known[:1] & (torch.arange(20) % 3 != 0)
+        found = maximise_evidence(
+            phi, SIZES, torch.cat([targets, targets[:1]]), torch.cat([known, part]), steps=40, like=[0, 1, 2, 3, 0]
+        )
+        own = solve((phi, targets, known))
+        torch.testing.assert_close(found.coefficients[:4], own.coefficients)
+        torch.testing.assert_close(found.weights[4], own.weights[0])
+        assert (found.coefficients[4] != own.coefficients[0]).any()
 
     def test_targets_that_do_not_vary_are_fitted_too(self):
         phi, targets, known = regression()

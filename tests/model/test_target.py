@@ -6,15 +6,47 @@ import torch
 from scipy import stats
 
 from topt_deploy.config.settings import TargetConfig
-from topt_deploy.model.target import MAX_LOG, Target
+from topt_deploy.model.target import BEYOND, MAX_LOG, Target
 
 COUNTS = torch.tensor([0.0, 1.0, 3.0, 8.0, 25.0, 400.0, 0.0, 12.0], dtype=torch.float64)
 WEIGHTS = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]]).float()
 TRANSFORMS = {"none": lambda y: y, "sqrt": np.sqrt, "cbrt": np.cbrt, "log1p": np.log1p}
 
 
-def target(transform="none", likelihood="gaussian", members=3):
-    return Target(members=members, config=TargetConfig(transform=transform, likelihood=likelihood))
+def target(transform="none", likelihood="gaussian", members=3, extrapolate=True):
+    config = TargetConfig(transform=transform, likelihood=likelihood, extrapolate=extrapolate)
+    return Target(members=members, config=config)
+
+
+class TestBounds:
+    @pytest.mark.parametrize("transform", TRANSFORMS)
+    def test_predictions_stay_within_what_each_members_labels_support(self, transform):
+        layer = target(transform, extrapolate=False)
+        layer.fit(COUNTS, WEIGHTS)
+        low, high = (layer.counts(torch.full((3, 1), end)).numpy()[:, 0] for end in (-1e6, 1e6))
+        for member, weights in enumerate(WEIGHTS.numpy()):
+            own = TRANSFORMS[transform](COUNTS.numpy()[weights > 0])
+            ends = own.min() - BEYOND * own.std(), own.max() + BEYOND * own.std()
+            expected = [layer_inverse(transform, max(end, 0)) for end in ends]
+            np.testing.assert_allclose([low[member], high[member]], expected, rtol=1e-4, atol=1e-4)
+
+    def test_labels_of_others_move_no_bound(self):
+        first, second = target(extrapolate=False), target(extrapolate=False)
+        first.fit(COUNTS, WEIGHTS)
+        second.fit(torch.where(WEIGHTS[1] > 0, COUNTS, 1e6), WEIGHTS)
+        assert torch.equal(first.high[1], second.high[1])
+        assert first.high[0] != second.high[0]
+
+    def test_there_are_none_where_the_settings_say_so(self):
+        layer = target()
+        layer.fit(COUNTS, WEIGHTS)
+        output = torch.tensor([[1e6]]).expand(3, 1)
+        assert torch.equal(layer.bounded(output), output)
+
+
+def layer_inverse(transform, value):
+    """The count of a value on the transformed scale."""
+    return {"none": value, "sqrt": value**2, "cbrt": value**3, "log1p": np.expm1(value)}[transform]
 
 
 class TestGaussian:

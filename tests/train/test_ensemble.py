@@ -1,7 +1,7 @@
 """The ensemble head: training sets side by side that know nothing of each other, and what is deployed of them."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,7 +17,10 @@ from topt_deploy.data.features import POSITION, all_widths, features
 from topt_deploy.errors import BadConfig
 from topt_deploy.model.gaussian_process import maximise_evidence
 from topt_deploy.model.residual_mlp import Network
+from topt_deploy.model.target import BEYOND
+from topt_deploy.model.topt import all_features
 from topt_deploy.train import loop as fit_module
+from topt_deploy.train import stacking
 from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.loop import Engine, Workplace, fit
 from topt_deploy.train.prompt4re import fold_of, training_sets
@@ -42,7 +45,7 @@ def settings_of(target="cbrt", prompt4re=None, **more):
     return task_config(ensemble={"enabled": True, **more}, prompt4re=prompt4re, target={"transform": target})
 
 
-def train(inputs, labels, settings, *, seed=0, checkpoints=None, checkpoint_every=500):
+def train(inputs, labels, settings, *, seed=0, checkpoints=None, checkpoint_every=500, rows=1):
     return train_ensemble(
         inputs,
         SCHEMA,
@@ -51,13 +54,25 @@ def train(inputs, labels, settings, *, seed=0, checkpoints=None, checkpoint_ever
         tiny_config({"crime": settings}, seed=seed, checkpoint_every=checkpoint_every),
         "crime",
         Workplace(engine=CPU, reporter=quiet(), identity="x", checkpoints=checkpoints),
+        embedding=embedding_of(inputs) if settings.embeds else None,
+        rows=rows,
     )
 
 
+def embedding_of(inputs):
+    """Stands for SREL's: a fixed map of each region's own counts (N, 8)."""
+    return inputs["poi"] @ torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+
+
 def by_head(result, inputs, settings):
-    out = result.head(inputs, inputs["prompt_crime"] if settings.prompt4re.enabled else None)
-    assert out.shape == (1, len(inputs[POSITION]))
-    return out[0].detach()
+    out = result.head(
+        inputs,
+        inputs["prompt_crime"] if settings.prompt4re.enabled else None,
+        embedding_of(inputs) if settings.embeds else None,
+        all_features(inputs, SCHEMA),
+    )
+    assert out.shape == (result.head.rows, len(inputs[POSITION]))
+    return out[-1].detach()
 
 
 VARIANTS = {
@@ -67,6 +82,11 @@ VARIANTS = {
     "without prompts": settings_of(prompt4re={"enabled": False}),
     "few components, √": settings_of("sqrt", prompt4re={"components": 3}),
     "one length, no layers": settings_of("none", lengths=(1.0,), layers=0, members=3),
+    "every part, stacked": settings_of(
+        prompt4re={"skip": True, "members": 2}, topt=True, radial=True, clip=3.0, inner_folds=2
+    ),
+    "ToPT alone": settings_of(kernel=False, network=False, topt=True),
+    "without SREL": settings_of(prompt4re={"skip": True}, topt=True, embedding=False, inner_folds=2),
     "three lengths": settings_of("log1p", lengths=(2.0, 0.5, 1.0), position_lengths=(0.5,), not_linear=()),
 }
 
@@ -136,7 +156,7 @@ def test_it_is_the_mean_of_the_regressions_and_of_the_networks_as_one_more():
     mean, scale = np.cbrt(labels).mean(), np.cbrt(labels).std()
     parts = head.kernel.features(views).split(head.kernel.sizes, dim=1)
     outputs = []
-    for kernels in head.kernel.nested():
+    for kernels in head.kernel.regressions().values():
         chosen = torch.cat([parts[q] for q in kernels], dim=1)
         targets = torch.tensor((np.cbrt(labels) - mean) / scale)[None]
         sizes = [head.kernel.sizes[q] for q in kernels]
@@ -149,6 +169,56 @@ def test_it_is_the_mean_of_the_regressions_and_of_the_networks_as_one_more():
     expected = (np.mean([*outputs, networks.mean(axis=0)], axis=0) * scale + mean).clip(min=0) ** 3
     np.testing.assert_allclose(by_head(train(inputs, rows(labels), settings), inputs, settings), expected, rtol=1e-3)
     assert np.std(outputs, axis=0).max() > 1e-3, "regressions that do not differ would prove nothing"
+
+
+@pytest.fixture
+def enough(monkeypatch):
+    """Training sets of this small city are stacked too."""
+    monkeypatch.setattr(stacking, "ENOUGH", 8)
+
+
+class TestStacked:
+    SETTINGS = VARIANTS["every part, stacked"]
+
+    @pytest.mark.parametrize("poison", [np.nan, 1e6])
+    def test_no_held_out_label_reaches_a_part_or_a_weight(self, enough, poison):
+        inputs, labels = problem()
+        clean = rows(labels)
+        other = clean.copy()
+        other[1:][:, np.isnan(clean[0])] = poison  # what the first training set does not know, nowhere else either
+        before, after = (train(inputs, y, self.SETTINGS, rows=4) for y in (clean, other))
+        np.testing.assert_array_equal(after.predicted[0], before.predicted[0])
+        assert torch.equal(after.head.weights[0], before.head.weights[0])
+        for name, predicted in before.without.items():
+            np.testing.assert_array_equal(after.without[name][0], predicted[0])
+        assert (after.predicted[3] != before.predicted[3]).any()
+
+    def test_weights_add_up_to_one_and_keep_half_of_equal_ones(self, enough):
+        inputs, labels = problem()
+        result = train(inputs, rows(labels), self.SETTINGS, rows=4)
+        assert list(result.weights) == [
+            "kernels from 0.7", "kernels from 1.5", "radial kernels", "networks", "SREL with Prompt4RE",
+        ]  # fmt: skip
+        assert sum(result.weights.values()) == pytest.approx(1)
+        assert min(result.weights.values()) >= 0.1 - 1e-6
+        assert result.head.weights.std(dim=1).min() > 0
+
+    def test_the_head_holds_the_fits_of_all_folds(self, enough):
+        inputs, labels = problem()
+        result = train(inputs, rows(labels), self.SETTINGS, rows=4)
+        out = result.head(inputs, inputs["prompt_crime"], embedding_of(inputs), all_features(inputs, SCHEMA))
+        np.testing.assert_allclose(out.detach(), result.predicted, rtol=1e-3, atol=1e-2)
+
+    def test_nothing_is_predicted_beyond_what_the_labels_spread_supports(self):
+        inputs, labels = problem()
+        far = {name: x * 50 for name, x in inputs.items()}
+        roots = np.cbrt(labels)
+        highest = (roots.max() + BEYOND * roots.std()) ** 3
+        bounded = by_head(train(inputs, rows(labels), self.SETTINGS), far, self.SETTINGS)
+        assert bounded.max() <= highest * 1.001
+        free = settings_of(inner_folds=0)
+        free = replace(free, target=replace(free.target, extrapolate=True))
+        assert by_head(train(inputs, rows(labels), free), far, free).max() > 2 * highest
 
 
 def test_features_are_fitted_without_labels():

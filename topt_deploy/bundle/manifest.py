@@ -22,6 +22,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths
 from topt_deploy.errors import BadBundle, NoInput
 from topt_deploy.hardening.onnx_operators import check_graph
+from topt_deploy.intervals import FOLDS, LEVERAGE
 from topt_deploy.storage.atomic import reading, sha256_bytes, write_text
 from topt_deploy.tensorrt.library import FLAVOURS
 from topt_deploy.tensorrt.profile import read_profile
@@ -64,14 +65,16 @@ class Manifest:
         schema_version: Version of this record; another one is refused.
         version: topt-deploy's, that wrote it.
         source: Its origin: run, city, number of regions, hashes of the tables.
-        tasks: By name: the prompt column (or null), the run's figures, and its held-out scores, which intervals
-            are made of, with their scale.
+        tasks: By name: the prompt column (or null), the run's figures, its held-out scores, which intervals are made
+            of, with their scale; and ``fold_scores``, the same by fold, where the graph puts out the folds' fits.
         views: Categories of every count view, in order.
         mobility: True if flows are read.
         prompts: By column: ``width``, and ``encoder``, ``template`` (its hash) and ``precision`` where the training
             table named them.
         ranges: Smallest and largest training value of every count and total flow.
         inputs: Names of the graph's inputs, in order. Its outputs are the tasks, in order.
+        leverage: ``threshold``, beyond which a region is extrapolated; null where the graph puts out no leverage, and
+            the ranges tell instead.
         opset: ONNX operator set.
         variants: By name: graph, weights and where each initialiser lies in them, providers, tolerance and what the
             parity gate measured. One for TensorRT (docs/how-to/tensorrt.md) has ``flavour``, ``precision``, ``profile``
@@ -96,7 +99,14 @@ class Manifest:
     variants: Mapping[str, Mapping[str, Any]]
     golden: tuple[str, ...]
     encoder: Mapping[str, Any] | None = None
+    leverage: Mapping[str, Any] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs, in order."""
+        folds = [task + FOLDS for task, facts in self.tasks.items() if "fold_scores" in facts]
+        return [*self.tasks, *folds, *([LEVERAGE] if self.leverage else [])]
 
     @property
     def schema(self) -> Schema:
@@ -331,6 +341,10 @@ def _refuse(path: Path, reason: str) -> BadBundle:
     return BadBundle(reason, file=path, fix="copy or export the bundle again; do not edit its files")
 
 
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(v) in (int, float) for v in value)
+
+
 def _check_form(manifest: Manifest) -> None:
     """Refuse a manifest whose values are not of the kinds that its readers rely on.
 
@@ -353,7 +367,14 @@ def _check_form(manifest: Manifest) -> None:
     require(all(names(v) for v in manifest.views.values()), "views")
     for facts in manifest.tasks.values():
         scores = facts.get("scores")
-        require(isinstance(scores, list) and all(type(score) in (int, float) for score in scores), "tasks")
+        require(_numbers(scores), "tasks")
+        folds = facts.get("fold_scores", [scores])
+        require(isinstance(folds, list) and bool(folds) and all(map(_numbers, folds)), "tasks")
+        require("fold_scores" not in facts or manifest.leverage is not None, "leverage")
+    if manifest.leverage is not None:
+        require(isinstance(manifest.leverage, dict), "leverage")
+        threshold = manifest.leverage.get("threshold")
+        require(type(threshold) in (int, float) and not math.isnan(threshold), "leverage")
     require(isinstance(manifest.mobility, bool), "mobility")
     if manifest.encoder is not None:
         require(isinstance(manifest.encoder, dict), "encoder")

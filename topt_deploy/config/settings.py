@@ -21,10 +21,19 @@ from topt_deploy.storage.atomic import reading
 
 DEFAULT_PRESET = "default"
 CONFIG_FILE = "topt.toml"
-RESERVED_VIEWS = {"mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position", "prompt"}
+RESERVED_VIEWS = {
+    "leverage",
+    "mobility",
+    "mobility_log",
+    "mobility_two_hops",
+    "trips",
+    "destinations",
+    "position",
+    "prompt",
+}
 RESERVED_TASKS = {
     "region_id", "city_id", "geometry", "lon", "lat", "task", "prediction", "lower", "upper", "status", "reason",
-    "mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position",
+    "mobility", "mobility_log", "mobility_two_hops", "trips", "destinations", "position", "leverage",
 }  # fmt: skip
 """Columns of the contract's tables, and inputs of the graph; a task is a column and an output beside them."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -69,6 +78,10 @@ class SrelConfig:
         decoupled: Decoupled weight decay (AdamW) in place of L2 in the gradient (Adam).
         mobility_weight: Weight of the loss term for flows. It sums over N² pairs.
         similarity_weight: Weight of the loss term for the similarity of views.
+        balanced: Take the loss term for flows as a mean over pairs, relative to what equal shares would give, so that
+            it is of the size of the others. Off is the paper's sum.
+        regions: Train each epoch on at most this many regions, drawn anew, so that its time does not grow with N². 0
+            is all of them, the paper's form.
     """
 
     width: Positive = 144
@@ -93,6 +106,8 @@ class SrelConfig:
     decoupled: bool = False
     mobility_weight: float = 1.0
     similarity_weight: float = 1.0
+    balanced: bool = False
+    regions: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +162,19 @@ class Prompt4ReConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleConfig:
-    """The default's head, in place of the embedding and of Prompt4RE's attention: the mean of two regressions on the
-    views, what flows lead to, positions and prompts. The section ``prompt4re`` says which prompts, and how many of
-    their components.
+    """The default's head: ToPT's two stages beside plain regressions on the same views, what flows lead to, positions
+    and prompts. The section ``prompt4re`` says which prompts, and how many of their components.
 
     Attributes:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
+        radial: Use one more Gaussian process, which has no linear kernels of what is counted.
+        topt: Use SREL's embedding with a Prompt4RE head on it.
+        embedding: Use SREL's embedding in the Prompt4RE head. Off is the ablation without SREL: the head has the
+            features and prompts alone.
+        inner_folds: Folds within each training set that decide the weights of the parts; below 2 all weigh the same.
+        clip: A standardised feature counts no further from the mean than this many standard deviations; 0 is no limit.
         lengths: Lengthscales of the radial kernels of every view, in units of a standardised feature's spread. There
             are as many Gaussian processes: one with all of them, one without the shortest, and so on.
         position_lengths: The same for the positions.
@@ -176,6 +196,11 @@ class EnsembleConfig:
     enabled: bool = False
     kernel: bool = True
     network: bool = True
+    radial: bool = False
+    topt: bool = False
+    embedding: bool = True
+    inner_folds: int = 0
+    clip: Annotated[float, Range(0)] = 0.0
     lengths: tuple[float, ...] = (0.7, 1.5)
     position_lengths: tuple[float, ...] = (0.3, 1.0)
     not_linear: tuple[str, ...] = ("land_use", "position", "destinations")
@@ -203,11 +228,14 @@ class TargetConfig:
         likelihood: ``gaussian`` is the paper's squared error; the others have a log link on the count itself.
         drop_zeros: Leave regions with a zero count out of training and of the held-out figures (the published
             protocol for check-ins). They still get a prediction.
+        extrapolate: Allow predictions further beyond the training labels than their spread supports
+            (:data:`topt_deploy.model.target.BEYOND`).
     """
 
     transform: Literal["none", "sqrt", "cbrt", "log1p"] = "none"
     likelihood: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian"
     drop_zeros: bool = False
+    extrapolate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +246,11 @@ class TaskConfig:
     prompt4re: Prompt4ReConfig = field(default_factory=Prompt4ReConfig)
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the task builds on an embedding."""
+        return not self.ensemble.enabled or (self.ensemble.topt and self.ensemble.embedding)
 
     def prompt_column(self, task: str) -> str | None:
         """The column the task's prompt vectors are read from; None without prompts."""
@@ -255,7 +288,7 @@ class Config:
         """The distinct stage-1 models: name (of the first task that uses it) and settings."""
         groups: dict[SrelConfig, str] = {}
         for name, task in self.tasks.items():
-            if not task.ensemble.enabled:
+            if task.embeds:
                 groups.setdefault(task.srel, name)
         return {name: srel for srel, name in groups.items()}
 
@@ -394,7 +427,7 @@ def _check_names(config: Config) -> None:
     for task in config.tasks:
         if not _NAME.match(task):
             raise BadConfig("a task's name is made of letters, digits and _", found=repr(task))
-        beside = {f"{other}_{end}" for other in config.tasks for end in ("lower", "upper")}
+        beside = {f"{other}_{end}" for other in config.tasks for end in ("lower", "upper", "folds")}
         if task in RESERVED_TASKS | beside | set(config.views) or task.startswith("prompt_"):
             raise BadConfig(
                 f"{task!r} cannot be the name of a task: another column or input is called so",
@@ -456,10 +489,9 @@ def _check(task: TaskConfig, where: str) -> None:
     ):
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
-    if task.ensemble.enabled and not (task.ensemble.kernel or task.ensemble.network):
-        raise BadConfig(
-            "ensemble: kernel and network are both switched off", file=where, expected="kernel, network or both"
-        )
+    parts = (task.ensemble.kernel, task.ensemble.network, task.ensemble.radial, task.ensemble.topt)
+    if task.ensemble.enabled and not any(parts):
+        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, radial, network or topt")
     if not (task.ensemble.lengths and task.ensemble.position_lengths):
         raise BadConfig(
             "ensemble: a list of lengths is empty",

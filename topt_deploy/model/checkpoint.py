@@ -94,6 +94,8 @@ def save_model(path: Path, model: TopT) -> None:
             "prompts": dict(spec.schema.prompts),
         },
         "ranks": dict(spec.ranks),
+        "rows": dict(spec.rows),
+        "leverage": spec.leverage,
     }
     save_tensors(path, model.state_dict(), facts)
 
@@ -110,6 +112,8 @@ def load_model(path: Path) -> TopT:
             prompts=schema["prompts"],
         ),
         ranks=facts["ranks"],
+        rows=facts.get("rows", {}),
+        leverage=facts.get("leverage", 0),
     )
     model = TopT(spec)
     model.load_state_dict(tensors)

@@ -44,10 +44,17 @@ class ViewKernels(nn.Module):
     frequencies: Tensor
 
     def __init__(
-        self, width: int, *, lengths: Sequence[float], linear: bool, features: int, standardize: bool = True
+        self,
+        width: int,
+        *,
+        lengths: Sequence[float],
+        linear: bool,
+        features: int,
+        standardize: bool = True,
+        limit: float = 0.0,
     ) -> None:
         super().__init__()
-        self.standardize = Standardize(width) if standardize else None
+        self.standardize = Standardize(width, limit) if standardize else None
         self.lengths, self.linear, self.features = tuple(lengths), linear, features
         self.register_buffer("frequencies", torch.zeros(width, len(self.lengths) * features))
 
@@ -88,20 +95,22 @@ def orthogonal_frequencies(width: int, count: int, generator: torch.Generator) -
 
 
 class KernelHead(nn.Module):
-    """ŷ on the standardised target scale: a linear map of all views' kernel features.
+    """ŷ on the standardised target scale, by P regressions: linear maps of all views' kernel features.
 
-    *Shape:* {view: (N, F_v)} → (N,)
+    *Shape:* {view: (N, F_v)} → (R, P, N)
 
     Args:
         widths: F_v of every view.
         config: Lengths, numbers of features, and which views have no linear kernel.
+        rows: R, training sets whose regressions it holds.
     """
 
     coefficients: Tensor
 
-    def __init__(self, widths: Mapping[str, int], config: EnsembleConfig) -> None:
+    def __init__(self, widths: Mapping[str, int], config: EnsembleConfig, rows: int = 1) -> None:
         super().__init__()
         self.steps, self.lengths = config.steps, sorted(config.lengths)
+        self.nests, self.radial = config.kernel, config.radial
         self.views = ByName(
             {
                 view: ViewKernels(
@@ -110,26 +119,35 @@ class KernelHead(nn.Module):
                     linear=view not in config.not_linear,
                     features=config.features,
                     standardize=view != PROMPT,
+                    limit=config.clip,
                 )
                 for view, width in widths.items()
             }
         )
-        self.register_buffer("coefficients", torch.zeros(sum(self.sizes)))
+        self.register_buffer("coefficients", torch.zeros(rows, len(self.regressions()), sum(self.sizes)))
 
     @property
     def sizes(self) -> list[int]:
         """Features of every kernel, in order."""
         return [size for view in self.views for size in self.views[view].sizes]  # type: ignore[union-attr]
 
-    def nested(self) -> list[list[int]]:
-        """The kernels of every regression: all, then without the shortest length, and so on. Positions keep theirs."""
+    def regressions(self) -> dict[str, list[int]]:
+        """The kernels of every regression, by the regression's name: all, then without the shortest length, and so on;
+        and last, where asked, all but the linear ones of what is counted. Positions keep their lengths."""
         lengths: list[float] = []
+        linear: set[int] = set()
         for name in self.views:
             view = self.views[name]
             assert isinstance(view, ViewKernels)
             own = [math.inf] * len(view.lengths) if name == POSITION else list(view.lengths)
+            linear |= {len(lengths)} if view.linear and name != PROMPT else set()
             lengths += [math.inf] * view.linear + own
-        return [[q for q, length in enumerate(lengths) if length >= least] for least in self.lengths]
+        nests = self.lengths if self.nests else []
+        named = {
+            f"kernels from {least:g}": [q for q, length in enumerate(lengths) if length >= least] for least in nests
+        }
+        radial = [q for q in range(len(lengths)) if q not in linear]
+        return named | ({"radial kernels": radial} if self.radial else {})
 
     def fit_features(self, inputs: Mapping[str, Tensor], seed: int) -> None:
         """Fix statistics and frequencies. No label is used."""
@@ -142,7 +160,10 @@ class KernelHead(nn.Module):
         return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.mv(self.features(inputs), self.coefficients)
+        # mm, which half leaves alone (.precision)
+        return torch.mm(self.coefficients.flatten(0, 1), self.features(inputs).T).unflatten(
+            0, self.coefficients.shape[:2]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +176,13 @@ class KernelFit:
 
 
 def maximise_evidence(
-    features: Tensor, sizes: Sequence[int], targets: Tensor, known: Tensor, *, steps: int
+    features: Tensor,
+    sizes: Sequence[int],
+    targets: Tensor,
+    known: Tensor,
+    *,
+    steps: int,
+    like: Sequence[int] | None = None,
 ) -> KernelFit:
     """Gaussian process regression whose kernel weights and noise maximise the evidence (type II, MacKay 1992).
 
@@ -168,9 +195,15 @@ def maximise_evidence(
         targets: (S, N), standardised; anything where not known.
         known: bool (S, N): the regions that a training set holds.
         steps: Steps of Adam on the logarithms of w and σ².
+        like: For every training set, the one whose kernel weights and noise it takes: its own number, or that of one
+            that holds all of its regions. By default each has its own.
     """
     phi = features.double()
-    y, m = torch.where(known, targets.double(), 0.0), known.double()
+    like = list(range(len(known))) if like is None else list(like)
+    own_rows = sorted(set(like))
+    everything = known, torch.where(known, targets.double(), 0.0)
+    y, known = everything[1][own_rows], known[own_rows]
+    m = known.double()
     if len(phi) <= EVIDENCE_REGIONS:
         chunk = max(1, BATCH // len(phi) ** 2)
         turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
@@ -178,7 +211,9 @@ def maximise_evidence(
         drawn = [_draw(row) for row in known]
         turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(drawn, y, strict=True))]
     logs = torch.cat([_maximise(*turn, sizes, steps) for turn in turns])
-    weights, noise = logs[:, :-1].exp(), logs[:, -1].exp()
+    taken = [own_rows.index(row) for row in like]
+    weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
+    known, y = everything
     per_feature = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), dim=1)  # (S, ΣK)
     coefficients = torch.stack([_solve(phi, *row) for row in zip(y, known, per_feature, noise, strict=True)])
     return KernelFit(coefficients=coefficients, weights=weights, noise=noise)

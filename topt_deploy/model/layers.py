@@ -16,13 +16,19 @@ class Standardize(nn.Module):
     """Subtract a mean and divide by a scale, both fixed from the training city and stored with the weights.
 
     *Shape:* (..., N, F) → (..., N, F)
+
+    Args:
+        features: F.
+        limit: What lies further from the mean than this many scales counts as lying there: what a linear map makes of
+            one region that is unlike all others stays bounded. 0 is no limit.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, limit: float = 0.0) -> None:
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
 
@@ -34,7 +40,8 @@ class Standardize(nn.Module):
         self.scale.copy_(torch.where(std > 1e-6 * (1 + x.abs().amax(dim=0)), std, torch.ones_like(std)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.scale
+        z = (x - self.mean) / self.scale
+        return z.clamp(-self.limit, self.limit) if self.limit else z
 
 
 class Dropout(nn.Module):

@@ -26,7 +26,7 @@ class Network(nn.Module):
 
     def __init__(self, *, members: int, inputs: int, config: EnsembleConfig) -> None:
         super().__init__()
-        self.standardize = Standardize(inputs)
+        self.standardize = Standardize(inputs, config.clip)
         self.members = members
         self.first = MemberLinear(members, inputs, config.width)
         self.layers = nn.ModuleList(MemberLinear(members, config.width, config.width) for _ in range(config.layers))

@@ -1,5 +1,6 @@
 """Stage 1, SREL: spatial-aware region embedding learning (ToPT, section "SREL")."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -158,7 +159,11 @@ class SrelLoss(nn.Module):
         """
         terms = {}
         if self.flow is not None:
-            terms["mobility"] = -self.config.mobility_weight * self._flow_likelihood(embedding, self.flow)
+            likelihood = self._flow_likelihood(embedding, self.flow)
+            if self.config.balanced:  # over N² pairs of flows with mean 1, and over what all alike would give
+                n = len(embedding)
+                likelihood = likelihood / (2 * n * n * math.log(n + 1))
+            terms["mobility"] = -self.config.mobility_weight * likelihood
         for view, similarity in self.similarities.items():
             x = F.normalize(self.decoders[view](embedding), dim=1)
             terms[view] = self.config.similarity_weight * _mean_squared_error(x, similarity)

@@ -1,5 +1,7 @@
 """From counts to the scale that a head works on, and back; and the loss on that scale."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ POWERS = {"sqrt": 2, "cbrt": 3}
 """Roots that steady the variance of counts, and the power that undoes them."""
 MAX_LOG = 20.0
 """Log rates are capped here: e²⁰ is half a billion."""
+BEYOND = 0.5
+"""How far beyond the training labels a prediction may lie, in their standard deviations on the target scale."""
 
 
 class Target(nn.Module):
@@ -19,12 +23,17 @@ class Target(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, *, members: int, config: TargetConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("mean", torch.zeros(members, 1))
         self.register_buffer("scale", torch.ones(members, 1))
+        # On the standardised scale; without an end where predictions may lie anywhere.
+        self.register_buffer("low", torch.full((members, 1), -math.inf))
+        self.register_buffer("high", torch.full((members, 1), math.inf))
         negative_binomial = config.likelihood == "negative_binomial"
         self.log_dispersion = nn.Parameter(torch.zeros(members, 1)) if negative_binomial else None
 
@@ -52,7 +61,20 @@ class Target(nn.Module):
         variance = (weights * (value - mean).square()).sum(dim=1, keepdim=True) / total
         self.mean.copy_(mean)
         self.scale.copy_(variance.sqrt().clamp(min=1e-6))
-        return self.scaled(counts)
+        scaled = self.scaled(counts)
+        if not self.config.extrapolate:
+            own = weights > 0
+            self.low.copy_(torch.where(own, scaled, math.inf).amin(dim=1, keepdim=True) - BEYOND)
+            self.high.copy_(torch.where(own, scaled, -math.inf).amax(dim=1, keepdim=True) + BEYOND)
+        return scaled
+
+    def bounded(self, output: Tensor) -> Tensor:
+        """No further beyond the training labels than their spread supports (:data:`BEYOND`), unless the settings say
+        ``extrapolate``.
+
+        *Shape:* (M, N) → (M, N), on the standardised scale
+        """
+        return torch.maximum(torch.minimum(output, self.high), self.low)
 
     def scaled(self, counts: Tensor) -> Tensor:
         """*Shape:* (N,) → (M, N)"""
@@ -63,7 +85,7 @@ class Target(nn.Module):
 
         *Shape:* (M, N) → (M, N)
         """
-        value = output * self.scale + self.mean
+        value = self.bounded(output) * self.scale + self.mean
         if self.log_link:
             return torch.exp(value.clamp(max=MAX_LOG))
         if self.config.transform == "log1p":

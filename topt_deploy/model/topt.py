@@ -1,7 +1,7 @@
 """The fused model: a city's features in, every task's predicted counts out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import Config, TaskConfig
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import POSITION, all_widths, feature_widths
+from topt_deploy.intervals import FOLDS, LEVERAGE
 
 from .gaussian_process import PROMPT, KernelHead
 from .layers import ByName, Standardize
+from .leverage import Leverage
 from .prompt4re import Prompt4Re, PromptBasis
 from .residual_mlp import Network
 from .srel import Srel
@@ -26,11 +28,16 @@ class ModelSpec:
         config: The run's configuration.
         schema: The tables and columns to read of a city.
         ranks: R of every prompt basis, by task; absent where a task reads no prompt.
+        leverage: Rank of the leverage (:mod:`.leverage`); 0 without.
+        rows: Training sets whose fits the head of a task holds: those of the folds, and last that of all labels. One
+            where a task is absent.
     """
 
     config: Config
     schema: Schema
     ranks: Mapping[str, int]
+    rows: Mapping[str, int] = field(default_factory=dict)
+    leverage: int = 0
 
 
 class TaskHead(nn.Module):
@@ -41,15 +48,16 @@ class TaskHead(nn.Module):
     Args:
         members: M; the prediction is their mean.
         features: F, the features' total width.
-        prompt_width, rank: H and R of the prompt basis; 0 without prompts.
+        rank: R of the prompt basis; 0 without prompts.
         settings: The task's settings.
+        prompt_width: H; 0 where coordinates are given in place of prompts.
     """
 
-    def __init__(self, *, members: int, features: int, prompt_width: int, rank: int, settings: TaskConfig) -> None:
+    def __init__(self, *, members: int, features: int, rank: int, settings: TaskConfig, prompt_width: int = 0) -> None:
         super().__init__()
-        width = settings.srel.width + ((features + rank) if settings.prompt4re.skip else 0)
-        self.skip = Standardize(width) if settings.prompt4re.skip else None
-        self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
+        width = (settings.srel.width if settings.embeds else 0) + ((features + rank) if settings.prompt4re.skip else 0)
+        self.skip = Standardize(width, settings.ensemble.clip) if settings.prompt4re.skip else None
+        self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if prompt_width else None
         self.head = Prompt4Re(
             members=members, inputs=width, width=settings.srel.width, rank=rank, config=settings.prompt4re
         )
@@ -59,48 +67,80 @@ class TaskHead(nn.Module):
         """The prompts in their basis (N, R); None without prompts."""
         return None if self.basis is None else self.basis(prompts)
 
-    def joined(self, embedding: Tensor, features: Tensor, coordinates: Tensor | None) -> Tensor:
-        """With ``skip``, [E ‖ features ‖ prompt coordinates]."""
-        parts = [embedding, features] + ([] if coordinates is None else [coordinates])
-        return torch.cat(parts, dim=1)
+    def joined(self, embedding: Tensor | None, features: Tensor, coordinates: Tensor | None) -> Tensor:
+        """With ``skip``, [E ‖ features ‖ prompt coordinates]; what is absent is left out."""
+        return torch.cat([part for part in (embedding, features, coordinates) if part is not None], dim=1)
 
-    def see(self, embedding: Tensor, features: Tensor, coordinates: Tensor | None) -> Tensor:
+    def see(self, embedding: Tensor | None, features: Tensor, coordinates: Tensor | None) -> Tensor:
         """The head's input for every region: E, or with ``skip`` all features, standardised."""
         if self.skip is None:
+            assert embedding is not None
             return embedding
         seen: Tensor = self.skip(self.joined(embedding, features, coordinates))
         return seen
 
+    def output(self, embedding: Tensor | None, features: Tensor, coordinates: Tensor | None) -> Tensor:
+        """On the standardised target scale (M, N)."""
+        out: Tensor = self.head(self.see(embedding, features, coordinates), coordinates)
+        return out
+
     def forward(self, embedding: Tensor, features: Tensor, prompts: Tensor | None) -> Tensor:
-        coordinates = self.coordinates(prompts)
-        return self.target.counts(self.head(self.see(embedding, features, coordinates), coordinates))
+        return self.target.counts(self.output(embedding, features, self.coordinates(prompts)))
+
+
+NETWORKS, TOPT = "networks", "SREL with Prompt4RE"
 
 
 class EnsembleHead(nn.Module):
-    """One task without an embedding: the mean, on the target scale, of Gaussian processes and of networks, where the
-    networks together count as one of the Gaussian processes.
+    """One task by several regressions, combined on the target scale: Gaussian processes, networks, and Prompt4RE on
+    SREL's embedding. Every part is bounded by its training labels (:meth:`.target.Target.bounded`) before it counts.
 
-    All see every view, what flows lead to, and positions; the Gaussian processes also see the prompts. A region is
-    predicted from its own row of these alone.
+    All see every view, what flows lead to, and positions; the networks see no prompts.
 
-    *Shape:* {view: (N, F_v)}, prompts (N, H) or None → counts (1, N)
+    *Shape:* {view: (N, F_v)}, prompts (N, H) or None, E (N, D) or None → counts (R, N)
 
     Args:
         widths: F_v of every view (:func:`topt_deploy.data.features.all_widths`).
+        features: F, the width of the paper's views (:func:`all_features`).
         prompt_width, rank: H and R of the prompt basis; 0 without prompts.
         settings: The task's settings.
+        rows: R, training sets whose fits it holds, the one of all labels last.
     """
 
-    def __init__(self, *, widths: Mapping[str, int], prompt_width: int, rank: int, settings: TaskConfig) -> None:
+    weights: Tensor
+
+    def __init__(
+        self,
+        *,
+        widths: Mapping[str, int],
+        features: int,
+        prompt_width: int,
+        rank: int,
+        settings: TaskConfig,
+        rows: int = 1,
+    ) -> None:
         super().__init__()
         config = settings.ensemble
-        self.names = tuple(widths)
+        self.names, self.rows = tuple(widths), rows
         self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
         prompt = {PROMPT: rank} if rank else {}
-        self.kernel = KernelHead({**widths, **prompt}, config) if config.kernel else None
+        self.kernel = KernelHead({**widths, **prompt}, config, rows) if config.kernel or config.radial else None
         inputs = sum(widths.values())
-        self.network = Network(members=config.members, inputs=inputs, config=config) if config.network else None
-        self.target = Target(members=1, config=settings.target)
+        self.network = Network(members=rows * config.members, inputs=inputs, config=config) if config.network else None
+        self.embeds = config.topt and config.embedding
+        self.topt = None
+        if config.topt:
+            self.topt = TaskHead(
+                members=rows * settings.prompt4re.members, features=features, rank=rank, settings=settings
+            )
+        self.target = Target(members=rows, config=settings.target)
+        parts = self.parts()
+        self.register_buffer("weights", torch.full((rows, len(parts)), 1 / len(parts)))
+
+    def parts(self) -> list[str]:
+        """Names of the regressions, in order."""
+        kernels = [] if self.kernel is None else list(self.kernel.regressions())
+        return kernels + [NETWORKS] * (self.network is not None) + [TOPT] * (self.topt is not None)
 
     def views(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> dict[str, Tensor]:
         """Everything that the head sees, by view."""
@@ -111,12 +151,37 @@ class EnsembleHead(nn.Module):
         """The input of the networks, (N, ΣF_v)."""
         return torch.cat([views[name] for name in self.names], dim=1)
 
-    def forward(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> Tensor:
-        views = self.views(inputs, prompts)
-        parts = [] if self.kernel is None else [self.kernel(views)] * len(self.kernel.lengths)
+    def outputs(
+        self, views: Mapping[str, Tensor], embedding: Tensor | None, features: Tensor | None
+    ) -> list[tuple[str, Tensor]]:
+        """What every regression says, by name, (R, N) each on the standardised target scale.
+
+        Args:
+            views: :meth:`views`.
+            embedding: E (N, D); None without SREL.
+            features: F (N, F), which Prompt4RE's head sees beside it.
+        """
+        found = []
+        if self.kernel is not None:
+            found += list(self.kernel(views).unbind(dim=1))
         if self.network is not None:
-            parts.append(self.network(self.side_by_side(views)).mean(dim=0))
-        return self.target.counts(torch.stack(parts).mean(dim=0, keepdim=True))
+            found.append(self.network(self.side_by_side(views)).unflatten(0, (self.rows, -1)).mean(dim=1))
+        if self.topt is not None:
+            assert features is not None
+            coordinates = views[PROMPT] if self.basis is not None else None
+            found.append(self.topt.output(embedding, features, coordinates).unflatten(0, (self.rows, -1)).mean(dim=1))
+        return list(zip(self.parts(), found, strict=True))
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        prompts: Tensor | None,
+        embedding: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        outputs = self.outputs(self.views(inputs, prompts), embedding, features)
+        bounded = torch.stack([self.target.bounded(output) for _, output in outputs])  # (P, R, N)
+        return self.target.counts((self.weights.T[..., None] * bounded).sum(dim=0))
 
 
 def all_features(inputs: Mapping[str, Tensor], schema: Schema) -> Tensor:
@@ -129,8 +194,14 @@ def make_head(spec: ModelSpec, task: str) -> TaskHead | EnsembleHead:
     settings, rank = spec.config.tasks[task], spec.ranks.get(task, 0)
     prompt_width = spec.schema.prompts.get(settings.prompt_column(task) or "", 0)
     if settings.ensemble.enabled:
-        widths = all_widths(spec.schema)
-        return EnsembleHead(widths=widths, prompt_width=prompt_width, rank=rank, settings=settings)
+        return EnsembleHead(
+            widths=all_widths(spec.schema),
+            features=sum(feature_widths(spec.schema).values()),
+            prompt_width=prompt_width,
+            rank=rank,
+            settings=settings,
+            rows=spec.rows.get(task, 1),
+        )
     return TaskHead(
         members=settings.prompt4re.members,
         features=sum(feature_widths(spec.schema).values()),
@@ -143,7 +214,8 @@ def make_head(spec: ModelSpec, task: str) -> TaskHead | EnsembleHead:
 class TopT(nn.Module):
     """SREL embeddings, each computed once, and a head per task.
 
-    *Shape:* {view: (N, F_v)}, position (N, 3), {prompt column: (N, H)} → {task: (N,)} counts
+    *Shape:* {view: (N, F_v)}, position (N, 3), {prompt column: (N, H)} → {task: (N,)} counts; with fits of K folds
+    also {task_folds: (N, K)}, and with a :class:`Leverage` {leverage: (N,)}
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -152,6 +224,7 @@ class TopT(nn.Module):
         widths = feature_widths(spec.schema)
         self.srel = ByName({name: Srel(widths, c) for name, c in spec.config.embeddings().items()})
         self.heads = ByName({task: make_head(spec, task) for task in spec.config.tasks})
+        self.leverage = Leverage(all_widths(spec.schema), spec.leverage) if spec.leverage else None
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         embeddings = {}
@@ -159,22 +232,34 @@ class TopT(nn.Module):
             assert isinstance(srel, Srel)
             embeddings[name] = srel(inputs, srel.adjacency(inputs[POSITION]))
         features = all_features(inputs, self.spec.schema)
-        predictions = {}
+        predictions: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
         for task, settings in self.spec.config.tasks.items():
             column = settings.prompt_column(task)
             prompts = None if column is None else inputs[column]
+            embedding = embeddings[self.spec.config.embedding_of(task)] if settings.embeds else None
             if settings.ensemble.enabled:
-                counts = self.heads[task](inputs, prompts)
+                *folds, predictions[task] = self.heads[task](inputs, prompts, embedding, features).unbind(dim=0)
+                if folds:
+                    others[task + FOLDS] = torch.stack(folds, dim=1)
             else:
-                counts = self.heads[task](embeddings[self.spec.config.embedding_of(task)], features, prompts)
-            predictions[task] = counts.mean(dim=0)
-        return predictions
+                predictions[task] = self.heads[task](embedding, features, prompts).mean(dim=0)
+        if self.leverage is not None:
+            others[LEVERAGE] = self.leverage(inputs)
+        return predictions | others
+
+    def output_names(self) -> list[str]:
+        """Names of what the forward pass gives, in order: tasks, fold fits' predictions, leverage."""
+        folds = [task + FOLDS for task in self.spec.config.tasks if self.spec.rows.get(task, 1) > 1]
+        return [*self.spec.config.tasks, *folds, *([LEVERAGE] if self.leverage is not None else [])]
 
     def input_names(self) -> list[str]:
         """Names of the inputs that the forward pass reads, in a fixed order."""
         spec = self.spec
         ensemble = any(settings.ensemble.enabled for settings in spec.config.tasks.values())
         views = all_widths(spec.schema) if ensemble else [*feature_widths(spec.schema), POSITION]
+        if self.leverage is not None:
+            views = all_widths(spec.schema)
         return [*views, *spec.schema.prompts]
 
 

@@ -60,13 +60,18 @@ def evaluate(
     from ..evaluation.registry import choose
     from ..loop import Engine
     from ..progress import Reporter
+    from ..settle import settle
 
     torch.set_num_threads(1)
     methods = choose(_names(variants), ["variant"], "--variants")
     methods += choose(_names(baselines), ["literature", "plain"], "--baselines")
     file = city / CONFIG_FILE
     config = load_config(file=file if file.exists() else None, tasks=_names(tasks))
+    place = file if file.exists() else None
+    config, said = settle(config, city / "regions.parquet", city / "mobility.parquet", file=place)
     with Reporter() as reporter:
+        for sentence in said:
+            reporter.say(sentence)
         page = evaluate_city(
             city,
             config,

@@ -1,8 +1,9 @@
 """``topt-deploy train``."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,7 +49,8 @@ def train(
     compile_: bool | None,
     threads: int | None,
 ) -> None:
-    """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet.
+    """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet, beside Gaussian processes
+    and networks that share the prediction with them.
 
     Regions whose label is null are the ones to predict. At the end, held-out figures say what to expect there.
     """
@@ -76,11 +78,15 @@ def train(
         run = open_run(out) if out else newest_run(city, finished=False)
         if run.finished:
             raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
+        said = []
     else:
+        from ..settle import settle
+
         if file is None and (city / CONFIG_FILE).exists():
             file = city / CONFIG_FILE
         settings = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
         config = load_config(preset=preset, file=file, tasks=tasks, overrides=settings)
+        config, said = settle(config, regions, mobility, file=file, overrides=overrides)
         out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
 
     import torch
@@ -96,6 +102,8 @@ def train(
         run = start_run(out, city, config, regions=regions, mobility=mobility if config.mobility else None)
     with Reporter(run.path / METRICS_FILE) as reporter:
         reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
+        for sentence in said:
+            reporter.say(sentence)
         try:
             reports = train_run(
                 run,
@@ -108,6 +116,7 @@ def train(
             reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
             raise
     click.echo(summary(reports))
+    click.echo(made_of(open_run(run.path).facts, reports))
     click.echo(f"run  {run.path}")
     named = "" if run.path.parent == Path(RUNS_DIR) else f" {run.path}"
     click.echo(f"next: topt-deploy export --format onnx{named}")
@@ -139,6 +148,31 @@ def summary(reports: "dict[str, TaskReport]") -> str:
             f"  {trees.mae:>9.1f}{decimal(trees.r2):>7}  {r.mean.mae:>9.1f}  {decimal(r.in_sample.r2):>9}"
         )
     return "\n".join([*lines, "", *(f"{task}: {verdict(report)}" for task, report in reports.items())])
+
+
+REGIONS_SHOWN = 8
+
+
+def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> str:
+    """What the parts of every task's ensemble weigh and bring, how often intervals hold, and regions to doubt."""
+    lines: list[str] = []
+    for task, parts in facts.get("parts", {}).items():
+        lines += ["", f"{task}: what its parts weigh, and the held-out MAE without each"]
+        mae = reports[task].held_out.mae
+        for name, part in parts.items():
+            without = part.get("mae_without")
+            brings = ""
+            if without is not None:
+                brings = f"{without:>10.1f}" + ("" if without > mae else "  earns nothing here")
+            lines.append(f"  {name:<20}{part['weight']:>6.0%}{brings}")
+        if held := facts["coverage"].get(task):
+            shares = ", ".join(f"{share:.0%} of {size}" for size, share in held.items())
+            lines.append(f"  intervals of 90 % hold on {shares} predictions of held-out regions")
+    far = facts.get("far", [])
+    if far:
+        more = f" and {len(far) - REGIONS_SHOWN} more" if len(far) > REGIONS_SHOWN else ""
+        lines += ["", f"unlike the other regions, do not trust: {', '.join(far[:REGIONS_SHOWN])}{more}"]
+    return "\n".join(lines)
 
 
 def verdict(r: "TaskReport") -> str:

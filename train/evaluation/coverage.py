@@ -1,15 +1,19 @@
 """The coverage of prediction intervals on regions that had no part in making them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from topt_deploy.data.features import POSITION
-from topt_deploy.intervals import interval, scores
+from topt_deploy.data.features import POSITION, all_widths
+from topt_deploy.intervals import cv_plus, fold_scores, interval, scores
+from topt_deploy.model.leverage import Leverage
 
 from .problem import Method, Problem
 from .splits import HeldOut, Splits, honest, spatial
+from .topt_variants import Topt
 
 Array = np.ndarray[Any, Any]
 
@@ -64,11 +68,34 @@ def nested_intervals(
         method.predict(problem, task, together, [seed] * len(together)), np.cumsum([len(r) for r in rows])[:-1]
     )
     lower, upper = np.full((2, len(held_out.labels)), np.nan)
+    fitted = _leverages(problem, inner) if method_has_folds(method, task) else None
     for k, (splits, prediction) in enumerate(zip(inner, predictions, strict=True)):
         mine = outer.fold[0] == k
+        if fitted is not None:
+            own, fold = splits.held_out(prediction)[0], splits.fold[0]
+            score = fold_scores(splits.labels, own, fold, fitted[k])
+            lower[mine], upper[mine] = cv_plus(
+                held_out.prediction[0, mine], prediction[:, mine].T, score, fitted[k][mine], nominal
+            )
+            continue
         score = scores(splits.labels, splits.held_out(prediction)[0])
         lower[mine], upper[mine] = interval(held_out.prediction[0, mine], score, nominal)
     return lower, upper
+
+
+def method_has_folds(method: Method, task: str) -> bool:
+    """Whether a bundle of the method has its folds' fits, and so CV+ intervals."""
+    return isinstance(method, Topt) and method.config(task, 0).tasks[task].ensemble.enabled
+
+
+def _leverages(problem: Problem, inner: Sequence[Splits]) -> list[Array]:
+    """Every region's leverage with respect to the other labelled regions of each outer training set, (N,) each."""
+    inputs = {name: tensor.cpu() for name, tensor in problem.inputs.items()}
+    found = []
+    for splits in inner:
+        known = torch.tensor(splits.fold[0] >= 0)
+        found.append(Leverage.fit(all_widths(problem.schema), inputs, known).left_out(inputs, known))
+    return found
 
 
 def measure(method: Method, problem: Problem, task: str, held_out: HeldOut, *, seed: int, nominal: float) -> Coverage:

@@ -34,9 +34,14 @@ class Topt:
     def __init__(self, preset: str, *overrides: str) -> None:
         self.preset, self.overrides = preset, overrides
 
-    def config(self, task: str, seed: int) -> Config:
+    @property
+    def adapts(self) -> bool:
+        """Whether it goes without prompts where the city has none: every variant that is not about prompts."""
+        return not any(override.startswith("prompt4re.") for override in self.overrides)
+
+    def config(self, task: str, seed: int, *more: str) -> Config:
         """The settings of a run on one task."""
-        return load_config(preset=self.preset, tasks=[task], overrides=[*self.overrides, f"seed={seed}"])
+        return load_config(preset=self.preset, tasks=[task], overrides=[*self.overrides, *more, f"seed={seed}"])
 
     @property
     def settings(self) -> str:
@@ -66,31 +71,46 @@ class Topt:
         """Heads of every seed's rows of labels; of one seed where there is an embedding, which is the seed's own."""
         configs = [self.config(task, seed) for seed in seeds]
         config = configs[0]
+        if not problem.schema.prompts and self.adapts:
+            configs = [self.config(task, seed, "prompt4re.enabled=false") for seed in seeds]
+            config = configs[0]
         settings = config.tasks[task]
         column = settings.prompt_column(task)
         if column is not None and column not in problem.inputs:
             raise BadData("the city has no such prompts", column=column, fix="encode them, or leave this variant out")
         prompts = None if column is None else problem.inputs[column]
         place = Workplace(engine=problem.engine, reporter=problem.reporter.quiet())
+        embeddings = [_embedding(problem, one, task, place) for one in configs] if settings.embeds else None
         if settings.ensemble.enabled:
-            return train_ensembles(problem.inputs, problem.schema, prompts, labels, configs, task, place)
-        (seed,), (rows,) = seeds, labels
-        embeddings = _embeddings.setdefault(problem, {})
-        key = (settings.srel, seed)
-        if key not in embeddings:
-            name = config.embedding_of(task)
-            srel = train_embedding(problem.city, problem.inputs, problem.schema, config, name, place)
-            embeddings[key] = embed(srel, problem.inputs)
-        features = all_features(problem.inputs, problem.schema)
-        return [train_head(embeddings[key], features, prompts, rows, config, task, place)]
+            return train_ensembles(
+                problem.inputs, problem.schema, prompts, labels, configs, task, place, embeddings=embeddings
+            )
+        (rows,), features = labels, all_features(problem.inputs, problem.schema)
+        assert embeddings is not None
+        return [train_head(embeddings[0], features, prompts, rows, config, task, place)]
+
+
+def _embedding(problem: Problem, config: Config, task: str, place: Workplace) -> Tensor:
+    """A seed's embedding, trained where there is none yet with these settings."""
+    embeddings = _embeddings.setdefault(problem, {})
+    key = (config.tasks[task].srel, config.seed)
+    if key not in embeddings:
+        name = config.embedding_of(task)
+        srel = train_embedding(problem.city, problem.inputs, problem.schema, config, name, place)
+        embeddings[key] = embed(srel, problem.inputs)
+    return embeddings[key]
 
 
 VARIANTS: Mapping[str, Topt] = {
     "topt": Topt("default"),
     "topt-no-prompts": Topt("default", "prompt4re.enabled=false"),
     "topt-no-task-prompt": Topt("default", "prompt4re.prompt=none"),
-    "topt-kernels": Topt("default", "ensemble.network=false"),
-    "topt-networks": Topt("default", "ensemble.kernel=false"),
+    "topt-no-srel": Topt("default", "ensemble.embedding=false"),
+    "topt-no-stages": Topt("default", "ensemble.topt=false"),
+    "topt-no-kernels": Topt("default", "ensemble.kernel=false"),
+    "topt-no-networks": Topt("default", "ensemble.network=false"),
+    "topt-equal": Topt("default", "ensemble.inner_folds=0"),
+    "topt-kernels": Topt("kernels"),
     "srel": Topt("srel"),
     "paper": Topt("paper"),
     "paper-no-prompt4re": Topt("paper", "prompt4re.enabled=false"),

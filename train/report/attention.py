@@ -53,7 +53,9 @@ def read_attention(model: TopT, inputs: Mapping[str, Tensor]) -> list[Attention]
             srel(inputs, srel.adjacency(inputs[POSITION]))
         found.append(
             Attention(
-                tasks=tuple(task for task in config.tasks if config.embedding_of(task) == name),
+                tasks=tuple(
+                    task for task, own in config.tasks.items() if own.embeds and config.embedding_of(task) == name
+                ),
                 views=dict(zip(srel.encoders, views[0].tolist(), strict=True)),
                 regions=torch.stack(regions).double().mean(dim=0).numpy() if regions else None,
             )

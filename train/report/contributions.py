@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topt_deploy.data.features import POSITION
 from topt_deploy.model.gaussian_process import KernelHead, ViewKernels
-from topt_deploy.model.topt import EnsembleHead, TopT
+from topt_deploy.model.srel import Srel
+from topt_deploy.model.topt import NETWORKS, TOPT, EnsembleHead, TopT, all_features
 
 Array = np.ndarray[Any, Any]
+
+
+NEGLIGIBLE = 1e-3
+"""On the standardised target scale: rounding, and no bound."""
+BOUNDS = "limits of what labels support"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,12 +31,13 @@ class Contributions:
     Attributes:
         average: The mean prediction.
         views: Per view, float64 (N,): its features times its own coefficients. Empty without Gaussian processes.
-        networks: float64 (N,): the networks' mean, which is not additive over views; None without networks.
+        others: By name, float64 (N,): parts that are not additive over views, the networks and ToPT's two stages; and
+            what the bounds on every part take or add, where they do.
     """
 
     average: float
     views: Mapping[str, Array]
-    networks: Array | None
+    others: Mapping[str, Array]
 
 
 @torch.no_grad()
@@ -40,40 +48,57 @@ def read_contributions(model: TopT, inputs: Mapping[str, Tensor]) -> dict[str, C
         model: The fused model, in evaluation mode.
         inputs: :func:`topt_deploy.data.features.features` of the city, as tensors.
     """
-    found = {}
-    for task, settings in model.spec.config.tasks.items():
+    config, found = model.spec.config, {}
+    features = all_features(inputs, model.spec.schema)
+    for task, settings in config.tasks.items():
         head, column = model.heads[task], settings.prompt_column(task)
         if isinstance(head, EnsembleHead):
-            found[task] = contributions(head, head.views(inputs, None if column is None else inputs[column]))
+            embedding = None
+            if settings.embeds:
+                srel = model.srel[config.embedding_of(task)]
+                assert isinstance(srel, Srel)
+                embedding = srel(inputs, srel.adjacency(inputs[POSITION]))
+            views = head.views(inputs, None if column is None else inputs[column])
+            found[task] = contributions(head, views, embedding, features)
     return found
 
 
-def contributions(head: EnsembleHead, views: Mapping[str, Tensor]) -> Contributions:
-    """Take a head's predictions apart.
+@torch.no_grad()
+def contributions(
+    head: EnsembleHead, views: Mapping[str, Tensor], embedding: Tensor | None = None, features: Tensor | None = None
+) -> Contributions:
+    """Take a head's predictions apart: those of its fit of all labels.
 
     Args:
         head: In evaluation mode.
         views: Its inputs, (N, F_v) per view (:meth:`EnsembleHead.views`).
+        embedding, features: The further inputs of its Prompt4RE part (:meth:`EnsembleHead.outputs`).
     """
-    processes = 0 if head.kernel is None else len(head.kernel.lengths)
-    scale = float(head.target.scale) / (processes + (head.network is not None))  # of each in the ensemble's mean
-    parts = {} if head.kernel is None else _by_view(head.kernel, views, processes * scale)
-    networks = None
-    average = float(head.target.mean) + sum(float(part.mean()) for part in parts.values())
-    if head.network is not None:
-        networks = scale * head.network(head.side_by_side(views)).mean(dim=0).double().numpy()
-        average += float(networks.mean())
-        networks -= networks.mean()
-    return Contributions(
-        average=average, views={view: part - part.mean() for view, part in parts.items()}, networks=networks
+    mean, scale = float(head.target.mean[-1]), float(head.target.scale[-1])
+    weights = dict(zip(head.parts(), head.weights[-1].tolist(), strict=True))
+    outputs = {name: output[-1] for name, output in head.outputs(views, embedding, features)}
+    others = {name: weights[name] * outputs[name].double().numpy() for name in (NETWORKS, TOPT) if name in weights}
+    parts = {} if head.kernel is None else _by_view(head.kernel, views, weights)
+    whole = sum(others.values()) + sum(parts.values())
+    bounded = sum(
+        weights[name] * head.target.bounded(output.expand(head.rows, -1))[-1] for name, output in outputs.items()
     )
+    assert isinstance(bounded, Tensor)
+    taken = bounded.double().numpy() - whole
+    if np.abs(taken).max() > NEGLIGIBLE:
+        others[BOUNDS] = taken
+    average = mean + scale * sum(float(part.mean()) for part in (*parts.values(), *others.values()))
+    relative = ({name: scale * (part - part.mean()) for name, part in group.items()} for group in (parts, others))
+    by_view, by_name = relative
+    return Contributions(average=average, views=by_view, others=by_name)
 
 
-def _by_view(kernel: KernelHead, views: Mapping[str, Tensor], scale: float) -> dict[str, Array]:
-    """Every view's features times its own slice of the coefficients, (N,) each."""
+def _by_view(kernel: KernelHead, views: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Array]:
+    """Every view's features times its own slice of the regressions' weighted coefficients, (N,) each."""
     modules = {view: module for view, module in kernel.views.items() if isinstance(module, ViewKernels)}
-    slices = kernel.coefficients.split([sum(module.sizes) for module in modules.values()])
+    own = torch.tensor([weights[name] for name in kernel.regressions()]) @ kernel.coefficients[-1]
+    slices = own.split([sum(module.sizes) for module in modules.values()])
     return {
-        view: scale * (module(views[view]) @ own).double().numpy()
-        for (view, module), own in zip(modules.items(), slices, strict=True)
+        view: (module(views[view]) @ part).double().numpy()
+        for (view, module), part in zip(modules.items(), slices, strict=True)
     }

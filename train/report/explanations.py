@@ -16,7 +16,6 @@ from .scales import GREENS, sequential
 
 Array = np.ndarray[Any, Any]
 
-NETWORKS = "neural networks"
 SHOWN = 2
 """The number of views listed that raise, and that lower, a region's prediction."""
 OTHERS = 3
@@ -33,14 +32,14 @@ class MadeOf:
     Attributes:
         unit: The scale that they add up on.
         views: True if views are told apart: without Gaussian processes they cannot be.
-        networks: True if networks are among the parts.
+        others: Names of the parts that see all views at once.
         parts: Name and standard deviation over the regions, the largest first.
         raised, lowered: Per region, the views that raise and lower it most against the average region.
     """
 
     unit: str
     views: bool
-    networks: bool
+    others: list[str]
     parts: list[tuple[str, float]]
     raised: Listed
     lowered: Listed
@@ -76,12 +75,11 @@ def made_of(task: str, facts: Facts) -> MadeOf | None:
     if found is None:
         return None
     deviations = [(view_name(view), float(part.std())) for view, part in found.views.items()]
-    if found.networks is not None:
-        deviations.append((NETWORKS, float(found.networks.std())))
+    deviations += [(name, float(part.std())) for name, part in found.others.items()]
     return MadeOf(
         unit=scale_name(facts.run.config.tasks[task].target),
         views=bool(found.views),
-        networks=found.networks is not None,
+        others=list(found.others),
         parts=sorted(deviations, key=lambda part: -part[1]),
         raised=_largest(found, sign=1),
         lowered=_largest(found, sign=-1),

@@ -349,20 +349,45 @@ class TestReceipt:
 
     def test_counts_what_is_extrapolated_and_says_why(self, desk, predicted):
         before = by_region(predicted())
-        assert {status for _, status, _ in before.values()} == {"ok"}, "the training city lies within its own range"
+        assert [status for _, status, _ in before.values()].count("ok") > 0.8 * len(before)
         table = pq.read_table(desk.regions)
         foods = table.column("poi_food").to_pylist()
-        high, foods[0] = max(foods), max(foods) * 3
+        high, foods[0] = max(foods), max(foods) * 30
         pq.write_table(replaced(table, poi_food=foods), desk.regions)
         after = by_region(predicted())
         assert high > 0
+        assert before["D001", "crime"][1:] == ("ok", None)
         for (region, _), (_, status, reason) in after.items():
+            assert (status == "extrapolated") == (reason is not None)
             if region == "D001":
                 assert status == "extrapolated"
                 assert "poi_food above the training range" in reason
-            else:
-                assert (status, reason) == ("ok", None)
-        assert json.loads(desk.receipt.read_text())["status"] == {"extrapolated": 3, "ok": 228}
+        counts = json.loads(desk.receipt.read_text())["status"]
+        assert counts == {s: sum(own == s for _, own, _ in after.values()) for s in ("extrapolated", "ok")}
+
+    def test_a_count_a_little_above_the_range_is_no_reason_for_doubt(self, desk, predicted):
+        before = by_region(predicted())
+        table = pq.read_table(desk.regions)
+        foods = table.column("poi_food").to_pylist()
+        foods[0] = max(foods) * 1.2
+        pq.write_table(replaced(table, poi_food=foods), desk.regions)
+        assert by_region(predicted())["D001", "crime"][1:] == before["D001", "crime"][1:] == ("ok", None)
+
+    def test_a_region_unlike_the_training_regions_is_marked_though_each_count_is_within_its_range(
+        self, desk, predicted
+    ):
+        """An airport: the most of everything that is rarely found together."""
+        table = pq.read_table(desk.regions)
+        names = [c for c in table.column_names if c.startswith(("poi_", "land_use_"))]
+        values = {c: table.column(c).to_pylist() for c in names}
+        before = by_region(predicted())["D001", "crime"]
+        for i, own in enumerate(values.values()):
+            own[0] = max(own) if i % 2 else min(own)
+        pq.write_table(replaced(table, **values), desk.regions)
+        after = by_region(predicted("--coverage", "0.8"))["D001", "crime"]
+        assert before[1] == "ok"
+        assert after[1] == "extrapolated"
+        assert after[2].startswith("unlike the training regions: leverage ")
 
     def test_says_when_flows_are_below_or_above(self, desk, predicted):
         flows = pq.read_table(desk.mobility)
@@ -379,7 +404,7 @@ class TestReceipt:
         names = [c for c in table.column_names if c.startswith("poi_")]
         pq.write_table(replaced(table, **{c: [10**6] * len(table) for c in names}), desk.regions)
         reasons = {reason for _, _, reason in by_region(predicted()).values()}
-        assert all(reason.count("training range") == 3 and reason.endswith("9 more") for reason in reasons)
+        assert all(reason.count(";") <= 3 and reason.endswith(" more") for reason in reasons)
 
 
 class TestMap:

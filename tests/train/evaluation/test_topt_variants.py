@@ -40,13 +40,14 @@ def rows(*held_out):
 
 def test_rows_of_a_seed_are_the_heads_that_training_gives(problem):
     labels = rows(1, 5, 7)
-    method = Topt("default", *ENSEMBLE)
+    method = Topt("default", *ENSEMBLE, *SREL)
     found = method.predict(problem, "crime", labels, [4, 9, 4])
     for seed, mine in ((4, [0, 2]), (9, [1])):
         prompts = problem.inputs["prompt_crime"]
         expected = train_ensemble(
             problem.inputs, SCHEMA, prompts, labels[mine], method.config("crime", seed), "crime",
             Workplace(engine=CPU, reporter=quiet()),
+            embedding=topt_variants._embeddings[problem][(method.config("crime", seed).tasks["crime"].srel, seed)],
         )  # fmt: skip
         np.testing.assert_array_equal(found[mine], expected.predicted)
     assert (found >= 0).all()
@@ -66,12 +67,23 @@ def test_variants_with_the_same_stage_1_share_its_embeddings(problem, monkeypatc
     assert len(trained) == 4
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_a_city_without_the_prompts_is_refused(preset):
-    schema = replace(SCHEMA, prompts={})
-    problem = Problem.of(tiny_city(N), schema, CPU, quiet())
+def test_a_variant_about_prompts_is_refused_in_a_city_without_them():
+    problem = Problem.of(tiny_city(N), replace(SCHEMA, prompts={}), CPU, quiet())
     with pytest.raises(BadData, match="no such prompts"):
-        Topt(preset).predict(problem, "crime", rows(0), [0])
+        VARIANTS["topt-no-task-prompt"].predict(problem, "crime", rows(0), [0])
+
+
+def test_every_other_variant_goes_without_them():
+    problem = Problem.of(tiny_city(N), replace(SCHEMA, prompts={}), CPU, quiet())
+    found = Topt("kernels", "ensemble.features=8").predict(problem, "crime", rows(0), [0])
+    without = Topt("kernels", "ensemble.features=8", "prompt4re.enabled=false")
+    np.testing.assert_array_equal(found, without.predict(problem, "crime", rows(0), [0]))
+
+
+def test_a_city_without_the_tasks_prompts_but_with_others_is_refused():
+    problem = Problem.of(CITY, SCHEMA, CPU, quiet())
+    with pytest.raises(BadData, match="no such prompts"):
+        Topt("kernels").predict(problem, "calls", rows(0), [0])
 
 
 def test_every_variant_differs_from_its_preset_in_what_its_name_says():
@@ -83,6 +95,12 @@ def test_every_variant_differs_from_its_preset_in_what_its_name_says():
     assert settings["paper-no-distance-bias"] == replace(base, srel=replace(base.srel, distance_bias=False))
     assert settings["paper-no-centrality"] == replace(base, srel=replace(base.srel, centrality=False))
     base = settings["topt"]
-    assert settings["topt-kernels"] == replace(base, ensemble=replace(base.ensemble, network=False))
-    assert settings["topt-networks"] == replace(base, ensemble=replace(base.ensemble, kernel=False))
+    for name, changed in {
+        "topt-no-srel": {"embedding": False},
+        "topt-no-stages": {"topt": False},
+        "topt-no-kernels": {"kernel": False},
+        "topt-no-networks": {"network": False},
+        "topt-equal": {"inner_folds": 0},
+    }.items():
+        assert settings[name] == replace(base, ensemble=replace(base.ensemble, **changed))
     assert len({method.settings for method in VARIANTS.values()}) == len(VARIANTS)

@@ -14,7 +14,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import features
 from topt_deploy.model.gaussian_process import KernelHead
 from topt_deploy.model.topt import EnsembleHead, ModelSpec, TopT, predict
-from topt_deploy.train.report.contributions import contributions, read_contributions
+from topt_deploy.train.report.contributions import BOUNDS, contributions, read_contributions
 
 N = 11
 PROMPT = "prompt_crime"
@@ -63,10 +63,11 @@ def looped(kernel: KernelHead, views: dict[str, Tensor]) -> dict[str, list[float
     start, found = 0, {}
     for view in kernel.views:
         phi = kernel.views[view](views[view])
-        found[view] = [math.fsum(float(phi[i, f] * kernel.coefficients[start + f]) for f in range(phi.shape[1]))
+        own = kernel.coefficients[0].mean(dim=0)  # of the regressions, which weigh the same
+        found[view] = [math.fsum(float(phi[i, f] * own[start + f]) for f in range(phi.shape[1]))
                        for i in range(N)]  # fmt: skip
         start += phi.shape[1]
-    assert start == len(kernel.coefficients)
+    assert start == kernel.coefficients.shape[2]
     return found
 
 
@@ -87,13 +88,13 @@ def test_equal_a_loop(inputs: dict[str, Tensor], lengths: tuple[float, ...], net
         mean = math.fsum(values) / N
         average += weight * mean
         np.testing.assert_allclose(found.views[view], [weight * (v - mean) for v in values], atol=1e-5)
-    assert (found.networks is not None) == network
-    if found.networks is not None:
+    assert list(found.others) == ["networks"] * network
+    if network:
         with torch.no_grad():
             members = head.network(head.side_by_side(views)).tolist()
         outputs = [0.8 * math.fsum(m[i] for m in members) / len(members) / (len(lengths) + 1) for i in range(N)]
         average += math.fsum(outputs) / N
-        np.testing.assert_allclose(found.networks, np.array(outputs) - math.fsum(outputs) / N, atol=1e-5)
+        np.testing.assert_allclose(found.others["networks"], np.array(outputs) - math.fsum(outputs) / N, atol=1e-5)
     assert found.average == pytest.approx(average, abs=1e-5)
 
 
@@ -104,7 +105,7 @@ def test_add_up_to_the_prediction_before_it_is_transformed_back(
     model = model_of(inputs, transform=transform)
     found = read_contributions(model, inputs)
     assert list(found) == ["crime"], "the task with an embedding has none"
-    whole = found["crime"].average + sum(found["crime"].views.values()) + found["crime"].networks
+    whole = found["crime"].average + sum(found["crime"].views.values()) + sum(found["crime"].others.values())
     assert (whole > 0).all(), "a prediction that is cut off at zero would not be told from others"
     np.testing.assert_allclose(whole**power, predict(model, inputs)["crime"], rtol=1e-5)
     assert np.std(whole) > 0.1
@@ -114,4 +115,20 @@ def test_networks_alone_have_no_views(inputs: dict[str, Tensor]) -> None:
     model = model_of(inputs, kernel=False)
     found = read_contributions(model, inputs)["crime"]
     assert found.views == {}
-    np.testing.assert_allclose((found.average + found.networks) ** 3, predict(model, inputs)["crime"], rtol=1e-5)
+    np.testing.assert_allclose(
+        (found.average + found.others["networks"]) ** 3, predict(model, inputs)["crime"], rtol=1e-5
+    )
+
+
+def test_with_every_part_and_bounds_they_still_add_up(inputs: dict[str, Tensor]) -> None:
+    model = model_of(inputs, topt=True, clip=3.0)
+    head = head_of(model)
+    free = read_contributions(model, inputs)["crime"]
+    assert list(free.others) == ["networks", "SREL with Prompt4RE"]
+    head.target.low.fill_(-0.5)
+    head.target.high.fill_(0.5)
+    found = read_contributions(model, inputs)["crime"]
+    assert list(found.others) == ["networks", "SREL with Prompt4RE", BOUNDS]
+    whole = found.average + sum(found.views.values()) + sum(found.others.values())
+    np.testing.assert_allclose(whole**3, predict(model, inputs)["crime"], rtol=1e-4)
+    assert np.abs(whole - MEAN).max() <= 0.5 * 0.8 + 1e-4

@@ -1,0 +1,74 @@
+"""How far a region lies from those that the model was fitted on: its leverage."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topt_deploy.data.features import POSITION
+
+from .layers import Standardize
+
+CUT = 10.0
+"""A standardised feature counts no further from the mean than this: beyond, far is far."""
+
+
+class Leverage(nn.Module):
+    """Ridge leverage of a region with respect to the fitted ones, h = zᵀ (ZᵀZ + λI)⁻¹ z, in standardised features.
+
+    It says how much a ridge regression's own uncertainty grows there: the variance of its prediction is σ²(1 + h). λ is
+    the mean eigenvalue of ZᵀZ, so that directions which the fitted regions hardly vary in count little. The positions
+    take no part: another city is elsewhere.
+
+    What is stored is a factor of the inverse, of the city's second moments: no region's row can be told from it.
+
+    *Shape:* {view: (N, F_v)} → (N,)
+
+    Args:
+        widths: F_v of every view (:func:`topt_deploy.data.features.all_widths`).
+        rank: Of the factor, at most ΣF_v.
+    """
+
+    factor: Tensor
+    ridge: Tensor
+
+    def __init__(self, widths: Mapping[str, int], rank: int) -> None:
+        super().__init__()
+        self.names = tuple(name for name in widths if name != POSITION)
+        width = sum(widths[name] for name in self.names)
+        self.standardize = Standardize(width, CUT)
+        self.register_buffer("factor", torch.zeros(width, rank))
+        self.register_buffer("ridge", torch.tensor(1.0))
+
+    @classmethod
+    def fit(cls, widths: Mapping[str, int], inputs: Mapping[str, Tensor], fitted: Tensor) -> "Leverage":
+        """Of a training city.
+
+        Args:
+            inputs: Its views.
+            fitted: bool (N,), the regions that have a label.
+        """
+        names = [name for name in widths if name != POSITION]
+        x = torch.cat([inputs[name].cpu() for name in names], dim=1)
+        standardize = Standardize(x.shape[1], CUT)
+        standardize.fit(x)
+        z = standardize(x)[fitted.cpu()].double()
+        _, singular, right = torch.linalg.svd(z, full_matrices=False)
+        ridge = singular.square().sum() / len(singular)
+        # zᵀ(ZᵀZ + λI)⁻¹z = (|z|² − |Vᵀz|²)/λ + Σ (v_r·z)²/(s_r² + λ): the factor holds what the second part lacks.
+        lacking = (singular.square() / (ridge * (singular.square() + ridge))).sqrt()
+        module = cls(widths, len(singular))
+        module.standardize = standardize
+        module.factor.copy_(right.T * lacking)
+        module.ridge.copy_(ridge)
+        return module
+
+    def left_out(self, inputs: Mapping[str, Tensor], fitted: Tensor) -> np.ndarray:
+        """Leverage with respect to the *other* fitted regions: h / (1 − h) of a fitted one (N,)."""
+        h = self(inputs).double()
+        return torch.where(fitted, h / (1 - h).clamp(min=1e-6), h).cpu().numpy()
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        z = self.standardize(torch.cat([inputs[name] for name in self.names], dim=1))
+        return (z.square().sum(dim=1) / self.ridge - torch.mm(z, self.factor).square().sum(dim=1)).clamp(min=0)

@@ -1,0 +1,80 @@
+"""What the parts of an ensemble weigh: stacked regressions (Breiman 1996), inside each training set alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+from sklearn.model_selection import KFold
+
+Array = np.ndarray[Any, Any]
+
+ENOUGH = 20
+"""A training set with fewer labels has all parts weigh the same: so few errors tell parts apart by chance."""
+SHRINK = 0.5
+"""How far the weights are drawn to equal ones: half of the way, for the errors that they come from are few."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Training sets, and those that are left of them without one of their inner folds.
+
+    Attributes:
+        labels: float64 (S, N), the training sets first; NaN where unknown or held out.
+        outer: How many they are.
+        parents: For every row, the training set that it is, or is a part of.
+    """
+
+    labels: Array
+    outer: int
+    parents: Sequence[int]
+
+
+def with_inner(labels: Array, *, folds: int, seed: int) -> Rows:
+    """Add the inner folds' rows to those of the training sets.
+
+    Args:
+        labels: float64 (S, N), a training set per row.
+        folds: Inner folds; below 2 there are none.
+        seed: Of their shuffling.
+    """
+    rows, parents = [*labels], list(range(len(labels)))
+    for s, own in enumerate(labels):
+        known = np.flatnonzero(~np.isnan(own))
+        if folds < 2 or len(known) < ENOUGH:
+            continue
+        for _, held_out in KFold(folds, shuffle=True, random_state=seed).split(known):
+            left = own.copy()
+            left[known[held_out]] = np.nan
+            rows.append(left)
+            parents.append(s)
+    return Rows(labels=np.array(rows), outer=len(labels), parents=parents)
+
+
+def stack(outputs: Array, targets: Array, rows: Rows) -> Array:
+    """Weights of the parts, for every training set: non-negative least squares of its labels on what the parts say of
+    inner folds that they did not train on, scaled to add up to 1 and drawn half of the way to equal weights.
+
+    Args:
+        outputs: float64 (P, S, N), on each row's own standardised target scale.
+        targets: float64 (S, N), the labels on it; anything where a row does not have them.
+        rows: The S rows.
+
+    Returns:
+        float64 (training sets, P).
+    """
+    parts = len(outputs)
+    weights = np.full((rows.outer, parts), 1 / parts)
+    for s in range(rows.outer):
+        inner = [row for row in range(rows.outer, len(rows.parents)) if rows.parents[row] == s]
+        if not inner or parts == 1:
+            continue
+        known = ~np.isnan(rows.labels[s])
+        held_out = [(row, np.flatnonzero(known & np.isnan(rows.labels[row]))) for row in inner]
+        seen = np.concatenate([outputs[:, row, regions].T for row, regions in held_out])
+        truth = np.concatenate([targets[row, regions] for row, regions in held_out])
+        found, _ = nnls(seen, truth)
+        if found.sum() > 0:
+            weights[s] = SHRINK / parts + (1 - SHRINK) * found / found.sum()
+    return weights
