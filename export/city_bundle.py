@@ -16,6 +16,7 @@ import torch
 from topt_deploy import __version__
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
 from topt_deploy.bundle.manifest import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.data.city import read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.features import POSITION, features
@@ -32,7 +33,7 @@ from topt_deploy.tensorrt.profile import Profile, Range, parse_profile
 from .golden_cities import SyntheticCity, synthetic_city
 from .model_card import model_card
 from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
-from .parity import TOLERANCES, Parity, parity_gate, run_model
+from .parity import Parity, parity_gate, run_model
 from .tensorrt_engines import Target, make_engines
 
 GRAPH = "models/topt.onnx"

@@ -1,10 +1,13 @@
 """The model card that travels in every bundle."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from topt_deploy.bundle.manifest import Manifest
 from topt_deploy.console import decimal
+from topt_deploy.errors import printable
 from topt_deploy.intended_use import INTENDED_USE
 
 from .parity import Parity
@@ -13,7 +16,7 @@ from .parity import Parity
 def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) -> str:
     """Markdown: what the model was trained on, what to expect of it, and what it is for."""
     source = manifest.source
-    title = source.get("city_id") or "a city without a name"
+    title = _plain(source.get("city_id") or "a city without a name")
     lines = [f"# ToPT for {title}", ""]
     if synthetic:
         lines += ["**Trained on a synthetic city. Its predictions say nothing about any real place.**", ""]
@@ -23,7 +26,7 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
         "",
         "## What to expect",
         "",
-        f"Protocol: {source['protocol']}.",
+        f"Protocol: {_plain(source['protocol'])}.",
         "",
         "| task | MAE held out | RMSE | R² | MAE of boosted trees | MAE of the mean | R² in sample (no quality) |",
         "|---|---|---|---|---|---|---|",
@@ -35,10 +38,14 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
             lines += ["| part | weight | MAE without |", "|---|---|---|"]
             lines += [f"| {name} | {part['weight']:.0%} | {_without(part)} |" for name, part in parts.items()]
     lines += ["", "## Intended use", "", "\n\n".join(INTENDED_USE), "", "## What it reads", ""]
-    lines += [f"- `{view}`: {len(names)} categories: {', '.join(names)}" for view, names in manifest.views.items()]
+    lines += [
+        f"- {_plain(view)}: {len(names)} categories: {', '.join(map(_plain, names))}"
+        for view, names in manifest.views.items()
+    ]
     lines += ["- flows between the regions"] if manifest.mobility else []
     lines += [
-        f"- `{column}`: {facts['width']} numbers from {facts.get('encoder') or 'an encoder that the data did not name'}"
+        f"- {_plain(column)}: {facts['width']} numbers from"
+        f" {_plain(facts.get('encoder') or 'an encoder that the data did not name')}"
         for column, facts in manifest.prompts.items()
     ]
     lines += [
@@ -47,7 +54,7 @@ def model_card(manifest: Manifest, parity: Sequence[Parity], synthetic: bool) ->
         "",
         "| city | regions | largest relative difference |",
     ]
-    lines += ["|---|---|---|", *(f"| {p.city} | {p.regions} | {p.worst:.1e} |" for p in parity)]
+    lines += ["|---|---|---|", *(f"| {_plain(p.city)} | {p.regions} | {p.worst:.1e} |" for p in parity)]
     return "\n".join(lines) + "\n"
 
 
@@ -55,9 +62,13 @@ def _without(part: Mapping[str, float]) -> str:
     return f"{part['mae_without']:.1f}" if "mae_without" in part else ""
 
 
+def _plain(text: str) -> str:
+    """Somebody else's text as Markdown that shows it: no tags, links, tables or lines of its own."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(printable(str(text)), quote=False))
+
+
 def _row(task: str, report: Mapping[str, Any]) -> str:
     held, fit = report["held_out"], report["in_sample"]
     plain = f"{report['trees']['mae']:.1f} | {report['mean']['mae']:.1f}"
-    return (
-        f"| {task} | {held['mae']:.1f} | {held['rmse']:.1f} | {decimal(held['r2'])} | {plain} | {decimal(fit['r2'])} |"
-    )
+    model = f"{held['mae']:.1f} | {held['rmse']:.1f} | {decimal(held['r2'])}"
+    return f"| {_plain(task)} | {model} | {plain} | {decimal(fit['r2'])} |"

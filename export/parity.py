@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
 
@@ -18,12 +19,6 @@ from .onnx_graph import WEIGHTS, Graph
 
 Array = np.ndarray[Any, Any]
 
-TOLERANCES: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
-"""Largest accepted difference of a prediction, relative to itself, or to one count where it is smaller.
-
-Half has 11 bits, 5e-4, and a score is cubed to a count, which trebles what the layers add up to. A weight in 8 bits is
-off by up to 4e-3 of the largest of its output, in 4 bits by 0.06 of that of its block: eight times and a hundred times
-half's, of which much averages out over the inputs. Beyond these a precision is of no use to a count."""
 TIES: Mapping[str, float] = {"fp32": 1e-6, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
 """Predictions of two regions closer than this, relatively, are a tie and have no order to keep: what float32 cannot
 tell apart at its best, and with fewer bits what these may change."""

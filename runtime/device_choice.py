@@ -51,7 +51,10 @@ def choose(asked: str, ways: Mapping[str, Callable[[], T]], *, what: str) -> tup
 
     Raises:
         NoDevice: If the device that was asked for is not there; ``auto`` ends with the CPU.
+        UsageError: If there is no such device.
     """
+    if asked not in DEVICES:
+        raise UsageError("no such device", expected=f"one of {', '.join(DEVICES)}", found=repr(asked))
     if asked != AUTO:
         opened = ways[asked]()
         chosen = Chosen(asked=asked, used=asked, how=_how(opened))

@@ -1,8 +1,9 @@
-"""Files of a bundle that are checked, and then mapped by what runs them instead of being read: they must not change."""
+"""Files of a bundle that are mapped by what runs them, and must not change, or are tried in a process of their own."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from topt_deploy.bundle.manifest import Sealed
@@ -28,6 +29,28 @@ def mapped(bundle: Sealed, files: frozenset[str]) -> Iterator[Path]:
     yield folder
     if [_stamp(folder / file) for file in files] != before:
         raise BadBundle("files changed while they were read", file=bundle.path, fix="nothing may write to a bundle")
+
+
+def survives(call: Callable[[], object], bundle: Path, what: str) -> None:
+    """Refuse a part of a bundle that ends the process which reads it: it is read by another one first.
+
+    What it raises there it raises here, too, and is not told of.
+
+    Raises:
+        BadBundle: If the process is ended by a signal.
+    """
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its last words are told by what raises them here
+            call()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        raise BadBundle(
+            f"{what} ends the process that reads it", file=bundle,
+            found=signal.Signals(os.WTERMSIG(status)).name, fix="do not use this bundle",
+        )  # fmt: skip
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

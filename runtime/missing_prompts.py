@@ -67,7 +67,7 @@ class PromptEncoder:
         Args:
             regions: The regions table, or its Parquet file.
             columns: The prompt columns to add.
-            home: The folder that images lie below and that the cache is in; without one there is no cache.
+            home: The folder that images lie below and that the cache is in; without one there is neither.
             id_col: The column that holds the region ids.
             on_bad_image: Of :func:`topt_deploy.prompts.encode.encode`.
             cache: True to keep vectors, and to take what is kept.
@@ -76,13 +76,12 @@ class PromptEncoder:
         Raises:
             BadData: If a text or an image cannot be encoded.
         """
-        root = home or Path()
         tasks = [column.removeprefix(PROMPT_PREFIX) for column in columns]
         encoder, templates = self._opened.encoder, self._opened.templates
-        with open_cache(root / CACHE) if cache and home is not None else nullcontext() as kept:
+        with open_cache(home / CACHE) if cache and home is not None else nullcontext() as kept:
             done = encode(
                 read_regions(regions, templates.wording, id_col=id_col), encoder, templates, tasks,
-                root=root, cache=kept, on_bad_image=on_bad_image, progress=progress,
+                root=home, cache=kept, on_bad_image=on_bad_image, progress=progress,
             )  # fmt: skip
         facts = {
             "sha256": self._opened.sha256,

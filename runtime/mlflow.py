@@ -3,10 +3,12 @@
 MLflow hands over one DataFrame, so a region's row holds the flows that leave it. Nothing of MLflow is imported here.
 """
 
+import os
 from typing import Any
 
 import pyarrow as pa
 
+from topt_deploy.bundle import SIGNATURE_VARIABLE
 from topt_deploy.data.columns import CITY_ID, REGION_ID
 from topt_deploy.errors import BadData
 
@@ -39,6 +41,10 @@ class Model:
         Raises:
             ToptError: If the input is not what the bundle reads.
         """
+        if not hasattr(model_input, "groupby") or not hasattr(model_input, "columns"):
+            raise BadData("not a DataFrame", file="regions table", found=type(model_input).__name__)
+        if len(model_input) == 0:
+            raise BadData("the table is empty", file="regions table", expected="at least one region", found="0 rows")
         cities = [model_input]
         if CITY_ID in model_input:
             cities = [city for _, city in model_input.groupby(CITY_ID, sort=False, dropna=False)]
@@ -92,5 +98,5 @@ def _listed(value: Any) -> bool:
 
 
 def _load_pyfunc(path: str) -> Model:
-    """Load the bundle for MLflow, which calls this with its path; every byte of it is checked."""
-    return Model(load(path))
+    """Load the bundle for MLflow; every byte of it is checked, and its signature where one is required."""
+    return Model(load(path, key=os.environ.get(SIGNATURE_VARIABLE) or None))

@@ -7,15 +7,17 @@ stands and fits, the output is whole.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from topt_deploy import __version__
+from topt_deploy.data.city import hive_city
 from topt_deploy.data.columns import GEOMETRY, REGION_ID
 from topt_deploy.data.parquet import save_parquet
 from topt_deploy.errors import BadData, BadRows, UsageError
@@ -30,10 +32,11 @@ from topt_deploy.storage.atomic import (
     sweep,
     writing,
 )
+from topt_deploy.storage.outputs import TABLES, check_outputs, check_outside, check_suffix
 
 from .bad_rows import FAIL
 from .predictor import COVERAGE, Predictions, Predictor
-from .receipt import Stopwatch, make_receipt, read_receipt, receipt_path
+from .receipt import Stopwatch, aside_path, make_receipt, read_receipt, receipt_path
 
 DONE, PARTIAL, SKIPPED = "done", "partial", "skipped"
 
@@ -123,16 +126,18 @@ def predict_city(
     inputs = {"regions": regions} | ({} if mobility is None else {"mobility": mobility})
     if not out.name:
         check_place(out)
-    check_outside(out, predictor.bundle.path)
+    check_suffix(out, TABLES, "--out")
+    check_outside(out, [predictor.bundle.path])
     written = [out, receipt_path(out), *_asides(out), *([] if geo is None else [geo])]
-    _check_apart(written, inputs.values())
+    named = [Path(file) for file in (job.regions, job.mobility) if file is not None]
+    check_outputs(written, read=named, bundles=[predictor.bundle.path])
     with locked(out), nullcontext() if geo is None else locked(geo):
         sweep(*written)
         with watch.step("hash"):
             stamps = {role: _stamp(file) for role, file in inputs.items()}
             held = {role: Held(file) for role, file in inputs.items()}
             hashes = {role: file.sha256 for role, file in held.items()}
-        key = _key(predictor, hashes, options)
+        key = _key(predictor, hashes, options, hive_city(regions))
         if resume and geo is None and (receipt := _standing(out, key)) is not None:  # no receipt tells of a map
             return Outcome(status=SKIPPED, receipt=receipt, table=None)
         with watch.step("predict"):
@@ -180,11 +185,6 @@ def _asides(out: Path) -> list[Path]:
     return [aside_path(out, table) for table in (BadRows.REGIONS, BadRows.MOBILITY)]
 
 
-def aside_path(out: Path, table: str) -> Path:
-    """The path of a table's rows that were set aside: ``predictions.quarantine.parquet`` beside the predictions."""
-    return out.with_name(f"{out.stem}.quarantine{'' if table == 'regions' else f'_{table}'}.parquet")
-
-
 def _told(predictor: Predictor, options: Options) -> dict[str, Any]:
     """The options as the receipt tells them, with what they mean for this bundle."""
     told = asdict(options)
@@ -193,9 +193,9 @@ def _told(predictor: Predictor, options: Options) -> dict[str, Any]:
     return told | {"device": predictor.device}
 
 
-def _key(predictor: Predictor, inputs: Mapping[str, str], options: Options) -> str:
-    """The hash of everything that the output's bytes depend on."""
-    record = [__version__, predictor.bundle.sha256, dict(inputs), _told(predictor, options)]
+def _key(predictor: Predictor, inputs: Mapping[str, str], options: Options, city: str | None) -> str:
+    """The hash of everything that the output's bytes depend on, the city's name among it, which a folder may give."""
+    record = [__version__, predictor.bundle.sha256, dict(inputs), _told(predictor, options), city]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,44 +207,16 @@ def _standing(out: Path, key: str) -> Mapping[str, Any] | None:
     receipt = read_receipt(out)
     if receipt is None or receipt.get("key") != key or receipt.get("encoder") is not None:
         return None
-    try:
-        made = {out: receipt["output"]["sha256"]}
-        made |= {out.with_name(facts["file"]): facts["sha256"] for facts in receipt["set_aside"].values()}
-        _ = receipt["status"], receipt["seconds"]  # told again
-    except (KeyError, TypeError):
-        return None
+    made = {out: receipt["output"]["sha256"]}
+    made |= {out.with_name(facts["file"]): facts["sha256"] for facts in receipt["set_aside"].values()}
     found = {file: sha256_file(file) for file in (out, *_asides(out)) if file.is_file()}
     return receipt if found == made else None
-
-
-def _check_apart(written: Sequence[Path], read: Iterable[Path]) -> None:
-    """Refuse outputs that cannot be written, or would take the place of an input."""
-    folders: dict[Path, str] = {}  # where they are, links followed, is found out once for all the files in them
-
-    def real(file: Path) -> str:
-        if os.path.islink(file):
-            return os.path.realpath(file)
-        if file.parent not in folders:
-            folders[file.parent] = os.path.realpath(file.parent)
-        return os.path.join(folders[file.parent], file.name)
-
-    taken = {real(file): file for file in read}
-    for target in written:
-        check_place(target)
-        if file := taken.get(real(target)):
-            raise UsageError("the output would overwrite an input", file=file, fix="name another place with --out")
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
     with reading(file):
         facts = os.stat(file)
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def check_outside(out: Path, bundle: Path) -> None:
-    """Refuse an output within the bundle, which a file that its manifest does not list would make unusable."""
-    if os.path.join(os.path.realpath(out), "").startswith(os.path.join(os.path.realpath(bundle), "")):
-        raise UsageError("the output would go into the bundle", file=out, fix="name another place with --out")
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def check_map(path: Path) -> None:
@@ -258,11 +230,19 @@ def check_map(path: Path) -> None:
 
 
 def _write_map(path: Path, temporary: Path, predictions: Predictions) -> None:
-    """A map of the predictions, one feature per region: its polygon, or else its point."""
-    from topt_deploy.data.geometry import write_geo
+    """A map of the predictions, one feature per region: its polygon, or else its point.
+
+    Raises:
+        BadData: If the polygons are not longitude and latitude, or no polygons.
+    """
+    from topt_deploy.data.geometry import map_shapes, write_geo
 
     wide = predictions.wide()
-    if GEOMETRY not in wide.column_names:
+    if GEOMETRY in wide.column_names:
+        ids = np.array(wide.column(REGION_ID).to_pylist(), np.str_)
+        shapes = map_shapes(wide, "regions table", ids)
+        wide = wide.set_column(wide.column_names.index(GEOMETRY), GEOMETRY, shapes)
+    else:
         for axis, degrees in zip(("lon", "lat"), predictions.lonlat.T, strict=True):
             wide = wide.append_column(axis, pa.array(degrees.tolist(), pa.float64()))
     write_geo(temporary, wide, layer=path.stem)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
+from topt_deploy.bundle.manifest import ENCODER, Bundle, blamed, open_bundle
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
-from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, file_of
+from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, as_given, file_of
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
 from topt_deploy.prompts.precision import comparable
+from topt_deploy.storage.atomic import sha256_file
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
 from .bad_rows import FAIL, Sieve
@@ -66,6 +67,7 @@ class Predictor:
     Attributes:
         chosen: Where the model runs, and why there.
         encoded: The encoder of the last city's prompts, if they were made here.
+        signed_by: SHA-256 of the public key whose signature was asked for and found; None if none was asked for.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Predictor:
         self._session, self.chosen = choose(device, ways, what="the city's model")
         self._encoder: PromptEncoder | None = None
         self.encoded: dict[str, Any] | None = None
+        self.signed_by: str | None = None
 
     @cached_property
     def parts(self) -> tuple[bytes, bytes]:
@@ -158,10 +161,10 @@ class Predictor:
 
     def predict(
         self,
-        regions: pa.Table | Path,
-        mobility: pa.Table | Path | None = None,
+        regions: Any,
+        mobility: Any = None,
         *,
-        tasks: Sequence[str] = (),
+        tasks: Sequence[str] | str = (),
         id_col: str = REGION_ID,
         wide: bool = False,
         coverage: float | None = None,
@@ -169,9 +172,10 @@ class Predictor:
         """Predict one city.
 
         Args:
-            regions: The regions table, or its Parquet file (docs/reference/files.md).
-            mobility: Flows between the regions, where the model reads them.
-            tasks: Tasks to predict; all of the bundle's by default.
+            regions: The regions table (docs/reference/files.md): of pyarrow, a DataFrame or whatever else has Arrow's
+                interface, a dataset, or the path of its Parquet file. Images are read below that file's folder alone.
+            mobility: Flows between the regions, likewise, where the model reads them.
+            tasks: Tasks to predict, or one; all of the bundle's by default.
             id_col: The column that holds the region ids.
             wide: One row per region, instead of one per region and task.
             coverage: How often ``lower`` to ``upper`` should hold (:mod:`topt_deploy.intervals`). By default
@@ -184,7 +188,9 @@ class Predictor:
             BadData, NoInput: If the input is not what the bundle reads.
             UsageError: If the bundle lacks a task, or has too few scores for the coverage.
         """
-        predictions = self.predictions(regions, mobility, tasks=tasks, id_col=id_col, coverage=coverage)
+        tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        flows = None if mobility is None else as_given(mobility)
+        predictions = self.predictions(as_given(regions), flows, tasks=tasks, id_col=id_col, coverage=coverage)
         return predictions.wide() if wide else predictions.long()
 
     def predictions(
@@ -266,11 +272,14 @@ class Predictor:
         tolerance = float(self.variant["tolerance"])
         checks = []
         for city in manifest.golden:
-            mobility = self._golden(city, "mobility") if manifest.mobility else None
-            found = self.predict(self._golden(city, "regions"), mobility, wide=True)
-            expected = self._golden(city, "expected")
-            a, b = (np.stack([t.column(task).to_numpy() for task in self.tasks]) for t in (expected, found))
-            worst = float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max())  # NaN where either is
+            with blamed(self.bundle.path, f"golden city {city}"):
+                mobility = self._golden(city, "mobility") if manifest.mobility else None
+                found = self.predict(self._golden(city, "regions"), mobility, wide=True)
+                expected = self._golden(city, "expected")
+                a, b = (np.stack([t.column(task).to_numpy() for task in self.tasks]) for t in (expected, found))
+                if a.shape != b.shape:
+                    raise ValueError(f"{a.shape[1]} expected values of {b.shape[1]} regions")
+                worst = float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max())  # NaN where either is
             if not worst <= tolerance:
                 raise BadBundle(
                     f"self-test failed on {city}: this machine does not reproduce the exporter's predictions",
@@ -380,6 +389,7 @@ def open_predictor(
     opened = open_bundle(bundle)
     check_signature(opened, key)
     predictor = Predictor(opened, device=device, threads=threads, encoder=encoder, engine=engine)
+    predictor.signed_by = None if key is None else sha256_file(key)
     later = {str(predictor.variant[part]) for part in ("graph", "weights")}  # checked as they are read
     later |= {name for name in opened.manifest.files if name.startswith(ENCODER)}
     opened.verify(skip=frozenset(later))

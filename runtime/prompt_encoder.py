@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.bundle.encoder_manifest import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
-from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle, open_sealed, well_formed
+from topt_deploy.bundle.manifest import ENCODER, Bundle, blamed, open_bundle, open_sealed, well_formed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.errors import BadBundle, NoInput, UsageError
 from topt_deploy.prompts.encode import PooledEncoder
@@ -31,7 +31,7 @@ from topt_deploy.prompts.prompt import Array
 from topt_deploy.prompts.templates import Templates
 
 from .device_choice import CPU, CUDA, TENSORRT, Chosen, choose
-from .memory_mapping import mapped
+from .memory_mapping import mapped, survives
 from .processor import processor_name, saturates_8_bit_sums
 
 ONNXRUNTIME, OPENVINO = ENGINES = ("onnxruntime", "openvino")
@@ -201,6 +201,11 @@ class _Embedding:
         """Rows (n, H) of int64 (n,)."""
         size = self._width * self._dtype.itemsize
         rows = [os.pread(self._file, size, size * token) for token in ids.tolist()]
+        if any(len(row) < size for row in rows):
+            raise BadBundle(
+                "the tokenizer gives tokens that the model does not have", found=int(ids.max()), file=TOKENIZER,
+                fix="export the encoder again",
+            )  # fmt: skip
         return np.frombuffer(b"".join(rows), self._dtype).reshape(-1, self._width)
 
 
@@ -355,12 +360,16 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: st
     }
     loaded, chosen = choose(device, ways, what="prompt encoder")
     m = bundle.manifest
+    tokenizer = bundle.read(TOKENIZER)
+    with blamed(bundle.path, TOKENIZER):
+        survives(lambda: bundle.spec.host(tokenizer), bundle.path, TOKENIZER)
+        host = bundle.spec.host(tokenizer)
     encoder = PooledEncoder(
         spec=bundle.spec,
         precision=m.precision,
         runtime=loaded.runtime,
         sha256=bundle.sha256,
-        host=bundle.spec.host(bundle.read(TOKENIZER)),
+        host=host,
         backend=GraphBackend(
             loaded.networks, embedding=loaded.embedding, past=m.past, spec=bundle.spec, chunk=loaded.chunk,
             between=loaded.between,

@@ -5,6 +5,7 @@ Facts of the run live here and not in the output, so that the same input gives t
 
 import json
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,8 +19,14 @@ import onnxruntime as ort
 import pyarrow as pa
 
 from topt_deploy import __version__
+from topt_deploy.errors import BadRows, ToptError
+from topt_deploy.storage.atomic import read_plain
 
 from .predictor import Predictor
+
+LIMIT_BYTES = 1 << 20
+"""Of a receipt: a hundred times what one has."""
+_WORD, _SHA256 = re.compile(r"[a-z_]{1,64}\Z"), re.compile(r"[0-9a-f]{64}\Z")
 
 
 class Stopwatch:
@@ -43,13 +50,38 @@ def receipt_path(output: Path) -> Path:
 
 
 def read_receipt(output: Path) -> dict[str, Any] | None:
-    """The receipt of an output; None where there is none, or it is no receipt."""
+    """The receipt of an output; None where there is none, or what stands there is none, whatever it is.
+
+    Whoever may write beside the output can write one: all that is used of it is looked at here.
+    """
     try:
-        record = json.loads(receipt_path(output).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(read_plain(receipt_path(output), LIMIT_BYTES))
+        return record if _sound(record, output) else None
+    except (OSError, ToptError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
-    sound = isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("output", "set_aside"))
-    return record if sound else None
+
+
+def _sound(record: Any, output: Path) -> bool:
+    def counts(values: Any) -> bool:
+        return all(_WORD.match(word) and type(n) is int and 0 <= n < 1 << 63 for word, n in values.items())
+
+    made, aside = record["output"], record["set_aside"]
+    return (
+        isinstance(record["key"], str)
+        and made["file"] == output.name
+        and _SHA256.match(made["sha256"]) is not None
+        and counts(record["status"])
+        and all(type(s) in (int, float) and 0 <= s < 1e12 for s in record["seconds"].values())
+        and all(_WORD.match(step) for step in record["seconds"])
+        and set(aside) <= {BadRows.REGIONS, BadRows.MOBILITY}
+        and all(facts["file"] == aside_path(output, table).name for table, facts in aside.items())
+        and all(_SHA256.match(facts["sha256"]) and counts(facts["rows"]) for facts in aside.values())
+    )
+
+
+def aside_path(out: Path, table: str) -> Path:
+    """Where the rows of a table that were set aside go: ``predictions.quarantine.parquet`` beside the predictions."""
+    return out.with_name(f"{out.stem}.quarantine{'' if table == 'regions' else f'_{table}'}.parquet")
 
 
 def make_receipt(
@@ -77,7 +109,11 @@ def make_receipt(
         "output": {"file": output.name, "sha256": sha256, "rows": len(predictions)},
         "key": key,
         "inputs": {role: {"file": str(path), "sha256": sha256} for role, (path, sha256) in inputs.items()},
-        "bundle": {"file": str(predictor.bundle.path), "sha256": predictor.bundle.sha256},
+        "bundle": {
+            "file": str(predictor.bundle.path),
+            "sha256": predictor.bundle.sha256,
+            "signed_by": predictor.signed_by,
+        },
         "options": {**options, "coverage": {t: predictor.coverage(t, options["coverage"]) for t in options["tasks"]}},
         "set_aside": {
             table: {"file": path.name, "sha256": hashed, "rows": dict(codes)}

@@ -3,16 +3,18 @@
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import click
 
-from .errors import Exit, IOFailure, ToptError, UsageError, printable
+from .errors import Exit, IOFailure, Terminated, ToptError, UsageError, exit_code, printable, user_error
 
 SAY_EVERY_S = 10.0
 LOG_FORMATS = ("text", "json")
@@ -29,11 +31,11 @@ class Log:
 
     def result(self, text: str, **facts: object) -> None:
         """Say what was done."""
-        click.echo(json.dumps(facts) if self.json else printable(text, keep="\n"))
+        say(json.dumps(facts) if self.json else text)
 
     def error(self, error: ToptError) -> None:
         """Say what went wrong."""
-        click.echo(json.dumps(error.as_dict()) if self.json else f"error: {error}", err=True)
+        say(json.dumps(error.as_dict()) if self.json else f"error: {error}", err=True)
 
     def listen(self) -> None:
         """From now on also say what our modules log, on standard error."""
@@ -44,11 +46,25 @@ class Log:
         class Said(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
                 text = record.getMessage()
-                click.echo(json.dumps({"event": "log", "message": text}) if log.json else printable(text), err=True)
+                say(json.dumps({"event": "log", "message": text}) if log.json else printable(text), err=True)
 
         ours = logging.getLogger("topt_deploy")
         ours.handlers = [Said()]
         ours.setLevel(logging.INFO)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print for people: what files are called or say cannot steer the terminal, but for the ends of lines.
+
+    Raises:
+        IOFailure: If nobody reads it any more, or it cannot be written.
+    """
+    try:
+        click.echo(printable(text, keep="\n"), err=err)
+    except OSError as error:
+        raise IOFailure(
+            f"writing failed ({error.strerror or error})", file="standard error" if err else "standard output"
+        ) from error
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
@@ -67,39 +83,81 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, teard
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     log = Log(_log_format(arguments))
+    _open_streams()
+    with _terminating():
+        code = _code(command, arguments, log)
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        except OSError:
+            code = code or Exit.IO_ERROR
+    if teardown:
+        sys.exit(code)
+    os._exit(code)
+
+
+def _code(command: click.Command, arguments: list[str], log: Log) -> int:
+    """Run a command, say what goes wrong, and give its exit code."""
+    try:
+        code = command.main(arguments, standalone_mode=False)
+        return code if isinstance(code, int) else Exit.DONE
+    except click.UsageError as error:
+        with suppress(OSError):
+            if log.json:
+                log.error(UsageError(error.format_message(), fix="see --help"))
+            else:
+                usage = error.ctx.get_usage() + "\n\n" if error.ctx else ""
+                say(f"{usage}Error: {error.format_message()}", err=True)
+        return Exit.USAGE
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+        with suppress(ToptError):
+            say("terminated" if isinstance(cause, Terminated) else "interrupted", err=True)
+        return exit_code(cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt())
+    except SystemExit:  # click's answer to a reader that left, as `| head` does
+        return Exit.IO_ERROR
+    except Exception as error:
+        known = user_error(error)
+        with suppress(OSError, ToptError):  # there may be nobody to tell
+            if known is not None:
+                log.error(known)
+            else:
+                say(
+                    traceback.format_exc() + "This is a bug in topt-deploy. Please report it with the lines above.",
+                    err=True,
+                )
+        return exit_code(error)
+
+
+def _open_streams() -> None:
+    """Have standard streams that a shell has closed (``>&-``) lead nowhere: the next file would get their number, and
+    whatever prints would write into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal has an R²
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Have SIGTERM end a command as SIGINT does."""
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if ours else None
     try:
-        code = command.main(arguments, standalone_mode=False)
-    except ToptError as error:
-        log.error(error)
-        code = error.exit_code
-    except click.UsageError as error:
-        if log.json:
-            log.error(UsageError(error.format_message(), fix="see --help"))
-        else:
-            error.show()
-        code = Exit.USAGE
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        code = 130
-    except OSError as error:  # every file's own errors are the user's by now: what is left is standard output
-        log.error(IOFailure(f"writing failed ({error.strerror or error})", file="standard output"))
-        code = Exit.IO_ERROR
-    except SystemExit:  # click's answer to a reader that left, as `| head` does
-        code = Exit.DONE
-    except Exception:
-        traceback.print_exc()
-        click.echo("This is a bug in topt-deploy. Please report it with the lines above.", err=True)
-        code = Exit.BUG
-    code = code if isinstance(code, int) else Exit.DONE
-    if teardown:
-        sys.exit(code)
-    with suppress(OSError):  # said above
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _log_format(arguments: Sequence[str]) -> str:
@@ -129,4 +187,4 @@ class Lines:
         if now - self._said > SAY_EVERY_S:
             self._said = now
             left = (now - self._began) / done * (total - done)
-            print(f"{done} of {total} {self._what}, {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"{done} of {total} {self._what}, {left:.0f} s left", err=True)

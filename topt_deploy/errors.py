@@ -26,6 +26,8 @@ class Exit(IntEnum):
     BAD_BUNDLE = 76
     NO_PERMISSION = 77
     BAD_CONFIG = 78
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -180,6 +182,19 @@ class TryAgain(ToptError):
     exit_code = Exit.TRY_AGAIN
 
 
+class OutOfMemory(TryAgain):
+    """The machine has less memory left than this takes; later, or with fewer workers, it may have."""
+
+    def __init__(self, file: object = None) -> None:
+        super().__init__(
+            "not enough memory", file=file, fix="give it more, or fewer --workers, and go on with --resume"
+        )
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as SIGINT does: what is open is closed, and the record written."""
+
+
 class BadBundle(ToptError):
     """The bundle is not whole, not what its manifest says, or fails its own test."""
 
@@ -196,3 +211,33 @@ class BadConfig(ToptError):
     """A configuration file or value is wrong."""
 
     exit_code = Exit.BAD_CONFIG
+
+
+def user_error(error: BaseException, file: object = None) -> ToptError | None:
+    """The user's error for what no part of ours has put into words; None where it is a bug of ours, or no error.
+
+    Args:
+        error: What was raised.
+        file: What was at work on, where the error names none.
+    """
+    if isinstance(error, ToptError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory(file)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return IOFailure(
+            f"the operating system refused something ({reason})", file=error.filename or file,
+            fix="mend what it says, then run again",
+        )  # fmt: skip
+    return None
+
+
+def exit_code(error: BaseException) -> Exit:
+    """The exit code of a command that ends by this: the one place that decides it, for process, record and metrics."""
+    if isinstance(error, Terminated):
+        return Exit.TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    known = user_error(error)
+    return Exit.BUG if known is None else known.exit_code

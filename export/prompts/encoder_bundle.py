@@ -22,6 +22,7 @@ from topt_deploy.bundle.encoder_manifest import (
     open_encoder_bundle,
 )
 from topt_deploy.bundle.manifest import seal_bundle
+from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
 from topt_deploy.prompts.encode import limit_pixels
 from topt_deploy.prompts.encoder_spec import TEXT, EncoderSpec
@@ -43,7 +44,6 @@ from .default_profiles import default_profile, of_network
 from .lower import FORMS, ONNXRUNTIME, PRECISIONS, STANDARD, TENSORRT
 from .outliers import LIMITS, Outliers
 from .parity_gate import (
-    TOLERANCE,
     Candidate,
     EncoderParity,
     FileRunner,

@@ -9,6 +9,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
+from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.golden_regions import GoldenRegion, reproduce
 from topt_deploy.prompts.graph_backend import GraphBackend, Runner, import_openvino
@@ -18,13 +19,6 @@ from topt_deploy.prompts.templates import Templates
 
 from .pieces import Network, execute
 
-TOLERANCE: Mapping[str, Mapping[str, float]] = {
-    "fp32": {"cosine": 0.999999, "difference": 1e-4},
-    "fp16": {"cosine": 0.9999, "difference": 0.05},
-    "int8": {"cosine": 0.99, "difference": 0.5},
-    "int4": {"cosine": 0.9, "difference": 2.0},
-}
-"""Smallest cosine and largest difference, relative to the root mean square of PyTorch's vector, that pass."""
 CHUNK = 64
 """Prefix tokens read at once in the gate: few, so that every golden region needs several passes."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from topt_deploy.errors import BadBundle, NoDevice, ToptError
+from topt_deploy.errors import BadBundle, NoDevice, OutOfMemory, ToptError
 from topt_deploy.storage.atomic import scratch_folder, writing
 
 Array = np.ndarray[Any, Any]
@@ -20,6 +20,7 @@ WEIGHTS = "topt.weights"
 CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 PROVIDERS = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER, "tensorrt": TENSORRT_PROVIDER}
 """ONNX Runtime's execution provider, by the device."""
+NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory", "Cannot allocate memory")
 SHAPE_OPERATORS = frozenset(
     {
         "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max", "Min", "Mod", "Mul",
@@ -90,6 +91,8 @@ class Session:
         except Exception as error:  # ONNX Runtime raises half a dozen unrelated types here
             if device != "cpu":
                 raise no_device(device, str(error).splitlines()[0]) from error
+            if out_of_memory(error):
+                raise OutOfMemory(source) from error
             raise BadBundle(f"ONNX Runtime cannot load the graph ({error})", file=source) from error
         check_used(self._session, device)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
@@ -121,6 +124,8 @@ class MappedSession:
         try:
             self._session = ort.InferenceSession(graph, options, providers=[CPU_PROVIDER])
         except Exception as error:
+            if out_of_memory(error):
+                raise OutOfMemory(graph) from error
             raise BadBundle(f"ONNX Runtime cannot load the graph ({error})", file=graph) from error
         self.inputs = tuple(value.name for value in self._session.get_inputs())
 
@@ -139,10 +144,17 @@ def _run(
     try:
         return dict(zip(outputs, session.run(list(outputs), dict(inputs)), strict=True))
     except Exception as error:  # as above; memory that cannot be had is one of them
+        if out_of_memory(error):
+            raise OutOfMemory(source) from error
         raise BadBundle(
             f"ONNX Runtime cannot run the graph ({error})", file=source,
             fix="run topt-run selftest; where that passes, this city needs more memory than there is",
         ) from error  # fmt: skip
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime failed for want of memory, which it says in words alone."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 @contextmanager

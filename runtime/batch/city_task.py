@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import Exit, ToptError
+from topt_deploy.errors import BadBundle, Exit, ToptError, TryAgain, user_error
 from topt_deploy.storage.atomic import write_error
 
 from ..predict_city import Job, Options, Outcome, predict_city
@@ -102,6 +102,23 @@ def lost_result(job: Job, how: str) -> Result:
     return failed(job, facts, f"{facts['message']}\n  to do:    {facts['to_do']}")
 
 
+def crashed_result(job: Job, how: str) -> Result:
+    """The result of a city at which the bundle's graph ended its worker: another try would end like this one."""
+    error = BadBundle(
+        f"the bundle's graph ended the process that ran it ({how})", file=object_stores.shown(job.regions),
+        fix="do not use this bundle for this city; export it again",
+    )  # fmt: skip
+    return failed(job, error.as_dict(), str(error))
+
+
+def too_long(regions: str, seconds: float) -> TryAgain:
+    """The error of a city that took longer than it may."""
+    return TryAgain(
+        f"took longer than {seconds:g} s", file=object_stores.shown(regions),
+        fix="give it more with --timeout, or look what is so large in it",
+    )  # fmt: skip
+
+
 def unopened(job: Job, error: ToptError) -> Result:
     """The result of a city on a node of a cluster that cannot open the bundle, which the command itself could."""
     facts = error.as_dict() | {
@@ -140,6 +157,10 @@ def work(job: Job, predictor: Predictor, setting: Setting) -> Result:
             outcome = predict_city(predictor, here, setting.options, resume=setting.resume, cache=setting.cache)
     except ToptError as error:
         return failed(job, error.as_dict(), str(error), time.perf_counter() - began)
+    except (OSError, MemoryError) as error:
+        known = user_error(error, object_stores.shown(job.regions))
+        assert known is not None
+        return failed(job, known.as_dict(), str(known), time.perf_counter() - began)
     except Exception as error:
         place = object_stores.shown(job.regions)
         bug = {"error": type(error).__name__, "exit_code": int(Exit.BUG), "message": str(error), "file": place}

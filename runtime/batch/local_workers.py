@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -16,33 +17,51 @@ from pathlib import Path
 from typing import Any
 
 from ..predict_city import Job
-from .city_task import ATTEMPTS, Result, lost_result
+from .city_task import ATTEMPTS, Result, crashed_result, failed, lost_result, too_long
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl.h."""
+SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""By which a process is ended from outside: for its memory, or by whoever stops the batch."""
+LOOK_EVERY_S = 0.2
+"""How often workers' time is looked at, where it has a limit."""
 SMALL_BYTES = 4 << 20
 """Size of the largest city's tables, as files, up to which a second worker per processor takes little memory."""
 
 
-def run_local(jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: int) -> Generator[Result]:
+def run_local(
+    jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: int, timeout: float | None = None
+) -> Generator[Result]:
     """Do every job in one of ``workers`` processes; results come as they are made.
 
     Args:
         jobs: In the order that they are begun in.
         work: Runs in a forked process, so it need not be picklable; its result must be.
         workers: How many at once.
+        timeout: Seconds that one city may take.
     """
     waiting = deque((job, 1) for job in jobs)
     pool: list[_Worker] = []
+    busy: dict[Connection, tuple[_Worker, Job, int]] = {}
     try:
         for _ in range(min(workers, len(jobs))):
             pool.append(_Worker(work, pool))
-        busy: dict[Connection, tuple[_Worker, Job, int]] = {}
         idle = list(pool)
         while waiting or busy:
             while waiting and idle:
                 worker, (job, attempt) = idle.pop(), waiting.popleft()
                 busy[worker.connection] = (worker, job, attempt)
                 worker.send(job)
-            for ready in wait(list(busy)):
+            if timeout is not None:
+                for worker, job, _ in list(busy.values()):
+                    if worker.busy_s() > timeout:
+                        del busy[worker.connection]
+                        pool.remove(worker)
+                        worker.kill()
+                        yield failed(job, (late := too_long(job.regions, timeout)).as_dict(), str(late), timeout)
+                        pool.append(_Worker(work, pool))
+                        idle.append(pool[-1])
+            for ready in wait(list(busy), None if timeout is None else LOOK_EVERY_S):
                 assert isinstance(ready, Connection)
                 worker, job, attempt = busy.pop(ready)
                 try:
@@ -50,14 +69,20 @@ def run_local(jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: in
                     idle.append(worker)
                 except (EOFError, OSError):
                     pool.remove(worker)
-                    how = worker.died()
-                    if attempt < ATTEMPTS:
+                    how, crashed = worker.died()
+                    if crashed:
+                        yield crashed_result(job, how)
+                    elif attempt < ATTEMPTS:
                         waiting.appendleft((job, attempt + 1))
                     else:
                         yield lost_result(job, how)
                     worker = _Worker(work, pool)
                     pool.append(worker)
                     idle.append(worker)
+    except BaseException:
+        for worker, *_ in busy.values():
+            worker.kill()  # nobody waits for its result; what it has written so far is swept by the next run
+        raise
     finally:
         for worker in pool:
             worker.stop()
@@ -82,32 +107,49 @@ class _Worker:
     def __init__(self, work: Callable[[Job], Result], others: Sequence["_Worker"]) -> None:
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
+        self._since = 0.0
         # A forked process holds the ends of its older siblings' pipes, and has to let go of them: while anyone holds
         # the parent's end, a worker does not see that the parent is gone.
         inherited = [self.connection, *(other.connection for other in others)]
-        self._process = context.Process(target=_serve, args=(theirs, inherited, work), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, inherited, work, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()
 
     def send(self, job: Job) -> None:
+        """Give it work."""
+        self._since = time.monotonic()
         with suppress(OSError):  # it is dead already, which is found out when its result is read
             self.connection.send(job)
 
-    def died(self) -> str:
-        """A description of how its process ended."""
+    def busy_s(self) -> float:
+        """How long it has been at work on its city."""
+        return time.monotonic() - self._since
+
+    def kill(self) -> None:
+        """End it whatever it is in."""
+        self._process.kill()
+        self.connection.close()
+        self._process.join()
+
+    def died(self) -> tuple[str, bool]:
+        """A description of how its process ended, and True if it was by a signal that nobody sends to end a process."""
         self.connection.close()
         self._process.join()
         code = self._process.exitcode or 0
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code >= 0:
+            return f"exit code {code}", False
+        return f"killed by {signal.Signals(-code).name}", -code not in SENT
 
     def stop(self) -> None:
         self.connection.close()
         self._process.join()
 
 
-def _serve(connection: Connection, inherited: Sequence[Connection], work: Callable[[Job], Result]) -> None:
+def _serve(connection: Connection, inherited: Sequence[Connection], work: Callable[[Job], Result], parent: int) -> None:
     """Do jobs until the parent closes its end, or is gone; a result that nobody waits for any more is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle: a terminal sends it to all
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with(parent)
     gc.freeze()  # what the parent has made stays, and need not be looked through, nor copied, time and again
     for other in inherited:
         other.close()
@@ -115,3 +157,17 @@ def _serve(connection: Connection, inherited: Sequence[Connection], work: Callab
         while True:
             job: Any = connection.recv()
             connection.send(work(job))
+
+
+def _die_with(parent: int) -> None:
+    """Have this process end with its parent, whatever it is in, where the system can do that (Linux).
+
+    A worker that waits for ever would keep its city's lock, and nobody would know of it.
+    """
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

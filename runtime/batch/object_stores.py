@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from topt_deploy.data.city import hive_city
 from topt_deploy.errors import CannotCreate, IOFailure, NoInput, NoPermission, ToptError, UsageError
-from topt_deploy.storage.atomic import scratch_folder
+from topt_deploy.storage.atomic import atomic_file, scratch_folder, writing
 
-from ..predict_city import Job, aside_path
-from ..receipt import receipt_path
+from ..predict_city import Job
+from ..receipt import aside_path, receipt_path
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
 """``az://CONTAINER/…`` is Azure's; the account comes from the environment, as everyone's credentials do."""
@@ -107,7 +107,7 @@ def local(job: Job) -> Iterator[Job]:
         return
     with scratch_folder() as scratch:
         city = hive_city(Path(unquote(parted(job.regions)[0])))  # a name that the tables themselves may not have
-        folder = scratch / ("regions" if city is None else f"city={city}")
+        folder = scratch / ("regions" if city is None else f"city={quote(city, safe='')}")
         folder.mkdir()
         here: dict[str, Any] = {}
         given = {}
@@ -150,7 +150,7 @@ def _told(given: Mapping[str, str]) -> Iterator[None]:
 
 def put_text(uri: str, text: str) -> None:
     """Write a small text file."""
-    with _answers(uri, writing=True), _writing(uri) as target:
+    with _answers(uri, to_write=True), _writing(uri) as target:
         target.write(text.encode())
 
 
@@ -161,7 +161,7 @@ def _fetch(uri: str, file: Path) -> None:
 
 
 def _put(file: Path, uri: str) -> None:
-    with _answers(uri, writing=True), file.open("rb") as source, _writing(uri) as target:
+    with _answers(uri, to_write=True), file.open("rb") as source, _writing(uri) as target:
         _copy(source, target)
 
 
@@ -172,12 +172,12 @@ def _writing(uri: str) -> Iterator[Any]:
         with system.open_output_stream(path) as target:
             yield target
         return
-    # A disk has folders, and shows a file while it is written.
-    folder, _, name = path.rpartition("/")
-    system.create_dir(folder)
-    with system.open_output_stream(f"{folder}/.{name}.part") as target:
+    # A disk has folders, shows a file while it is written, and may have links where one is to be.
+    file = Path(path)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as temporary, temporary.open("wb") as target:
         yield target
-    system.move(f"{folder}/.{name}.part", path)
 
 
 def _copy(source: Any, target: Any) -> None:
@@ -226,7 +226,7 @@ def _azure(uri: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _answers(uri: str, *, writing: bool = False) -> Iterator[None]:
+def _answers(uri: str, *, to_write: bool = False) -> Iterator[None]:
     """Turn a store's errors into the user's."""
     place = shown(uri)
     try:
@@ -240,7 +240,7 @@ def _answers(uri: str, *, writing: bool = False) -> Iterator[None]:
                 f"the object store refused access ({reason})", file=place, fix="check credentials, and what they allow"
             ) from error
         if isinstance(error, FileNotFoundError) or any(word in reason for word in ABSENT):
-            if writing:
+            if to_write:
                 raise CannotCreate("no such bucket or folder", file=place, fix="create it, or name another") from error
             raise NoInput("no such file or folder", file=place) from error
         raise IOFailure(

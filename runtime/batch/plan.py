@@ -9,7 +9,8 @@ from urllib.parse import unquote
 
 from topt_deploy.bundle.manifest import SUFFIX
 from topt_deploy.data.city import hive_city
-from topt_deploy.errors import NoInput, UsageError
+from topt_deploy.data.parquet import is_part, one_file
+from topt_deploy.errors import BadData, NoInput, UsageError
 from topt_deploy.storage.atomic import reading
 
 from ..predict_city import Job
@@ -64,6 +65,8 @@ def alone(inputs: Sequence[str], out: str | None) -> Path | None:
         return None
     given = Path(inputs[0])
     if os.path.isdir(given):  # unlike pathlib's, no error for a name that is too long
+        if (given / REGIONS).is_dir() or any(is_part(name) for name in os.listdir(given)):
+            return one_file(given / REGIONS if (given / REGIONS).is_dir() else given)
         given /= REGIONS
         if not os.path.exists(given):
             return None
@@ -88,7 +91,14 @@ def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
         if (city is not None and folder.startswith(city)) or SUFFIX + "/" in folder:
             continue  # what is below a city's own folder, its runs, or in a bundle, is no city
         city = folder if REGIONS in files else city
-        tables = [REGIONS] if REGIONS in files else [f for f in sorted(files) if _is_table(f) or folder + f == given]
+        parts = [file for file in sorted(files) if is_part(file)]
+        if len(parts) > 1:
+            raise BadData(
+                f"a table in {len(parts)} parts, as Spark writes it", file=shown(folder), expected="one file",
+                found=parts[0], fix="write one file per city, as with coalesce(1) in Spark",
+            )  # fmt: skip
+        loose = [file for file in sorted(files) if _is_table(file) or folder + file == given]
+        tables = [REGIONS] if REGIONS in files else parts or loose
         for file in tables:
             count += 1
             listed = is_uri(given) and folder + file != given
@@ -141,7 +151,11 @@ def _is_table(name: str) -> bool:
 def _city(regions: str) -> str:
     """The name of a Hive partition, else of the file, else of the folder that its regions.parquet is in."""
     path = Path(unquote(regions)) if is_uri(regions) else Path(regions).absolute()
-    return hive_city(path) or (path.parent.name if path.name == REGIONS else path.stem)
+    if path.name == REGIONS or is_part(path.name):
+        inner = path.parent.name in (REGIONS, REGIONS.removesuffix(".parquet"))
+        folder = path.parent.parent if inner else path.parent
+        return hive_city(path) or folder.name.removesuffix(".parquet")
+    return hive_city(path) or path.stem
 
 
 def _escaped(name: str) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import overload
 
 from topt_deploy.errors import UsageError
+from topt_deploy.storage.outputs import check_outside
 
 from ..device_choice import CPU
 from ..pandas_blocker import with_pandas
-from ..predict_city import Job, check_outside
+from ..predict_city import Job
 from .city_task import Result, Setting, work
 from .local_workers import run_local, workers_for
 from .object_stores import is_uri
@@ -31,6 +32,7 @@ def run_batch(
     *,
     engine: str = LOCAL,
     workers: int | None = None,
+    timeout: float | None = None,
     told: Callable[[Result, int, int], None] = lambda result, done, total: None,
 ) -> None:
     """Predict many cities.
@@ -40,8 +42,8 @@ def run_batch(
         setting: The settings that they have in common.
         summary: Where results are counted.
         engine: One of :data:`ENGINES`.
-        workers: How many cities at once; by default :func:`.local_workers.workers_for`, or the cluster's choice; on a
-            GPU one.
+        workers: How many cities at once; by default :func:`.local.workers_for`, or the cluster's choice; on a GPU one.
+        timeout: Seconds that one city may take, on the local engine's CPU.
         told: Each result as it comes, how many there are by now, and of how many.
 
     Raises:
@@ -49,6 +51,8 @@ def run_batch(
     """
     # Where a cluster's workers predict, this machine needs no GPU.
     predictor = (setting if engine == LOCAL else replace(setting, device=CPU)).open()
+    if timeout is not None and (engine != LOCAL or predictor.device != CPU):
+        raise UsageError("--timeout is for --engine local on the CPU", fix="leave --timeout out")
     for task in setting.options.tasks:
         if task not in predictor.tasks:
             raise UsageError(
@@ -56,7 +60,7 @@ def run_batch(
                 expected=f"one of {', '.join(predictor.tasks)}", fix="choose one of these, or train the task",
             )  # fmt: skip
     if not is_uri(out):
-        check_outside(Path(out), Path(setting.bundle))
+        check_outside(Path(out), [Path(setting.bundle)])
     search = partial(plan, inputs, out, mobility=predictor.bundle.manifest.mobility)
     jobs = apart(search) if any(map(is_uri, inputs)) else search()
     results: Generator[Result]
@@ -70,7 +74,7 @@ def run_batch(
     elif engine == LOCAL:
         _ = predictor.parts  # read and checked once, here, for all workers
         todo = partial(work, predictor=predictor, setting=setting)
-        results = run_local(jobs, todo, workers=workers or workers_for(jobs))
+        results = run_local(jobs, todo, workers=workers or workers_for(jobs), timeout=timeout)
     else:
         everywhere = replace(setting, bundle=_absolute(setting.bundle), encoder=_absolute(setting.encoder))
         results = _cluster(engine)([_anywhere(job) for job in jobs], everywhere, workers=workers)

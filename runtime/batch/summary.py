@@ -3,12 +3,12 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import Exit
+from topt_deploy.errors import Exit, ToptError, exit_code
 from topt_deploy.storage.atomic import write_text
 
 from ..predict_city import DONE, PARTIAL, SKIPPED
@@ -30,6 +30,27 @@ class Summary:
         self.regions: Counter[str] = Counter()
         self.set_aside: Counter[tuple[str, str]] = Counter()
         self.failures: list[Result] = []
+        self._ended: Exit | None = None
+
+    def end(self, error: BaseException) -> None:
+        """Note that the run ended before its end."""
+        self._ended = exit_code(error)
+
+    @contextmanager
+    def recorded(self, out: str) -> Iterator[None]:
+        """Have the record tell of a run that is ended before its end."""
+        try:
+            yield
+        except BaseException as error:
+            self.end(error)
+            if self.cities or not isinstance(error, ToptError):  # else nothing has begun, and an older record stays
+                with suppress(ToptError):  # the first error is the one that is told
+                    self.write(out)
+            raise
+
+    def write(self, out: str) -> None:
+        """Write the record into the batch's folder."""
+        write_record(out, self)
 
     def add(self, result: Result) -> None:
         """Count a city."""
@@ -42,10 +63,13 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 if all is done; 3 if something was set aside or some cities failed; a failure's own code if all did.
+        """That of what ended the run early; else 0 if all is done; 3 if something was set aside or some cities failed;
+        a failure's own code if all did.
 
         Failures that are the machine's, a full disk or a lost worker, come before the data's: trying again helps.
         """
+        if self._ended is not None:
+            return int(self._ended)
         codes = [int(result.error["exit_code"]) for result in self.failures if result.error]
         if again := [code for code in codes if code in AGAIN]:
             return again[0]
@@ -70,16 +94,17 @@ class Summary:
         rows = self.set_aside.total()
         return f"{self.cities.total()} cities: {', '.join(told)}" + (f"; {rows} rows set aside" if rows else "")
 
-    def metrics(self, exit_code: int) -> str:
+    def metrics(self) -> str:
         """For the textfile collector of Prometheus' node_exporter, in its text format."""
         cities = {status: self.cities[status] for status in (DONE, PARTIAL, SKIPPED, FAILED)}
-        aside = {f'{{table="{table}",code="{code}"}}': n for (table, code), n in sorted(self.set_aside.items())}
+        aside = {f'{{table="{_label(t)}",code="{_label(c)}"}}': n for (t, c), n in sorted(self.set_aside.items())}
+        regions = {f'{{status="{_label(s)}"}}': n for s, n in sorted(self.regions.items())}
         families: list[tuple[str, str, Mapping[str, float]]] = [
-            ("exit_code", "Exit code of the last run.", {"": exit_code}),
+            ("exit_code", "Exit code of the last run.", {"": self.exit_code}),
             ("finished_timestamp_seconds", "When it ended, in seconds since 1970.", {"": time.time()}),
             ("duration_seconds", "How long it took.", {"": time.time() - self._began}),
             ("cities", "Cities by what became of them.", {f'{{status="{s}"}}': n for s, n in cities.items()}),
-            ("regions", "Predictions by status.", {f'{{status="{s}"}}': n for s, n in sorted(self.regions.items())}),
+            ("regions", "Predictions by status.", regions),
             ("set_aside_rows", "Rows set aside, by table and reason.", aside),
         ]
         lines = []
@@ -87,6 +112,11 @@ class Summary:
             lines += [f"# HELP topt_run_{name} {told}", f"# TYPE topt_run_{name} gauge"]
             lines += [f"topt_run_{name}{labels} {value:.15g}" for labels, value in values.items()]
         return "\n".join(lines) + "\n"
+
+
+def _label(value: str) -> str:
+    """A label's value, as the format has it."""
+    return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
 def write_record(out: str, summary: Summary) -> None:

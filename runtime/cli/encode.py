@@ -32,7 +32,7 @@ def encode(
     threads: int,
     log_format: str,
     **shared: Any,
-) -> None:
+) -> int:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
     from topt_deploy.prompts.encode_job import Job
     from topt_deploy.prompts.templates import load_templates
@@ -42,9 +42,11 @@ def encode(
     log = Log(log_format)
     log.listen()
     check_engine(encoder_engine, device)
-    job = Job(city=regions, **shared)
+    used = [path for path in (templates, require_signature) if path is not None]
+    job = Job(city=regions, read=used, bundles=[bundle], **shared)
     found = find_encoder(bundle, require_signature)
     opened = load_encoder(found, engine=encoder_engine, device=device, threads=threads)
     asked = load_templates(templates) if templates else opened.templates
     done = job.run(opened.encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())
     log.result(job.summary(done), **job.facts(done))
+    return job.exit_code(done)

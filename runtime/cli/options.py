@@ -4,9 +4,11 @@ from pathlib import Path
 
 import click
 
+from topt_deploy.bundle import SIGNATURE_VARIABLE
 from topt_deploy.console import LOG_FORMATS
 
 PATH = click.Path(path_type=Path, readable=False)  # what cannot be read is refused where it is read, with its code
+
 
 log_format_option = click.option(
     "--log-format",
@@ -33,7 +35,8 @@ signature_option = click.option(
     "--require-signature",
     type=PATH,
     metavar="KEY",
-    help="Refuse a bundle that the holder of this key (public, PEM) did not sign.",
+    envvar=SIGNATURE_VARIABLE,
+    help=f"Refuse a bundle that the holder of this key (public, PEM) did not sign [default: ${SIGNATURE_VARIABLE}].",
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads for the model."

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from topt_deploy.console import Lines, Log
-from topt_deploy.errors import Exit, NoInput, ToptError, UsageError
+from topt_deploy.console import Lines, Log, say
+from topt_deploy.errors import NoInput, UsageError, printable
+from topt_deploy.storage.outputs import METRICS, check_outputs, check_suffix
 
 from .options import PATH, device_option, encoder_engine_option, log_format_option, signature_option, threads_option
 
@@ -28,7 +29,7 @@ ROWS_SHOWN = 5
 
 @click.command("predict")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--bundle", type=PATH, help=f"[default: {DEFAULT_BUNDLE} beside the regions, else ${BUNDLE_VARIABLE}]")
+@click.option("--bundle", type=PATH, help=f"[default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE} beside the regions]")
 @click.option("--mobility", type=PATH, help=f"One city's flows [default: {DEFAULT_MOBILITY} beside the regions].")
 @click.option("--out", help=f"A file, or a folder for many cities [default: {DEFAULT_OUT} beside the regions].")
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
@@ -50,6 +51,7 @@ ROWS_SHOWN = 5
     "--engine", type=click.Choice(["local", "ray", "spark"]), default="local", show_default=True,
     help="Run many cities on this machine, on Ray or on Spark.",
 )  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds that one city may take.")
 @click.option("--metrics-file", type=PATH, help="Write metrics for Prometheus' node_exporter to FILE.prom.")
 @threads_option
 @click.option(
@@ -76,6 +78,7 @@ def predict(
     resume: bool,
     workers: int | None,
     engine: str,
+    timeout: float | None,
     metrics_file: Path | None,
     threads: int,
     encoder_bundle: Path | None,
@@ -98,6 +101,9 @@ def predict(
 
     log = Log(log_format)
     log.listen()
+    if metrics_file is not None:
+        check_suffix(metrics_file, METRICS, "--metrics-file")
+        check_outputs([metrics_file], bundles=[] if bundle is None else [bundle])
     with _measured(metrics_file) as measure:
         regions = alone(inputs, out)
         if regions is not None:
@@ -114,17 +120,21 @@ def predict(
             cache=not no_cache,
         )
         if regions is not None:
+            if timeout is not None:
+                _end_after(timeout, regions, measure, metrics_file, log)
             return _predict_one(regions, setting, measure, log, mobility=mobility, out=out, geo=geo)
         for option, given in (("--mobility", mobility), ("--geo", geo)):
             if given is not None:
                 raise UsageError(
                     f"{option} is for one city only", found=f"{len(inputs)} inputs", fix="predict that city alone"
                 )
+        if out == "-":
+            raise UsageError("results go to files, not to standard output", found="-", fix="name a folder with --out")
         if out is None:
             raise UsageError(
                 "several cities need an output folder", expected="--out FOLDER", fix="name one; it is made"
             )
-        return _predict_many(inputs, out, setting, measure, log, engine=engine, workers=workers)
+        return _predict_many(inputs, out, setting, measure, log, engine=engine, workers=workers, timeout=timeout)
 
 
 def _predict_one(
@@ -181,11 +191,11 @@ def _predict_many(
     *,
     engine: str,
     workers: int | None,
+    timeout: float | None,
 ) -> int:
     from ..batch.city_task import FAILED
     from ..batch.object_stores import shown
     from ..batch.run_batch import run_batch
-    from ..batch.summary import write_record
 
     lines = Lines("cities")
 
@@ -194,44 +204,65 @@ def _predict_many(
             log.result("", event="city", **result.as_dict())
             return
         if result.status == FAILED:
-            click.echo(f"{result.city}: error: {result.told}", err=True)
+            say(f"{printable(result.city)}: error: {result.told}", err=True)
         lines(done, total)
 
-    run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told)
-    write_record(out, measure)
-    text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
-    log.result(text, event="batch", **measure.record())
+    with measure.recorded(out):
+        run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told, timeout=timeout)
+        text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
+        measure.write(out)
+        log.result(text, event="batch", **measure.record())
     return measure.exit_code
 
 
 @contextmanager
 def _measured(file: Path | None) -> Iterator["Summary"]:
-    """A summary whose figures are written in the end, also where the run fails as a whole."""
+    """A summary whose figures are written in the end, also where the run fails as a whole, or is ended."""
     from ..batch.summary import Summary, write_metrics
 
     summary = Summary()
-    code: int | None = None
     try:
         yield summary
-        code = summary.exit_code
-    except ToptError as error:
-        code = error.exit_code
+    except BaseException as error:
+        summary.end(error)
         raise
     finally:
         if file is not None:
-            write_metrics(file, summary.metrics(int(Exit.BUG) if code is None else code))
+            write_metrics(file, summary.metrics())
+
+
+def _end_after(seconds: float, regions: Path, measure: "Summary", metrics: Path | None, log: Log) -> None:
+    """End the process once it has taken so long, whatever it is in: what computes does not look at clocks."""
+    import threading
+
+    from ..batch.city_task import too_long
+    from ..batch.summary import write_metrics
+
+    def end() -> None:
+        error = too_long(str(regions), seconds)
+        try:
+            measure.end(error)
+            if metrics is not None:
+                write_metrics(metrics, measure.metrics())
+            log.error(error)
+        finally:
+            os._exit(error.exit_code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _default_bundle(regions: Path) -> Path:
     beside = (regions if regions.is_dir() else regions.parent) / DEFAULT_BUNDLE
+    if os.environ.get(BUNDLE_VARIABLE):  # what whoever runs this has set goes before what came with the data
+        return Path(os.environ[BUNDLE_VARIABLE])
     if beside.exists():
         return beside
-    if BUNDLE_VARIABLE in os.environ:
-        return Path(os.environ[BUNDLE_VARIABLE])
     raise NoInput(
         "no bundle",
         file=beside,
-        expected=f"{DEFAULT_BUNDLE} beside the regions, or ${BUNDLE_VARIABLE}",
+        expected=f"${BUNDLE_VARIABLE}, or {DEFAULT_BUNDLE} beside the regions",
         fix="topt-deploy export --format onnx, or name one with --bundle",
     )
 

@@ -306,3 +306,34 @@ def test_the_walk_reads_what_onnx_reads(demo_bundle):
     set_external_data(model.graph.node[0].attribute[0].t, "elsewhere", 0, 4)
     with pytest.raises(ValueError, match="'elsewhere', which is not a file beside it"):
         check_graph(model.SerializeToString(), {})
+
+
+def with_an_attribute(kind, **attributes):
+    def attack(model):
+        after(model, node(kind, "inner", **attributes))
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        with_an_attribute("Split", axis=0, num_outputs=0),
+        with_an_attribute("Transpose", perm=[0, 1 << 40]),
+        with_an_attribute("Softmax", axis=-(1 << 63)),
+        with_an_attribute("Conv", group=0),
+        with_an_attribute("Conv", strides=[0, 1]),
+        with_an_attribute("GroupNormalization", num_groups=0),
+        with_an_attribute("Attention", q_num_heads=1 << 40, kv_num_heads=1),
+        with_an_attribute("DepthToSpace", blocksize=0),
+        with_an_attribute("Mod"),
+    ],
+)
+def test_numbers_that_kernels_divide_by(attack, demo_bundle):
+    """ONNX Runtime's kernels end the process by SIGFPE, or ask for all the memory that there is."""
+    model = onnx.load(demo_bundle / GRAPH, load_external_data=False)
+    sizes = {"topt.weights": (demo_bundle / "models/topt.weights").stat().st_size}
+    check_graph(model.SerializeToString(), sizes)
+    attack(model)
+    with pytest.raises(ValueError, match="no exporter writes"):
+        check_graph(model.SerializeToString(), sizes)

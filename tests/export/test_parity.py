@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.errors import BadBundle
 from topt_deploy.export import city_bundle as exporting
 from topt_deploy.export.onnx_graph import Graph
-from topt_deploy.export.parity import TOLERANCES, compare, rounding, run_model
+from topt_deploy.export.parity import compare, rounding, run_model
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, open_run
 

@@ -10,6 +10,7 @@ from engines import UNSUPPORTED, rtx, write_graph
 from onnx import numpy_helper
 
 from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.data.city import read_city
 from topt_deploy.data.features import POSITION, features
 from topt_deploy.errors import BadBundle, UsageError
@@ -18,7 +19,7 @@ from topt_deploy.export import tensorrt_engines as module
 from topt_deploy.export.city_bundle import PROFILE
 from topt_deploy.export.golden_cities import synthetic_city
 from topt_deploy.export.onnx_graph import WEIGHTS, export_for_engine
-from topt_deploy.export.parity import TOLERANCES, compare, parity_gate, run_graph, run_model
+from topt_deploy.export.parity import compare, parity_gate, run_graph, run_model
 from topt_deploy.export.quantize_weights import in_4_bits, in_8_bits
 from topt_deploy.export.tensorrt_engines import Target, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph

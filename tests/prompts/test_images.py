@@ -16,10 +16,10 @@ from topt_deploy.errors import BadData, IOFailure
 from topt_deploy.prompts.images import FORMATS, open_image
 
 MODES = {
-    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA"),
     "JPEG": ("L", "RGB", "CMYK"),
     "WEBP": ("RGB", "RGBA"),
-    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"),
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"),
     "BMP": ("1", "L", "P", "RGB", "RGBA"),
     "GIF": ("1", "L", "P", "RGB", "RGBA"),
 }
@@ -78,6 +78,14 @@ class TestPixels:
     @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes])
     def test_every_mode_as_transformers_reads_it(self, same, kind, mode, size):
         same(encoded(picture(mode, size), kind))
+
+    @pytest.mark.parametrize(
+        ("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("TIFF", "F"), ("PNG", "I")]
+    )
+    def test_more_than_8_bits_are_refused(self, read, kind, mode):
+        """transformers would clip them: 16-bit grey to white, fractions to black."""
+        with pytest.raises(BadData, match="more than 8 bits"):
+            read(encoded(picture(mode), kind))
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
     @pytest.mark.parametrize("orientation", range(1, 9))

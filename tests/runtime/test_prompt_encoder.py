@@ -15,8 +15,8 @@ from encoders_exported import EXPORTED, FAMILIES
 from naive import naive
 
 from topt_deploy.bundle.manifest import MANIFEST
+from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import BadBundle, NoDevice, NoInput, UsageError
-from topt_deploy.export.prompts.parity_gate import TOLERANCE
 from topt_deploy.prompts import graph_backend
 from topt_deploy.prompts.golden_regions import compare
 from topt_deploy.prompts.pooling import pooled

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import BadBundle, BadConfig
-from topt_deploy.prompts.encoder_spec import EncoderSpec
-from topt_deploy.prompts.graph_backend import DECODER
+from topt_deploy.bundle.manifest import blamed
+from topt_deploy.prompts.encoder_spec import FAMILIES, TEXT, EncoderSpec
+from topt_deploy.prompts.graph_backend import DECODER, VISION
 from topt_deploy.prompts.templates import Templates
 from topt_deploy.prompts.tokens import Chat
 from topt_deploy.tensorrt.library import TENSORRT
 
 from .manifest import GRAPH_SUFFIX, Sealed, check_engines, open_sealed, require, well_formed
+from .tolerances import strict_prompt
 
 SCHEMA_VERSION = 1
 TOKENIZER = "tokenizer.json"
@@ -101,11 +102,11 @@ def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
         _check_form(manifest)
         manifest = replace(manifest, parity=tuple(manifest.parity), golden=tuple(manifest.golden))
         spec = EncoderSpec(**manifest.spec)
-    try:
+    with blamed(sealed.path, "the manifest's image settings"):
+        spec.read_settings()
+    with blamed(sealed.path, "the manifest's templates"):
         templates = Templates.from_dict(manifest.templates, path)
-    except BadConfig as error:
-        raise BadBundle("the manifest's templates cannot be read", file=path, found=error.message) from error
-    return EncoderBundle(**vars(sealed), manifest=manifest, spec=spec, templates=templates)
+    return EncoderBundle(**sealed.facts, manifest=manifest, spec=spec, templates=templates)
 
 
 def _check_form(manifest: EncoderManifest) -> None:
@@ -122,13 +123,17 @@ def _check_form(manifest: EncoderManifest) -> None:
     _check_spec(manifest.spec)
     require(isinstance(manifest.golden, list) and all(isinstance(name, str) for name in manifest.golden), "golden")
     require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
+    require(strict_prompt(manifest.precision, manifest.tolerance), "tolerance")
+    require(len(manifest.golden) > 0, "golden, without which nothing can be tested,")
     shape = manifest.embedding.get("shape")
     require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
     require(isinstance(manifest.exact_without_vnni, bool), "exact_without_vnni")
     require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
     for sizes in manifest.past.values():
-        require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes), "past")
-    require(DECODER in manifest.networks, "networks")
+        require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int for n in sizes), "past")
+        require(all(0 < n <= WIDTH_LIMIT for n in sizes), "past")
+    needed = {DECODER} if manifest.spec["family"] == TEXT else {DECODER, VISION}
+    require(needed <= set(manifest.networks), "networks")
     for network in manifest.networks.values():
         require(isinstance(network.get("graphs"), dict), "networks")
         require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
@@ -152,7 +157,9 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         )
 
     require(all(isinstance(spec.get(key), str) for key in ("family", "name", "weights_sha256")), "spec")
+    require(spec["family"] in FAMILIES, "spec")
     require(type(spec.get("width")) is int and 0 < spec["width"] <= WIDTH_LIMIT, "spec")
+    require(spec.get("context") is None or (type(spec["context"]) is int and spec["context"] > 0), "spec")
     require(isinstance(spec.get("settings"), dict), "spec")
     require(all(sound(key, value) for key, value in spec["settings"].items()), "spec")
     _check_pixels(spec["settings"])

@@ -14,18 +14,21 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths
-from topt_deploy.errors import BadBundle, NoInput
+from topt_deploy.errors import BadBundle, BadConfig, BadData, NoInput
 from topt_deploy.hardening.onnx_operators import check_graph
 from topt_deploy.intervals import FOLDS, LEVERAGE
 from topt_deploy.storage.atomic import reading, sha256_bytes, write_text
 from topt_deploy.tensorrt.library import FLAVOURS
 from topt_deploy.tensorrt.profile import read_profile
+
+from .tolerances import strict_prediction
 
 if TYPE_CHECKING:
     import zipfile
@@ -47,6 +50,8 @@ SEAL_LIMIT_BYTES = 200
 """Of seal and signature."""
 READ_LIMIT_BYTES = 1 << 30
 """Of what is read into memory; an encoder's weights are mapped."""
+GRAPH_LIMIT_BYTES = 64 << 20
+"""Of a graph, whose weights lie beside it; it is looked through byte by byte."""
 TOTAL_LIMIT_BYTES = 64 << 30
 FILE_COUNT_LIMIT = 10_000
 UNPACKED_RATIO_LIMIT = 100
@@ -139,6 +144,11 @@ class Sealed:
     signature: bytes | None
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The attributes above, for what is made of it."""
+        return {one.name: getattr(self, one.name) for one in fields(Sealed)}
+
+    @property
     def is_encoder(self) -> bool:
         """True for a prompt encoder's own bundle (:mod:`topt_deploy.bundle.encoder_manifest`), and not a city's."""
         return "spec" in self.record
@@ -152,10 +162,14 @@ class Sealed:
         if name not in self.record["files"]:
             raise _refuse(self.path, f"{name!r} is not among its files")
         facts = self.record["files"][name]
-        if facts["size"] > READ_LIMIT_BYTES:
-            raise _refuse(self.path, f"{name} is larger than the {READ_LIMIT_BYTES >> 30} GB that are read at once")
         with _Files(self.path, self.inside) as files:
-            data = files.read(name, int(facts["size"]))
+            return self._read(files, name, facts)
+
+    def _read(self, files: "_Files", name: str, facts: Mapping[str, Any]) -> bytes:
+        limit = GRAPH_LIMIT_BYTES if name.endswith(GRAPH_SUFFIX) else READ_LIMIT_BYTES
+        if facts["size"] > limit:
+            raise _refuse(self.path, f"{name} is larger than the {limit >> 20:,} MB that such a file may have")
+        data = files.read(name, int(facts["size"]))
         if len(data) != facts["size"] or sha256_bytes(data) != facts["sha256"]:
             raise _changed(self.path, name)
         if name.endswith(GRAPH_SUFFIX):
@@ -163,12 +177,19 @@ class Sealed:
         return data
 
     def _check_graph(self, name: str, data: bytes) -> None:
-        folder = name.rpartition("/")[0]
-        parts = ((file.rpartition("/"), facts["size"]) for file, facts in self.record["files"].items())
         try:
-            check_graph(data, {base: size for (place, _, base), size in parts if place == folder})
+            check_graph(data, self._sizes[name.rpartition("/")[0]])
         except (ValueError, RecursionError) as error:
             raise _refuse(self.path, f"{name} is refused: {error}") from error
+
+    @cached_property
+    def _sizes(self) -> dict[str, dict[str, int]]:
+        """Sizes of the files of every folder."""
+        folders: dict[str, dict[str, int]] = {}
+        for file, facts in self.record["files"].items():
+            folder, _, base = file.rpartition("/")
+            folders.setdefault(folder, {})[base] = facts["size"]
+        return folders
 
     def verify(self, *, skip: frozenset[str] = frozenset()) -> None:
         """Hash every listed file, and look through every graph, but those in ``skip``.
@@ -181,7 +202,7 @@ class Sealed:
                 if name in skip:
                     continue
                 if name.endswith(GRAPH_SUFFIX):
-                    self.read(name)
+                    self._read(files, name, facts)
                 elif files.digest(name, facts["size"]) != facts["sha256"]:
                     raise _changed(self.path, name)
 
@@ -215,7 +236,7 @@ def open_bundle(path: Path) -> Bundle:
         manifest = Manifest(**sealed.record)
         _check_form(manifest)
         manifest = replace(manifest, inputs=tuple(manifest.inputs), golden=tuple(manifest.golden))
-    return Bundle(**vars(sealed), manifest=manifest)
+    return Bundle(**sealed.facts, manifest=manifest)
 
 
 def open_sealed(path: Path, schema_version: int, inside: str = "") -> Sealed:
@@ -277,6 +298,27 @@ def well_formed(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _refuse(path, f"the manifest cannot be read ({error})") from error
+
+
+@contextmanager
+def blamed(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong with what a bundle holds into an error of the bundle: no data of the user's is at fault.
+
+    Args:
+        path: The bundle.
+        what: The part of it, for the error.
+    """
+    try:
+        yield
+    except (BadData, BadConfig) as error:
+        raise BadBundle(
+            f"{what}: {error.message}", file=path, column=error.column, ids=error.ids, expected=error.expected,
+            found=error.found, fix="export the bundle again",
+        ) from error  # fmt: skip
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise _refuse(path, f"{what} cannot be used ({str(error).partition(chr(10))[0]})") from error
+    except RecursionError as error:
+        raise _refuse(path, f"{what} is nested too deeply") from error
 
 
 def require(held: bool, key: str) -> None:
@@ -364,6 +406,7 @@ def _check_form(manifest: Manifest) -> None:
         require(all(isinstance(v, dict) for v in getattr(manifest, key).values()), key)
     for key in ("inputs", "golden"):
         require(names(getattr(manifest, key)), key)
+    require(len(manifest.golden) > 0, "golden, without which nothing can be tested,")
     require(all(names(v) for v in manifest.views.values()), "views")
     for facts in manifest.tasks.values():
         scores = facts.get("scores")
@@ -379,6 +422,7 @@ def _check_form(manifest: Manifest) -> None:
     if manifest.encoder is not None:
         require(isinstance(manifest.encoder, dict), "encoder")
         require(all(isinstance(manifest.encoder.get(key), str) for key in ("identity", "sha256")), "encoder")
+        require("bundle" in manifest.encoder, "encoder")
         require(
             manifest.encoder.get("bundle") is None or _NAME.match(manifest.encoder["bundle"]) is not None, "encoder"
         )
@@ -393,7 +437,7 @@ def _check_form(manifest: Manifest) -> None:
         require({variant.get("graph"), variant.get("weights")} <= set(manifest.files), "variants")
         require(variant["graph"].endswith(GRAPH_SUFFIX), "variants")
         require(isinstance(variant.get("initializers"), dict), "variants")
-        require(type(variant.get("tolerance")) in (int, float), "variants")
+        require(strict_prediction(variant.get("precision", "fp32"), variant.get("tolerance")), "a variant's tolerance")
         for place in variant["initializers"].values():
             require(isinstance(place, list) and len(place) == 2 and size(place[0]), "variants")
             require(isinstance(place[1], list) and all(size(n) for n in place[1]), "variants")

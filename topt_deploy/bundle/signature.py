@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import BadBundle, BadConfig, NoInput, UsageError
-from topt_deploy.storage.atomic import reading, write_text
+from topt_deploy.storage.atomic import read_plain, write_text
 
 from .manifest import MANIFEST, SCHEMA_VERSION, SIGNATURE, Sealed, open_sealed
 
@@ -92,8 +92,7 @@ def _key(path: Path, *, private: bool) -> Any:
     path = Path(path)
     if not path.exists():
         raise NoInput("no such key", file=path, fix="docs/how-to/sign.md says how to make a pair of keys")
-    with reading(path), path.open("rb") as stream:
-        data = stream.read(KEY_LIMIT_BYTES)
+    data = read_plain(path, KEY_LIMIT_BYTES)
     try:
         key = load_pem_private_key(data, password=None) if private else load_pem_public_key(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

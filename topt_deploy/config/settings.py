@@ -382,8 +382,8 @@ def _presets() -> Any:
 def _read_toml(read: Any, where: object) -> dict[str, Any]:
     try:
         with reading(Path(str(where))):
-            return tomllib.loads(read(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            return tomllib.loads(read(encoding="utf-8").removeprefix("\ufeff"))  # Windows' editors begin with one
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadConfig(f"not valid TOML ({error})", file=where) from error
 
 
@@ -393,7 +393,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise BadConfig("not KEY=VALUE", file=f"--set {text}", expected="such as prompt4re.epochs=100")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         parsed = value  # a bare word: --set target.transform=sqrt
     for part in reversed(key.split(".")):
         parsed = {part: parsed}

@@ -6,6 +6,7 @@ training and for serving.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow as pa
 
 from topt_deploy.errors import BadData, BadRows, NoInput
 
+from . import positions
 from .columns import (
     CITY_ID,
     FLOW_COLUMNS,
@@ -25,8 +27,9 @@ from .columns import (
     TARGET_FLOW,
     Given,
     Source,
+    canonical,
     check_counts,
-    different,
+    city_names,
     floats,
     list_width,
     lists,
@@ -40,6 +43,8 @@ Array = np.ndarray[Any, Any]
 REGION_LIMIT = 2_000_000
 """Regions of one city. More than that are several cities, or nobody's."""
 ID_LIMIT = 256
+HIVE = ("city", CITY_ID)
+"""What a Hive partition's folder may call the city."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,7 +211,7 @@ def read_city(
 
 def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str], bool]:
     """True for columns that must be read: texts and images of a large city stay on disk."""
-    exact = {id_col, CITY_ID, "lon", "lat", GEOMETRY, *schema.views, *schema.prompts, *labels}
+    exact = {id_col, CITY_ID, "lon", "lat", *schema.views, *schema.prompts, *labels}
     prefixes = tuple(f"{view}_" for view in schema.views)
     return lambda column: column in exact or column.startswith(prefixes)
 
@@ -266,7 +271,7 @@ def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
 
 def _city_id(source: Source) -> str | None:
     if source.has(CITY_ID):
-        cities = sorted({str(city) for city in different(source, CITY_ID)[0] if city is not None})
+        cities = sorted(set(filter(None, city_names(source)[0])))
         if len(cities) > 1:
             raise BadData(
                 "holds several cities",
@@ -282,20 +287,24 @@ def _city_id(source: Source) -> str | None:
 
 
 def hive_city(file: Path) -> str | None:
-    """The city that a Hive partition, a folder ``city=…`` above the file, is of."""
-    names = (part.removeprefix("city=") for part in reversed(file.parent.parts) if part.startswith("city="))
-    name = next(names, None)
+    """The city that a Hive partition, a folder ``city=…`` or ``city_id=…`` above the file, is of.
+
+    A relative path means the same as its absolute one: the folder that a command is started in counts.
+    """
+    folders = reversed(Path(os.path.abspath(file)).parent.parts)
+    name = next((value for key, mark, value in (part.partition("=") for part in folders) if mark and key in HIVE), None)
     if name is not None and "%" in name:  # as Hive escapes what a folder's name cannot hold
         from urllib.parse import unquote
 
         name = unquote(name)
-    return name
+    return None if name is None else canonical(name)
 
 
 def _lonlat(source: Source, ids: Array) -> Array:
-    if source.has("lon") and source.has("lat"):
+    given = source.has("lon") and source.has("lat")
+    if given:
         lonlat = np.stack([floats(source, ids, "lon"), floats(source, ids, "lat")], axis=1)
-    elif source.has(GEOMETRY):
+    elif source.geometry is not None:
         from .geometry import centroids
 
         lonlat = centroids(_described(source), source.name, ids)
@@ -306,20 +315,61 @@ def _lonlat(source: Source, ids: Array) -> Array:
             expected="columns lon and lat in degrees, or a GeoParquet geometry",
             found=f"columns {some(source.everything)}",
         )
+    fill = ["lon", "lat"] if given else []
     outside = ~((np.abs(lonlat[:, 0]) <= 180) & (np.abs(lonlat[:, 1]) <= 90))  # NaN too
     if outside.any():
         source.refuse(
             "positions are not degrees",
             outside,
             "bad_position",
-            fill=["lon", "lat"] if source.has("lon") and source.has("lat") else [],
+            fill=fill,
             column="lon, lat",
             ids=ids[outside],
             expected="lon in [-180, 180], lat in [-90, 90] (CRS84)",
             found=", ".join(f"({x:g}, {y:g})" for x, y in lonlat[outside][:3]),
             fix="reproject to CRS84; the reference system is never guessed",
         )
+    _check_plausible(source, ids, lonlat, fill)
     return lonlat
+
+
+def _check_plausible(source: Source, ids: Array, lonlat: Array, fill: Sequence[str]) -> None:
+    """Refuse positions that no city's regions have, and warn of such as hardly any have: one wrong region moves all."""
+    for what, bad, fix in positions.implausible(lonlat):
+        if bad.any():
+            source.refuse(
+                what,
+                bad,
+                "bad_position",
+                fill=fill,
+                column="lon, lat",
+                ids=ids[bad],
+                expected="lon in [-180, 180], lat in [-90, 90] (CRS84), near the city's other regions",
+                found=", ".join(f"({x:g}, {y:g})" for x, y in lonlat[bad][:3]),
+                fix=fix,
+            )
+    if fill and source.geometry is not None:
+        swapped = positions.swapped(lonlat, source.column(source.geometry), _described(source).schema.metadata or {})
+        if swapped.any():
+            source.refuse(
+                "lon and lat are swapped: the geometry lies where (lat, lon) is",
+                swapped,
+                "bad_position",
+                fill=fill,
+                column="lon, lat",
+                ids=ids[swapped],
+                expected="lon the longitude, lat the latitude",
+                found=", ".join(f"({x:g}, {y:g})" for x, y in lonlat[swapped][:3]),
+                fix="swap the two columns, or drop them: the geometry suffices",
+            )
+    far = positions.remote(lonlat)
+    if far.any():
+        import logging  # which a sound city need not import
+
+        logging.getLogger(__name__).warning(
+            "%s: %d regions lie far from all others, which moves every region's position: %s",
+            source.name, int(far.sum()), some(ids[far].tolist()),
+        )  # fmt: skip
 
 
 def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
@@ -329,9 +379,23 @@ def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
 
 
 def _geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
-    if not source.has(GEOMETRY):
+    if source.geometry is None:
         return None
-    return source.column(GEOMETRY), (_described(source).schema.metadata or {}).get(b"geo")
+    geo = (_described(source).schema.metadata or {}).get(b"geo")
+    return source.column(source.geometry), None if geo is None else _alone(geo, source.geometry)
+
+
+def _alone(geo: bytes, column: str) -> bytes:
+    """GeoParquet's key of a table that has this column alone, as ``geometry``; as it is where it is that already."""
+    try:
+        described = json.loads(geo)
+        own = described["columns"][column]
+        if set(described["columns"]) == {GEOMETRY} and "covering" not in own:
+            return geo
+        own = {key: value for key, value in own.items() if key != "covering"}  # which names columns that stay behind
+        return json.dumps({**described, "primary_column": GEOMETRY, "columns": {GEOMETRY: own}}).encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return geo  # whoever reads the shapes refuses it
 
 
 def _described(source: Source) -> pa.Table:
@@ -348,16 +412,18 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
     if source.has(view):
         width = list_width(source, view)
         described = (source.field(view).metadata or {}).get(b"categories")
+        if described is None:
+            raise _unnamed(source, view, f"{width} numbers without names")
         try:
-            names = json.loads(described) if described else [f"{i:02d}" for i in range(width)]
+            names = json.loads(described)
         except (ValueError, RecursionError):
             names = None
-        if not isinstance(names, list) or len(names) != width:
+        if not isinstance(names, list) or len(names) != width or len({str(name) for name in names}) != width:
             raise BadData(
                 "the list's category names do not fit its width",
                 file=source.name,
                 column=view,
-                expected=f"{width} names, a JSON list, in the field's metadata `categories`",
+                expected=f"{width} names, each once, a JSON list, in the field's metadata `categories`",
                 found=f"{len(names)} names" if isinstance(names, list) else repr(described),
             )
         return tuple(str(name) for name in names)
@@ -365,21 +431,40 @@ def _categories(source: Source, view: str) -> tuple[str, ...]:
     return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
 
 
+def _unnamed(source: Source, view: str, found: str, expected: Sequence[str] = ()) -> BadData:
+    """Counts by position would mean something else in the next table, and no number would tell."""
+    return BadData(
+        f"the list column {view!r} does not name its categories",
+        file=source.name,
+        column=view,
+        expected="names, a JSON list, in the field's metadata `categories`"
+        + (f": {some(expected)}" if expected else ""),
+        found=found,
+        fix=f"write one column {view + '_<category>'!r} per category, or add names (pandas drops them)",
+    )
+
+
+def _numbered(categories: Sequence[str]) -> bool:
+    """Whether a model's categories are named by their positions, as those of the published data are."""
+    return tuple(categories) == tuple(f"{i:02d}" for i in range(len(categories)))
+
+
 def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
     if in_list := source.has(view):
         values = lists(source, ids, view, len(categories)).astype(np.float64)
-        names = _categories(source, view)
-        unnamed = names == tuple(f"{i:02d}" for i in range(len(categories)))
-        if not unnamed and set(names) == set(categories):
-            values = values[:, [names.index(name) for name in categories]]
-        elif not unnamed:
-            _refuse_categories(source, view, categories, names)
+        if b"categories" in (source.field(view).metadata or {}):
+            names = [canonical(name) for name in _categories(source, view)]
+            if set(names) != set(map(canonical, categories)):
+                _refuse_categories(source, view, categories, names)
+            values = values[:, [names.index(canonical(name)) for name in categories]]
+        elif not _numbered(categories):
+            raise _unnamed(source, view, f"{len(categories)} numbers without names", categories)
         columns = [f"{view}[{name}]" for name in categories]
     else:
-        have = _categories(source, view)
-        if set(have) != set(categories):
-            _refuse_categories(source, view, categories, have)
-        columns = [f"{view}_{name}" for name in categories]
+        have = {canonical(name): name for name in _categories(source, view)}
+        if set(have) != set(map(canonical, categories)):
+            _refuse_categories(source, view, categories, tuple(have.values()))
+        columns = [f"{view}_{have[canonical(name)]}" for name in categories]
         values = np.stack([floats(source, ids, column) for column in columns], axis=1)
     if not (np.isfinite(values) & (values >= 0)).all():
         for position, column in enumerate(columns):
@@ -388,8 +473,9 @@ def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> A
 
 
 def _refuse_categories(source: Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
-    missing = [name for name in expected if name not in set(found)]
-    unknown = [name for name in found if name not in set(expected)]
+    ours, theirs = ({canonical(name) for name in names} for names in (expected, found))
+    missing = [name for name in expected if canonical(name) not in theirs]
+    unknown = [name for name in found if canonical(name) not in ours]
     sides = [f"without {some(missing)}"] * bool(missing) + [f"with unknown {some(unknown)}"] * bool(unknown)
     raise BadData(
         f"the categories of view {view!r} are not the model's",
@@ -430,10 +516,19 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
                 found=f"columns {some(source.everything)}",
             )
         columns[role] = present[0]
-    if city_id is not None and source.has(CITY_ID):
-        cities, places = different(source, CITY_ID)
+    if source.has(CITY_ID):
+        cities, places = city_names(source)
+        if city_id is None and len(cities) > 1:
+            raise BadData(
+                "holds flows of several cities, and it is not known which one the regions are of",
+                file=source.name,
+                column=CITY_ID,
+                expected=f"flows of one city, or a {CITY_ID!r} in {regions_name}",
+                found=some([str(city) for city in cities]),
+                fix=f"add a column {CITY_ID!r} to the regions, use a folder city=NAME, or keep one city's flows",
+            )
         mine = np.array([city == city_id for city in cities], bool)[places]
-        if not mine.all():  # a table of this city alone is spared the import of pyarrow.compute
+        if city_id is not None and not mine.all():  # a table of this city alone is spared importing pyarrow.compute
             source.choose(mine)
     ends = {}
     for role in ("origin_id", "dest_id"):
@@ -441,6 +536,8 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
         names = _ids(source, columns[role], [value or "" for value in values])
         position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
         unknown = sorted_ids[position] != names
+        if unknown.any():
+            _find_composed(sorted_ids, names, position, unknown)
         if unknown.any():
             source.refuse(
                 "names regions that the regions table does not have",
@@ -470,6 +567,20 @@ def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | 
         flow=np.add.reduceat(flow[order], start),
         target=np.add.reduceat(target[order], start),
     )
+
+
+def _find_composed(sorted_ids: Array, names: Array, position: Array, unknown: Array) -> None:
+    """Find the regions whose ids are written with other characters for the same letters, as NFD is NFC's."""
+    if all(name.isascii() for name in names[unknown].tolist()):
+        return
+    places: dict[str, int] = {}
+    for place, region in enumerate(sorted_ids.tolist()):
+        form = canonical(region)
+        places[form] = -1 if form in places else place  # of two regions, neither
+    for row in np.flatnonzero(unknown).tolist():
+        place = places.get(canonical(str(names[row])), -1)
+        if place >= 0:
+            position[row], unknown[row] = place, False
 
 
 def _flow_values(source: Source, column: str, sorted_ids: Array, pairs: Array) -> Array:

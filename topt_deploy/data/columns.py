@@ -4,14 +4,17 @@ The names of columns are the data contract (docs/reference/files.md). Of pyarrow
 ``pyarrow.compute`` or ``pyarrow.dataset`` would cost the runtime more start-up time than everything else it does.
 """
 
+import json
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.errors import BadData, BadRows
+from topt_deploy.errors import BadData, BadRows, UsageError
 from topt_deploy.storage.atomic import Held
 
 from .parquet import ParquetFile
@@ -40,13 +43,47 @@ def file_of(table: Given) -> Path | None:
     return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
 
 
+def as_given(table: Any) -> Given:
+    """A table in whatever form a program has it.
+
+    Args:
+        table: Of pyarrow, of pandas, whatever else has Arrow's interface (polars, DuckDB), a dataset, or a path.
+
+    Raises:
+        UsageError: If it is nothing of that.
+        BadData: If a column holds several kinds of values.
+    """
+    if isinstance(table, pa.Table | Held | Path):
+        return table
+    if isinstance(table, str | os.PathLike):
+        return Path(table)
+    try:
+        if type(table).__module__.partition(".")[0] == "pandas" and hasattr(table, "columns"):
+            return pa.Table.from_pandas(table, preserve_index=False)
+        if hasattr(table, "__arrow_c_stream__"):
+            return pa.table(table)
+        if hasattr(table, "to_table"):  # a dataset
+            found = table.to_table()
+            if isinstance(found, pa.Table):
+                return found
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise BadData(f"a column holds several kinds of values ({error})", file="table") from error
+    raise UsageError(
+        "not a table", expected="a pyarrow.Table, a DataFrame, a dataset, or the path of a Parquet file",
+        found=f"{type(table).__module__}.{type(table).__qualname__}",
+    )  # fmt: skip
+
+
 class Source:
     """A table, or a Parquet file that is read when its columns are: prompt vectors one column at a time.
 
     Args:
         table: The table, or its file.
         role: The table's role in the contract, :data:`BadRows.REGIONS` or :data:`BadRows.MOBILITY`.
-        keep: The columns to read; ``everything`` names all, for messages.
+        keep: The columns to read, besides the geometry; ``everything`` names all, for messages.
+
+    Attributes:
+        geometry: The column of the regions' shapes; None where there is none.
 
     Raises:
         BadData: If a column occurs twice, or the file is no Parquet.
@@ -66,10 +103,25 @@ class Source:
             self.file = ParquetFile(table if isinstance(table, Held) else Path(table), coded=coded)
             self.schema = self.file.schema
         self.everything = list(self.schema.names)
-        self.names = [column for column in self.everything if keep(column)]
+        self.geometry = self._geometry() if role == BadRows.REGIONS else None
+        self.names = [column for column in self.everything if keep(column) or column == self.geometry]
         twice = sorted({column for column in self.names if self.names.count(column) > 1})
         if twice:
             raise BadData("a column occurs twice", file=self.name, column=twice[0], expected="each name once")
+
+    def _geometry(self) -> str | None:
+        """The column of the regions' shapes: ``geometry``, or what GeoParquet, or Parquet's own type, says is one."""
+        if b"geo" in self.metadata:
+            try:
+                geo = json.loads(self.metadata[b"geo"])
+                if GEOMETRY not in geo["columns"] and geo["primary_column"] in self.everything:
+                    return str(geo["primary_column"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # whoever reads the shapes says what is wrong
+        elif GEOMETRY not in self.everything and self.file is not None:
+            native = self.file.native_geometry()
+            return native[0] if native else None
+        return GEOMETRY if GEOMETRY in self.everything else None
 
     @property
     def table(self) -> pa.Table:
@@ -174,6 +226,32 @@ def different(source: Source, column: str) -> tuple[list[Any], Array]:
     except UnicodeDecodeError as error:
         raise BadData(f"not UTF-8 text ({error})", file=source.name, column=column, fix="write it again") from error
     return list(places), np.concatenate(parts)
+
+
+def city_names(source: Source) -> tuple[list[str | None], Array]:
+    """:func:`different` of the column ``city_id`` as names: a city that is a number is "7", however it is stored."""
+    values, places = different(source, CITY_ID)
+    names = [_name(value) for value in values]
+    numbered = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return list(numbered), np.array([numbered[name] for name in names], np.int64)[places]
+
+
+def canonical(text: str) -> str:
+    """Text in Unicode's composed form (NFC): é may be one character or two, which no reader can tell apart."""
+    if text.isascii():
+        return text
+    import unicodedata  # whose tables hardly any city needs
+
+    return unicodedata.normalize("NFC", text)
+
+
+def _name(value: Any) -> str | None:
+    if value is None or value != value:
+        return None
+    if not isinstance(value, str):
+        with suppress(TypeError, ValueError, OverflowError):
+            value = int(value) if value == int(value) else value
+    return canonical(str(value))
 
 
 def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Array:

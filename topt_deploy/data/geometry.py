@@ -147,6 +147,19 @@ def read_geometry(path: Path, id_col: str | None) -> Places:
     return _read_gis(path, id_col)
 
 
+def map_shapes(table: pa.Table, name: str, ids: Array) -> pa.Array:
+    """A table's GeoParquet geometry as WKB for a map, which is labelled as longitude and latitude.
+
+    Args, Raises: Of :func:`centroids`; but shapes that are empty or cross themselves are drawn as they are.
+    """
+    try:
+        column = _check_geo_key(table, name)
+        return _wkb(_shapes(table.column(column), name, column, ids, usable=False))
+    except BadData as error:
+        error.fix = "mend the geometry, or drop the column: the map then has points at lon and lat"
+        raise
+
+
 def write_geo(path: Path, table: pa.Table, *, layer: str | None = None) -> None:
     """Write a table as .gpkg or .geojson for GIS users, atomically.
 
@@ -268,8 +281,8 @@ def _crs_name(crs: Any) -> str:
     return f"{crs.get('name', 'unnamed')} (without an authority's code)"
 
 
-def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array:
-    """WKB as shapely geometries (N,), none of them null, empty or invalid."""
+def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usable: bool = True) -> Array:
+    """WKB as shapely geometries (N,), none of them null; nor empty or invalid, unless that does not matter."""
     shapely = geo_library("shapely")
     if isinstance(column.type, pa.ExtensionType):  # where geoarrow's types are registered
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
@@ -281,7 +294,7 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array) -> Array
         ("empty", shapely.is_empty(shapes), "add the missing shapes"),
         ("invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
     )
-    for kind, bad, fix in kinds:
+    for kind, bad, fix in kinds if usable else kinds[:1]:
         if bad.any():
             raise BadRows(
                 "geometries cannot be used", table=BadRows.REGIONS, rows=bad, code="bad_geometry",
@@ -342,8 +355,22 @@ def _shallow(wkb: bytes) -> bool:
 
 
 def _points(shapes: Array) -> Array:
+    """Centroids (N, 2). A shape that is cut at 180° is put together first: the middle of its halves is not its own."""
     shapely = geo_library("shapely")
-    return shapely.get_coordinates(shapely.centroid(shapes))
+    bounds = shapely.bounds(shapes)
+    cut = bounds[:, 2] - bounds[:, 0] > 180
+    if not cut.any():
+        return shapely.get_coordinates(shapely.centroid(shapes))
+    whole = shapes.copy()
+    whole[cut] = shapely.transform(shapes[cut], _eastward)
+    points = shapely.get_coordinates(shapely.centroid(whole))
+    points[:, 0] = np.where(points[:, 0] > 180, points[:, 0] - 360, points[:, 0])
+    return points
+
+
+def _eastward(points: Array) -> Array:
+    """Points (n, 2) with longitudes from 0 to 360."""
+    return np.stack([np.where(points[:, 0] < 0, points[:, 0] + 360, points[:, 0]), points[:, 1]], axis=1)
 
 
 def _wkb(shapes: Array) -> pa.Array:

@@ -6,6 +6,7 @@ the same on the versions that are tested.
 """
 
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,22 @@ from typing import Any
 import pyarrow as pa
 from pyarrow._parquet import ParquetReader, ParquetWriter
 
-from topt_deploy.errors import BadData
+from topt_deploy.errors import BadData, OutOfMemory
 from topt_deploy.hardening.parquet_memory import Footer, memory, read_footer
 from topt_deploy.storage.atomic import Held, atomic_file, check_file, reading
 
+LOOKED_AT_BYTES = 4096
+OTHERS = (
+    (b"SQLite format 3", "a GeoPackage or other SQLite database"),
+    (b"PK\x03\x04", "a zip file, such as a spreadsheet or a zipped shapefile"),
+    (b"\x00\x00\x27\x0a", "a shapefile"),
+    (b"ARROW1", "a Feather file (Arrow's own format)"),
+    (b"ORC", "an ORC file"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"<", "XML or HTML, such as a page that says why there is no file"),
+    (b"version https://git-lfs", "a pointer of Git LFS in place of the file: run git lfs pull"),
+)
+"""What users have in place of Parquet, by its first bytes."""
 COLUMN_LIMIT = 10_000
 FOOTER_LIMIT_BYTES = 8 << 20
 """Of what describes the columns: a hundred times that of a wide table."""
@@ -119,6 +132,39 @@ class ParquetFile:
         columns = [schema.column(i) for i in range(len(schema))]
         return {column.path: column.logical_type.to_json() for column in columns}
 
+    def _other(self) -> str | None:
+        """What the file is by its first bytes, where that is something else."""
+        try:
+            head = self._file.read_at(LOOKED_AT_BYTES, 0)
+        except (pa.ArrowException, OSError, ValueError, AttributeError):
+            return None
+        if head.startswith(b"PAR1"):
+            return None
+        if not head:
+            return "an empty file"
+        found = next((name for magic, name in OTHERS if head.startswith(magic)), None)
+        if found is not None:
+            return found
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if text[:1] in (b"{", b"["):
+            return "GeoJSON or other JSON"
+        first = text.partition(b"\n")[0]
+        plain = b"\0" not in head and not any(byte < 9 for byte in head)
+        return "a CSV table" if plain and any(mark in first for mark in (b",", b";", b"\t")) else None
+
+    def _honest(self, error: MemoryError) -> bool:
+        """Whether what could not be had is no more than the file may take: else its own sizes lie."""
+        asked = max(map(int, re.findall(r"\d+", str(error))), default=0)
+        return asked <= max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size())
+
+    def native_geometry(self) -> list[str]:
+        """Columns of Parquet's own types GEOMETRY and GEOGRAPHY."""
+        binary = {field.name for field in self.schema if field.type in (pa.binary(), pa.large_binary())}
+        if not binary:
+            return []
+        kinds = self.logical_types()
+        return [name for name in self.names if name in binary and '"Geo' in kinds.get(name, "")]
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """Arrow reports a damaged file as one of its own errors, or as an OSError without a number."""
@@ -128,13 +174,44 @@ class ParquetFile:
             if isinstance(error, OSError) and error.errno is not None:
                 with reading(Path(self.name)):
                     raise
+            if isinstance(error, MemoryError) and self._honest(error):
+                raise OutOfMemory(self.name) from error
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if other := self._other():
+                raise BadData(
+                    f"{other}, and no Parquet file", file=self.name, expected="Parquet", found=other,
+                    fix="convert it, with the ids as text; GDAL, DuckDB, pandas and polars write Parquet",
+                ) from error  # fmt: skip
             raise BadData(
                 f"not a whole Parquet file ({reason})",
                 file=self.name,
                 expected="Parquet",
                 fix="write it again; a download or copy may have been cut off",
             ) from error
+
+
+def one_file(path: Path) -> Path:
+    """The file of a table that is written as a folder, as Spark does: its only part.
+
+    Raises:
+        BadData: If it has several parts.
+    """
+    if not path.is_dir():
+        return path
+    with reading(path):
+        parts = sorted(name for name in os.listdir(path) if is_part(name))
+    if len(parts) > 1:
+        raise BadData(
+            f"a table in {len(parts)} parts, as Spark writes it", file=path, expected="one file", found=parts[0],
+            fix="write one, as with coalesce(1) in Spark, or join them: "
+            "duckdb -c \"copy (from 'FOLDER/*.parquet') to 'regions.parquet'\"",
+        )  # fmt: skip
+    return path / parts[0] if parts else path
+
+
+def is_part(name: str) -> bool:
+    """Whether a file's name is that of a part of a table."""
+    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 
 STANDARD = frozenset(
     {
-        "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention",
-        "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor",
+        "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh",
+        "AveragePool", "BatchNormalization",
         "Cast", "CastLike", "Ceil", "Celu", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos",
-        "Cosh", "CumSum", "DepthToSpace", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Einsum", "Elu",
-        "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten", "Floor", "Gather", "GatherElements", "GatherND",
+        "Cosh", "CumSum", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Einsum", "Elu",
+        "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements", "GatherND",
         "Gelu", "Gemm", "GlobalAveragePool", "Greater", "GreaterOrEqual", "GroupNormalization", "HardSigmoid",
         "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN", "LayerNormalization", "LeakyRelu",
         "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "MatMulInteger", "Max", "MaxPool", "Mean", "Min",
-        "Mish", "Mod", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or", "PRelu", "Pad", "Pow", "QLinearMatMul",
+        "Mish", "Mul", "Neg", "NonZero", "Not", "OneHot", "Or", "PRelu", "Pad", "Pow", "QLinearMatMul",
         "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSum",
         "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
-        "Relu", "Reshape", "Resize", "RotaryEmbedding", "Round", "Scan", "ScatterElements", "ScatterND", "Selu",
+        "Relu", "Reshape", "Resize", "Round", "Scan", "ScatterElements", "ScatterND", "Selu",
         "Shape", "Sigmoid", "Sign", "Sin", "Sinh", "Size", "Slice", "Softmax", "Softplus", "Softsign",
-        "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose",
+        "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Tile", "TopK", "Transpose",
         "Trilu", "Unsqueeze", "Where", "Xor",
     }
 )  # fmt: skip
@@ -35,6 +35,15 @@ OPERATORS: Mapping[str, frozenset[str]] = {"": STANDARD, "ai.onnx": STANDARD, "c
 
 DEPTH_LIMIT = 2
 """Of bodies within bodies."""
+NUMBER_LIMIT = 1 << 31
+"""Of whole numbers in attributes: kernels multiply them, and end the process where the product is none."""
+POSITIVE = frozenset(
+    {
+        "K", "N", "bits", "block_size", "blocksize", "dilations", "group", "kernel_shape", "kv_num_heads", "num_groups",
+        "num_heads", "num_outputs", "num_scan_inputs", "q_num_heads", "strides",
+    }
+)  # fmt: skip
+"""Attributes that something is divided by."""
 
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _EXTERNAL = 1
@@ -42,6 +51,7 @@ _EXTERNAL = 1
 _MODEL_GRAPH, _MODEL_REFUSED = 7, {20: "training", 25: "functions"}
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_REFUSED = 1, 5, {15: "sparse weights"}
 _NODE_KIND, _NODE_ATTRIBUTE, _NODE_DOMAIN = 4, 5, 7
+_ATTRIBUTE_NAME, _ATTRIBUTE_INTEGERS = 1, {3, 8}
 _ATTRIBUTE_TENSORS = {5, 10}
 _ATTRIBUTE_BODY = 6
 _ATTRIBUTE_REFUSED = {11: "bodies", 22: "sparse weights", 23: "sparse weights"}
@@ -128,11 +138,19 @@ def _check_nodes(data: bytes, graph: _Range, beside: Mapping[str, int], depth: i
 
 
 def _check_attribute(data: bytes, attribute: _Range, beside: Mapping[str, int], depth: int) -> None:
+    name, integers = "", []
     for number, value in _fields(data, attribute, _ATTRIBUTE_REFUSED):
-        if number in _ATTRIBUTE_TENSORS:
+        if number == _ATTRIBUTE_NAME:
+            name = _text(data, value)
+        elif number in _ATTRIBUTE_INTEGERS:
+            integers += [value] if isinstance(value, int) else _packed(data, value)
+        elif number in _ATTRIBUTE_TENSORS:
             _check_tensor(data, _message(value), beside)
         elif number == _ATTRIBUTE_BODY:
             _check_nodes(data, _message(value), beside, depth + 1)
+    low = 1 if name in POSITIVE else -NUMBER_LIMIT
+    if not all(low <= value - (1 << 64 if value >> 63 else 0) < NUMBER_LIMIT for value in integers):
+        raise ValueError(f"the attribute {name!r} has a number that no exporter writes")
 
 
 def _check_tensor(data: bytes, tensor: _Range, beside: Mapping[str, int]) -> None:
@@ -180,6 +198,16 @@ def _fields(data: bytes, where: _Range, refused: Mapping[int, str] | None = None
         if position > end:
             raise ValueError("it is cut off")
         yield number, value
+
+
+def _packed(data: bytes, where: _Range) -> list[int]:
+    """Numbers that stand one after the other."""
+    position, end = where
+    found = []
+    while position < end:
+        value, position = _varint(data, position, end)
+        found.append(value)
+    return found
 
 
 def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:

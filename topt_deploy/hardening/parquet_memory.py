@@ -110,36 +110,56 @@ def memory(file: pa.NativeFile, footer: Footer, column: int, kind: pa.DataType, 
         chunk = group[column]
         if chunk.values == 0:  # Arrow reads none of its pages
             continue
-        physical, longest, values = chunk.physical, 0, 0
+        physical, values = chunk.physical, 0
         if not 0 <= physical <= FIXED:
             raise ValueError("a column has no type")
         width = WIDTHS[physical] if physical < TEXT else lengths[column] if physical == FIXED else 0
+        texts = _Texts(file)
         for page in _pages(file, chunk):
             total += PAGE_BYTES + page.unpacked
             if page.dictionary:
-                longest = page.unpacked if physical == TEXT else 0
-                dictionary = page
+                total += texts.memory()
+                texts = _Texts(file, page if physical == TEXT else None)
                 continue
             values += page.values
             if physical != TEXT:
                 total += page.values * width
-                continue
-            each = 0
-            if page.encoding in _DICTIONARY_CODES:
-                if longest * page.values > EXACT_FROM_BYTES and longest == dictionary.unpacked:
-                    longest = _longest(file, dictionary)
-                each = longest
-            elif page.encoding == _DELTA_TEXT:  # each begins with as much of the one before as it says
-                each = page.unpacked
-            total += page.values * (TEXT_BYTES + each)
-            if total > limit:
-                return total
+            elif page.encoding in _DICTIONARY_CODES:
+                texts.coded += page.values
+            else:  # of delta encoding each begins with as much of the one before as it says
+                total += page.values * (TEXT_BYTES + (page.unpacked if page.encoding == _DELTA_TEXT else 0))
+            if total + texts.memory() > limit:
+                return limit + 1
+        total += texts.memory()
         # A null in a list of fixed size takes as many places as a list does.
         places = max(values, chunk.rows * repeat) if only_fixed else values * repeat
         total += (places - values) * (width or TEXT_BYTES)
         if total > limit:
             return total
     return total
+
+
+class _Texts:
+    """Texts that are told by codes of a dictionary.
+
+    Args:
+        file: The file.
+        dictionary: The dictionary's page.
+
+    Attributes:
+        coded: How many there are so far.
+    """
+
+    def __init__(self, file: pa.NativeFile, dictionary: _Page | None = None) -> None:
+        self._file, self._dictionary = file, dictionary
+        self._longest, self._exact = dictionary.unpacked if dictionary else 0, False
+        self.coded = 0
+
+    def memory(self) -> int:
+        """Bytes that they take: each as the longest, which is looked up once that matters."""
+        if self._dictionary and not self._exact and self._longest * self.coded > EXACT_FROM_BYTES:
+            self._longest, self._exact = _longest(self._file, self._dictionary), True
+        return self.coded * (TEXT_BYTES + self._longest)
 
 
 def _places(kind: pa.DataType) -> tuple[int, bool]:

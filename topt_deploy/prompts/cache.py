@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import json
+import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.errors import BadData
+from topt_deploy.errors import BadData, NoPermission
 from topt_deploy.storage.atomic import sha256_bytes, write_error
 
 Array = np.ndarray[Any, Any]
@@ -19,6 +21,10 @@ Array = np.ndarray[Any, Any]
 APPLICATION = 0x746F7054
 """The application id in SQLite's header: "topT"."""
 WAIT_S = 60.0
+ROW_LIMIT_BYTES = 1 << 20
+"""Of a key or a vector: four times the widest."""
+TABLE = "CREATE TABLE vectors (key TEXT PRIMARY KEY, vector BLOB, checksum BLOB)"
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _AT_ONCE = 500  # keys per query; SQLite does not take more than 999 everywhere
 _NO_PLACE = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM}
 _NO_LUCK = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
@@ -28,6 +34,35 @@ def content_key(**facts: Any) -> str:
     """SHA-256, in hexadecimal, of plain facts: the same for the same facts in whatever order they are given."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256_bytes(text.encode())
+
+
+def check_own(path: Path) -> None:
+    """Refuse a cache that somebody else may have written: predictions would be made of what they like.
+
+    The folder counts as well as the file: whoever may write to it can put another file there.
+
+    Raises:
+        NoPermission: Naming what is not this user's alone.
+    """
+    for place in (path.parent, path):
+        try:
+            facts = os.lstat(place)
+        except OSError:
+            continue  # made later, or told of when it is opened
+        kind = stat.S_ISDIR if place is path.parent else stat.S_ISREG
+        if not kind(facts.st_mode):
+            found = "a link or a special file"
+        elif facts.st_uid != os.geteuid():
+            found = f"one of user {facts.st_uid}"
+        elif facts.st_mode & _OTHERS_MAY_WRITE:
+            found = f"one that others may write to (mode {stat.S_IMODE(facts.st_mode):o})"
+        else:
+            continue
+        raise NoPermission(
+            "the cache of prompt vectors is not this user's alone", file=place, found=found,
+            expected=f"a {'folder' if place is path.parent else 'file'} of user {os.geteuid()}",
+            fix="delete it, and it is made anew; or go without: --no-cache",
+        )  # fmt: skip
 
 
 class Cache:
@@ -41,13 +76,18 @@ class Cache:
 
     Raises:
         BadData: If the file is something else, or damaged.
+        NoPermission: If it is not this user's alone.
         CannotCreate, IOFailure: If it cannot be written to, or not in time.
     """
 
     def __init__(self, path: Path, *, wait_s: float = WAIT_S) -> None:
         self._path = path
+        check_own(path)
         with self._errors():
             self._database = sqlite3.connect(path, timeout=wait_s, isolation_level=None)
+            self._database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, ROW_LIMIT_BYTES)
+            self._database.execute("PRAGMA trusted_schema = OFF")
+            self._database.execute("PRAGMA cell_size_check = ON")
         self._database.text_factory = lambda text: text.decode(errors="replace")  # a damaged key is no key of ours
         try:
             with self._writing():
@@ -58,12 +98,15 @@ class Cache:
 
     def _open(self) -> None:
         (application,) = self._database.execute("PRAGMA application_id").fetchone()
-        (tables,) = self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        schema = self._database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()
+        tables = len(schema)
         if application != APPLICATION and (application or tables):
             raise self._foreign("a database of something else")
         if not tables:
             self._database.execute(f"PRAGMA application_id = {APPLICATION}")
-            self._database.execute("CREATE TABLE vectors (key TEXT PRIMARY KEY, vector BLOB, checksum BLOB)")
+            self._database.execute(TABLE)
+        elif sorted((kind, sql) for kind, _, _, sql in schema) != [("index", None), ("table", TABLE)]:
+            raise self._foreign("it has other tables than a cache")  # a view may never end, a trigger do anything
 
     def __enter__(self) -> "Cache":
         return self
@@ -71,8 +114,8 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def get(self, keys: Iterable[str]) -> dict[str, Array]:
-        """The vectors that are there, float32 (H,) each; one that is damaged is not."""
+    def get(self, keys: Iterable[str], *, width: int) -> dict[str, Array]:
+        """The vectors that are there, float32 (H,) each; one that is damaged, or not of this width H, is not."""
         wanted = list(keys)
         found = {}
         for start in range(0, len(wanted), _AT_ONCE):
@@ -81,7 +124,8 @@ class Cache:
             with self._errors():
                 rows = self._database.execute(query, some).fetchall()
             for key, data, checksum in rows:
-                if isinstance(data, bytes) and checksum == _checksum(key, data):
+                sound = isinstance(data, bytes) and len(data) == 4 * width and isinstance(key, str)
+                if sound and checksum == _checksum(key, data):
                     found[key] = np.frombuffer(data, "<f4").astype(np.float32)
         return found
 
@@ -110,7 +154,9 @@ class Cache:
             primary = code & 0xFF
             if primary in _NO_PLACE | _NO_LUCK:
                 number = errno.EACCES if primary in _NO_PLACE else errno.EIO
-                raise write_error(self._path, OSError(number, str(error))) from error
+                failed = write_error(self._path, OSError(number, f"{error}, the cache of prompt vectors"))
+                failed.fix = f"{failed.fix}; or go without a cache: --no-cache"
+                raise failed from error
             raise self._foreign(str(error)) from error
 
     def _foreign(self, reason: str) -> BadData:

@@ -22,6 +22,11 @@ FAIL, SKIP = "fail", "skip"
 BATCH_TOKENS = 8192
 """Regions share a batch up to this many tokens, fillers included: a region with many images has one of its own."""
 
+CONTEXT, CHARACTERS_PER_TOKEN = 1 << 17, 32
+"""Tokens of one region where a bundle does not say what its model reads, and characters of the longest token."""
+REGION_PIXELS = 256_000_000
+"""Of all images of one region together: they are held at once, three bytes a pixel."""
+
 Progress = Callable[[int, int], None]
 """Told how many regions are done, and of how many."""
 
@@ -52,6 +57,13 @@ class Encoder(Protocol):
         """Prompt vectors, float32 (B, T, H), of B inputs with the same T tasks."""
 
 
+def _too_long(found: str, limit: int) -> BadData:
+    return BadData(
+        "text and images are longer than the language model reads", expected=f"at most {limit:,} tokens", found=found,
+        fix="shorten the text, or name fewer images",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PooledEncoder:
     """An :class:`Encoder` of networks that share the tasks' common beginning (:func:`.pooling.pooled`)."""
@@ -64,8 +76,19 @@ class PooledEncoder:
     backend: Backend
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
-        """One region's input."""
-        return self.host.prompt(text, images, questions)
+        """One region's input.
+
+        Raises:
+            BadData: If it is longer than the model was made for: what lies beyond would be read as noise.
+        """
+        limit = self.spec.context or CONTEXT
+        if len(text) > limit * CHARACTERS_PER_TOKEN:
+            raise _too_long(f"a text of {len(text):,} characters", limit)
+        prompt = self.host.prompt(text, images, questions)
+        longest = max(len(sequence.ids) for sequence in prompt.sequences)
+        if longest > limit:
+            raise _too_long(f"{longest:,}", limit)
+        return prompt
 
     def vectors(self, prompts: Sequence[Prompt]) -> Array:
         """Prompt vectors, float32 (B, T, H), of B inputs."""
@@ -132,7 +155,7 @@ def encode(
     templates: Templates,
     tasks: Sequence[str],
     *,
-    root: Path,
+    root: Path | None,
     cache: Cache | None = None,
     batch: int = 1,
     on_bad_image: str = FAIL,
@@ -149,7 +172,7 @@ def encode(
         encoder: The model.
         templates: Of the questions.
         tasks: T tasks of ``templates``.
-        root: The folder that images lie below.
+        root: The folder that images lie below; None where there is none, and none may be named.
         cache: Vectors that need not be computed; what is computed goes there at once.
         batch: How many regions to compute at once.
         on_bad_image: :data:`SKIP` leaves a region with an unreadable image out as a whole, and says why: a vector of
@@ -215,10 +238,10 @@ def encode(
         if waiting and waiting[0].row // batch != row // batch:
             compute()
         try:
-            pictures = [_picture(root, name) for name in regions.images[row]]
+            pictures = _pictures(root, regions.images[row])
             hashes = [picture.sha256 for picture in pictures]
             keys = [content_key(encoder=itself, text=text, question=q, images=hashes) for q in questions]
-            known = cache.get(keys) if cache is not None else {}
+            known = cache.get(keys, width=encoder.spec.width) if cache is not None else {}
             lacking = {column: key for column, key in enumerate(keys) if key not in known}
             asked = [questions[column] for column in lacking]
             prompt = _prompt(encoder, region, text, pictures, asked) if lacking else None
@@ -226,7 +249,7 @@ def encode(
             if on_bad_image != SKIP:
                 more = "; or leave such regions out with --on-bad-image skip"
                 fix = (bad.error.fix or "mend or remove it") + more
-                raise _of(bad.error, region, file=bad.error.file or root / bad.name, fix=fix) from bad.error
+                raise _of(bad.error, region, file=bad.error.file or bad.name, fix=fix) from bad.error
             reasons[row] = f"{bad.name}: {bad.error.message}"
             finish(1)
             continue
@@ -275,11 +298,27 @@ class _BadImage(Exception):
         self.name, self.error = name, error
 
 
-def _picture(root: Path, name: str) -> Picture:
-    try:
-        return open_image(root, name)
-    except BadData as error:
-        raise _BadImage(name, error) from error
+def _pictures(root: Path | None, names: Sequence[str]) -> list[Picture]:
+    """A region's images."""
+    pictures: list[Picture] = []
+    pixels = 0
+    for name in names:
+        if root is None:
+            raise BadData(
+                "a table in memory names images, and has no folder that they may lie in", column=IMAGES, found=name,
+                fix="give the table as a file: its folder is where images are read from",
+            )  # fmt: skip
+        try:
+            pictures.append(open_image(root, name))
+            pixels += pictures[-1].pixels.shape[0] * pictures[-1].pixels.shape[1]
+            if pixels > REGION_PIXELS:
+                raise BadData(
+                    "the region's images have too many pixels together", expected=f"at most {REGION_PIXELS:,}",
+                    found=f"{pixels:,} in {len(pictures)} of {len(names)} images", fix="name fewer, or scale them down",
+                )  # fmt: skip
+        except BadData as error:
+            raise _BadImage(name, error) from error
+    return pictures
 
 
 def _prompt(encoder: Encoder, region: str, text: str, pictures: Sequence[Picture], questions: Sequence[str]) -> Any:

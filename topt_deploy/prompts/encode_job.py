@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from topt_deploy.data.parquet import read_parquet, write_parquet
-from topt_deploy.errors import CannotCreate, NoInput, UsageError
+from topt_deploy.errors import CannotCreate, Exit, NoInput, UsageError
 from topt_deploy.storage.atomic import check_place
+from topt_deploy.storage.outputs import TABLES, check_outputs, check_suffix
 
 from .cache import Cache
 from .encode import Encoded, Encoder, Progress, encode
@@ -40,6 +41,7 @@ class Job:
     Attributes:
         city: regions.parquet or its folder.
         shared_cache: A cache file in place of the city's own, by which processes hand over their shares.
+        read, bundles: Other files and bundles that are used, which no output takes the place of.
     """
 
     city: Path
@@ -51,6 +53,8 @@ class Job:
     resume: bool
     no_cache: bool
     shared_cache: Path | None = None
+    read: Sequence[Path] = ()
+    bundles: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         if not self.regions.exists():
@@ -59,7 +63,10 @@ class Job:
             )
         if self.place.resolve() == self.regions.resolve():
             raise UsageError("the output would overwrite its input", file=self.place, fix="--update-regions adds to it")
-        check_place(self.place)
+        check_suffix(self.place, TABLES, "--out")
+        check_outputs([self.place], read=[self.regions, *self.read], bundles=self.bundles)
+        if self.update_regions:
+            check_place(self.regions)
         if self.resume and self.no_cache:
             raise UsageError("--resume needs the cache, which --no-cache switches off")
         if self.resume and not self.cache.exists():
@@ -137,6 +144,10 @@ class Job:
         lines += [f"updated {self.regions}"] if self.update_regions else []
         return "\n".join(lines)
 
+    def exit_code(self, done: Encoded) -> int:
+        """Done, or done in part where regions were skipped."""
+        return int(Exit.PARTIAL if done.skipped else Exit.DONE)
+
     def facts(self, done: Encoded) -> dict[str, Any]:
         """The same for machines."""
         counts = {"encoded": done.encoded, "cached": done.cached, "skipped": done.skipped}
@@ -150,7 +161,7 @@ def open_cache(path: Path) -> Cache:
         CannotCreate: If this user may not write there.
     """
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise CannotCreate(
             f"no cache can be kept here ({error.strerror})",

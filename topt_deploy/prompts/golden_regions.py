@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.bundle.encoder_manifest import GOLDEN, EncoderBundle
+from topt_deploy.bundle.manifest import blamed
 from topt_deploy.data.columns import PROMPT_PREFIX, REGION_ID
 from topt_deploy.data.parquet import ParquetFile, write_parquet
 from topt_deploy.errors import BadBundle
@@ -65,19 +66,27 @@ def read_golden(bundle: EncoderBundle) -> tuple[tuple[GoldenRegion, ...], dict[s
         BadBundle: If they are not what was written.
     """
     name = f"{GOLDEN}/{TABLE}"
-    table = ParquetFile(bundle.read(name), name).read()
-    if not {REGION_ID, TEXT, IMAGES} <= set(table.column_names):
-        raise BadBundle("the golden regions lack a column", file=bundle.path, found=table.column_names)
-    regions = tuple(
-        GoldenRegion(
-            name=row[REGION_ID],
-            text=row[TEXT],
-            images=tuple(decode_image(bundle.read(f"{GOLDEN}/{image}"), image) for image in row[IMAGES]),
+    with blamed(bundle.path, name):
+        table = ParquetFile(bundle.read(name), name).read()
+        if not {REGION_ID, TEXT, IMAGES} <= set(table.column_names):
+            raise BadBundle("the golden regions lack a column", file=bundle.path, found=table.column_names)
+        regions = tuple(
+            GoldenRegion(
+                name=str(row[REGION_ID]),
+                text=str(row[TEXT]),
+                images=tuple(decode_image(bundle.read(f"{GOLDEN}/{image}"), image) for image in row[IMAGES]),
+            )
+            for row in table.select([REGION_ID, TEXT, IMAGES]).to_pylist()
         )
-        for row in table.select([REGION_ID, TEXT, IMAGES]).to_pylist()
-    )
-    tasks = [column.removeprefix(PROMPT_PREFIX) for column in table.column_names if column.startswith(PROMPT_PREFIX)]
-    return regions, {task: np.array(table.column(PROMPT_PREFIX + task).to_pylist(), np.float32) for task in tasks}
+        tasks = [
+            column.removeprefix(PROMPT_PREFIX) for column in table.column_names if column.startswith(PROMPT_PREFIX)
+        ]
+        expected = {task: np.array(table.column(PROMPT_PREFIX + task).to_pylist(), np.float32) for task in tasks}
+        if not regions or not tasks:
+            raise BadBundle("has no golden regions, or no vectors of theirs: nothing can be tested", file=bundle.path)
+        if any(vectors.shape != (len(regions), bundle.spec.width) for vectors in expected.values()):
+            raise BadBundle("the golden regions' vectors are of another size", file=bundle.path, found=name)
+    return regions, expected
 
 
 def compare(expected: Array, found: Array) -> tuple[float, float]:

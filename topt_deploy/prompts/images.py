@@ -1,8 +1,8 @@
 """Images out of untrusted files: opened within the data folder only, measured before they are decoded.
 
 The pixels are those that transformers' ``load_image`` and image processors make of a file: the first frame, turned as
-EXIF says, in Pillow's own conversion to RGB. It drops an alpha channel, paints a colour that stands for transparency
-white, and clips 16-bit grey at 255.
+EXIF says, in Pillow's own conversion to RGB. It drops an alpha channel and paints a colour that stands for transparency
+white. What it would clip, numbers of more than 8 bits, is refused: 16-bit grey would become white, fractions black.
 """
 
 import io
@@ -23,6 +23,8 @@ Array = np.ndarray[Any, Any]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 """The formats of satellite and street images. Pillow's other decoders, some of which start programs, are not used."""
+DEEP = ("I", "F")
+"""Pillow's modes of whole numbers of 32 bits, and of fractions."""
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
@@ -111,13 +113,20 @@ def decode_image(data: bytes, path: object, max_pixels: int = MAX_PIXELS) -> Arr
         with warnings.catch_warnings(action="ignore"):  # of what is refused below, or does not change a pixel
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = _largest(image)
-            if width * height <= max_pixels:
+            deep = image.mode in DEEP or image.mode.startswith("I;")
+            if width * height <= max_pixels and not deep:
                 return np.asarray(_rgb(image))
     except UnidentifiedImageError as error:
         raise BadData("not an image of a known format", file=path, expected=f"one of {', '.join(FORMATS)}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise more kinds than they document
         reason = str(error) or type(error).__name__
         raise BadData(f"the image cannot be decoded ({reason})", file=path, fix="fetch or write it again") from error
+    if deep:
+        raise BadData(
+            "the image has more than 8 bits per channel, and does not say which values are black and white",
+            file=path, expected="8 bits per channel", found=f"Pillow's mode {image.mode}",
+            fix="scale it to 8 bits, as by gdal_translate -ot Byte -scale",
+        )  # fmt: skip
     raise BadData(
         "the image has too many pixels",
         file=path,

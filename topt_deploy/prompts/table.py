@@ -62,10 +62,10 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
     source = Source(regions, BadRows.REGIONS, lambda column: column in (TEXT, ADDRESS, IMAGES))
     texts, addresses, images = _strings(source, TEXT), _strings(source, ADDRESS), _images(source)
     counted = None in texts and any(column == POI or column.startswith(f"{POI}_") for column in source.everything)
-    schema = infer_schema(regions, views=[POI] if counted else [], mobility=False)
-    city = read_city(regions, None, schema, id_col=id_col)
     if counted:
         _check_named(source)
+    schema = infer_schema(regions, views=[POI] if counted else [], mobility=False)
+    city = read_city(regions, None, schema, id_col=id_col)
     rows = city.input_row.tolist()
     poor = [not (counted or texts[row] or addresses[row] or images[row]) for row in rows]
     if any(poor):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.errors import BadData
+from topt_deploy.errors import BadBundle, BadData
 
 Array = np.ndarray[Any, Any]
 
@@ -48,7 +48,9 @@ class Tokens:
 
         try:
             self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        except Exception as error:  # the library raises bare exceptions
+        except BaseException as error:  # the library raises bare exceptions
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise BadData(f"not a tokenizer ({error})", file="tokenizer.json", fix="fetch the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -58,7 +60,14 @@ class Tokens:
 
     def ids(self, text: str) -> Array:
         """Token ids, int64 (n,)."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            raise BadBundle(
+                f"the tokenizer fails ({error})", file="tokenizer.json", fix="export the encoder again"
+            ) from error
 
     def id(self, token: str) -> int:
         """The id of one token.
@@ -90,6 +99,11 @@ class Tokens:
                 found=", ".join(map(repr, sorted(found))),
                 fix="remove it, or write it apart, such as '< |' for '<|'",
             )
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether it is an error of Rust's, which is no :class:`Exception` to Python."""
+    return type(error).__name__ == "PanicException"
 
 
 def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:

@@ -13,11 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import BadData, CannotCreate, IOFailure, NoInput, NoPermission, ToptError, TryAgain
+from topt_deploy.errors import BadData, CannotCreate, IOFailure, NoInput, NoPermission, OutOfMemory, ToptError, TryAgain
 
 _CANNOT_CREATE = {
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
+
+_NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EINVAL}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+_NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
+"""What file systems say that have no locks, or do not flush folders: CIFS, FUSE, and NFS without its daemon."""
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 HELD_BYTES = 8 << 20
@@ -57,11 +62,19 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise NoInput("no such file", file=path) from error
+    except NotADirectoryError as error:
+        raise NoInput("no such file: a part of its path is no folder", file=path) from error
     except PermissionError as error:
         raise NoPermission("this user may not read it", file=path, fix="grant read permission") from error
     except IsADirectoryError as error:
         raise BadData("is a folder", file=path, expected="a file") from error
+    except MemoryError as error:
+        raise OutOfMemory(path) from error
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise OutOfMemory(path) from error
+        if error.errno in _NO_FILE:  # trying again would find the same
+            raise BadData(f"no file can be there ({error.strerror})", file=path, expected="a plain file") from error
         raise IOFailure(f"reading failed ({error.strerror or error})", file=path) from error
 
 
@@ -75,6 +88,21 @@ def check_file(path: Path) -> None:
         _check_kind(path)
         with path.open("rb"):
             pass
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The bytes of a plain file, not waited for, of which there are no more than ``limit``.
+
+    Raises:
+        NoInput, NoPermission, BadData, IOFailure: Saying why not.
+    """
+    with reading(path), os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise BadData("a pipe or a device", file=path, expected="a plain file")
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise BadData("the file is too large", file=path, expected=f"at most {limit:,} bytes")
+    return data
 
 
 def _check_kind(path: Path) -> None:
@@ -114,16 +142,30 @@ class Held:
 def check_place(path: Path) -> None:
     """Refuse a place that no file can be written to, before the work whose result would go there.
 
+    Only an older file is ever replaced. A link would be replaced by a file, and what it leads to stay old; a device
+    would be lost to all other programs.
+
     Raises:
-        CannotCreate: If it is a folder, or the operating system does not take the name.
+        CannotCreate: If it is a folder, a link, a device or a pipe, or the operating system does not take the name.
     """
     try:
-        if stat.S_ISDIR(path.stat().st_mode):
-            raise write_error(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+        mode = os.lstat(path).st_mode
     except FileNotFoundError:
         return
     except OSError as error:
         raise write_error(path, error) from error
+    if stat.S_ISDIR(mode):
+        raise write_error(path, IsADirectoryError(errno.EISDIR, "it is a folder"))
+    if stat.S_ISLNK(mode):
+        raise CannotCreate(
+            "cannot create this output (it is a link)", file=path, expected="a plain file, or none",
+            found=f"a link to {os.path.realpath(path)}", fix="name the file that it leads to, or remove the link",
+        )  # fmt: skip
+    if not stat.S_ISREG(mode):
+        raise CannotCreate(
+            "cannot create this output (it is a pipe or a device)", file=path, expected="a plain file, or none",
+            fix="name a file",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -138,7 +180,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
-    check_place(path)
     sweep(path)
     with writing(path), atomic_files([path]) as (temporary,):
         yield temporary
@@ -154,6 +195,7 @@ def atomic_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     with ExitStack() as stack:
         temporaries = []
         for path in paths:
+            check_place(path)
             with writing(path):
                 temporaries.append(stack.enter_context(_temporary(path)))
         pairs = list(zip(temporaries, paths, strict=True))
@@ -206,8 +248,6 @@ def locked(path: Path) -> Iterator[None]:
         TryAgain: If another process holds it.
         CannotCreate, IOFailure: Where the operating system refuses.
     """
-    import fcntl  # POSIX only
-
     lock = path.with_name(f".{path.name}.lock")
     while True:
         try:
@@ -215,7 +255,7 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             raise write_error(path, error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, path)
             # Whoever held it before has removed the file by now, perhaps: then this is a lock on nothing.
             if not os.path.exists(lock) or os.stat(lock).st_ino != os.fstat(descriptor).st_ino:
                 continue
@@ -231,6 +271,30 @@ def locked(path: Path) -> Iterator[None]:
             ) from error
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Lock a file, or say that its file system has no locks.
+
+    Raises:
+        BlockingIOError: If another process holds the lock.
+        IOFailure: Where the operating system refuses for another reason.
+    """
+    import fcntl  # POSIX only
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise write_error(path, error) from error
+        import logging  # which hardly any run needs
+
+        logging.getLogger(__name__).warning(
+            "%s: this file system has no locks (%s): see to it that one run at a time writes here",
+            path.parent, error.strerror,
+        )  # fmt: skip
 
 
 def sweep(*paths: Path) -> None:
@@ -279,6 +343,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         CannotCreate, IOFailure: Where the operating system refuses.
     """
     path = Path(path)
+    if path.is_symlink():
+        check_place(path)
     with locked(path):
         _mend_folder(path)
         temporary = path.with_name(f".{path.name}.{_token()}")
@@ -432,5 +498,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)

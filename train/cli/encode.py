@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from topt_deploy.console import Lines
+from topt_deploy.errors import Exit
 from topt_deploy.prompts.encode import Progress, limit_pixels
 from topt_deploy.prompts.encode_job import Job
 from topt_deploy.prompts.options import shared_options
@@ -73,7 +74,7 @@ def encode(
     allow_download: bool,
     revision: str | None,
     **shared: Any,
-) -> None:
+) -> int:
     """Encode texts and images of CITY, a folder with regions.parquet, to prompt vectors with a frozen language model.
 
     What was encoded before and has not changed is taken from a cache, so that a run that was cut off goes on where it
@@ -86,7 +87,7 @@ def encode(
     read_regions(job.regions, asked.wording)  # a bad table is refused before minutes of loading
     if processes > 1:
         _in_processes(context, processes, job, device=device, threads=threads)
-        return
+        return int(Exit.DONE)
 
     import torch
 
@@ -113,8 +114,10 @@ def encode(
         if not job.no_cache:
             click.echo("interrupted; go on with the same command and --resume", err=True)
         raise
-    if done is not None:
-        click.echo(job.summary(done))
+    if done is None:
+        return int(Exit.DONE)
+    click.echo(job.summary(done))
+    return job.exit_code(done)
 
 
 def _in_processes(context: click.Context, processes: int, job: Job, *, device: str, threads: int) -> None:

@@ -11,12 +11,13 @@ from encoders_exported import FAMILIES
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import BadBundle, UsageError
 from topt_deploy.export.prompts import encoder_bundle as module
 from topt_deploy.export.prompts.assemble import Assembled
 from topt_deploy.export.prompts.encoder_bundle import make_encoder
 from topt_deploy.export.prompts.lower import FORMS, ONNXRUNTIME, STANDARD
-from topt_deploy.export.prompts.parity_gate import TOLERANCE, Candidate, FileRunner, gate
+from topt_deploy.export.prompts.parity_gate import Candidate, FileRunner, gate
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
 from topt_deploy.prompts.templates import load_templates

@@ -125,12 +125,21 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
         settings=settings if family != TEXT else {},
         chat=asdict(chat),
         imageless=asdict(imageless) if family in (MLLAMA, OTHER) else None,
+        context=_context(config),
     )
     with reading(tokenizer):
         data = tokenizer.read_bytes()
     return Checkpoint(
         path=path, config=config, preprocessor=preprocessor, tokenizer=data, weights=tuple(weights), spec=spec
     )
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a language model was made for, as its configuration says; None where it does not."""
+    inner = (config.get(name) for name in ("text_config", "language_config"))
+    parts = [part for part in (*inner, config) if isinstance(part, Mapping)]
+    found = (part.get("max_position_embeddings") for part in parts)
+    return next((tokens for tokens in found if type(tokens) is int and tokens > 0), None)
 
 
 def from_pretrained(kind: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

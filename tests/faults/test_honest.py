@@ -1,0 +1,250 @@
+"""Honest input in forms that other tools write: read, or refused with what it is and what to do."""
+
+import io
+import shutil
+import unicodedata
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import LAND_USE, POI, replaced, tiny_city_tables
+
+from topt_deploy.config.settings import load_config
+from topt_deploy.data.city import Schema, read_city
+from topt_deploy.data.columns import as_given
+from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.errors import BadConfig, BadData, UsageError
+from topt_deploy.runtime.predictor import load
+
+SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
+
+
+def test_a_million_flows_among_few_regions_in_a_default_file(tmp_path):
+    ids = np.array([f"2026-district-{i:04d}" for i in range(120)])
+    rng = np.random.default_rng(0)
+    ends = rng.integers(0, 120, (2, 1_000_000))
+    table = pa.table({"origin_id": ids[ends[0]], "dest_id": ids[ends[1]], "flow": rng.integers(1, 9, 1_000_000)})
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert ParquetFile(tmp_path / "m.parquet").read().num_rows == 1_000_000
+
+
+class TestUnicode:
+    def test_ids_in_another_normal_form(self):
+        regions, mobility = tiny_city_tables()
+        for form in ("NFC", "NFD"):
+            other = "NFD" if form == "NFC" else "NFC"
+
+            def named(column, form):
+                return [unicodedata.normalize(form, f"Málaga {i}") for i in column.to_pylist()]
+
+            here = replaced(regions, region_id=named(regions["region_id"], form))
+            flows = {end: named(mobility[end], other) for end in ("origin_id", "dest_id")}
+            city = read_city(here, replaced(mobility, **flows), SCHEMA)
+            assert city.flows.flow.sum() == sum(mobility["flow"].to_pylist())
+            assert set(city.region_id) == set(here["region_id"].to_pylist())
+
+    def test_two_regions_that_differ_in_nothing_else_are_two(self):
+        regions, mobility = tiny_city_tables()
+        ids = regions["region_id"].to_pylist()
+        twins = {ids[0]: "caf\u00e9", ids[1]: "cafe\u0301"}
+        named = [twins.get(i, i) for i in ids]
+        flows = {end: [twins.get(i, i) for i in mobility[end].to_pylist()] for end in ("origin_id", "dest_id")}
+        city = read_city(replaced(regions, region_id=named), replaced(mobility, **flows), SCHEMA)
+        assert len(city) == 12
+
+    def test_categories_in_another_normal_form(self):
+        regions, mobility = tiny_city_tables()
+        named = [unicodedata.normalize("NFD", name) for name in regions.column_names]
+        assert named != regions.column_names
+        city = read_city(regions.rename_columns(named), mobility, SCHEMA)
+        assert np.array_equal(city.views["poi"], read_city(regions, mobility, SCHEMA).views["poi"])
+
+
+def other_files():
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("a", "b")
+    feather = io.BytesIO()
+    with pa.ipc.new_file(feather, pa.schema([("a", pa.int64())])):
+        pass
+    return {
+        "a CSV table": b"region_id,lon,lat\n1,2,3\n",
+        "a CSV table ": b"\xef\xbb\xbfregion_id;lon;lat\n1;2;3\n",
+        "JSON": b'{"type": "FeatureCollection", "features": []}',
+        "GeoPackage": b"SQLite format 3\0" + bytes(2000),
+        "shapefile": b"\0\0\x27\x0a" + bytes(100),
+        "zip": stream.getvalue(),
+        "Feather": feather.getvalue(),
+        "HTML": b"<!DOCTYPE html><html>404</html>",
+        "an empty file": b"",
+        "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }
+
+
+@pytest.mark.parametrize("kind", other_files())
+def test_another_format_is_named(kind, desk, topt_run):
+    desk.regions.write_bytes(other_files()[kind])
+    said = topt_run("predict", desk.regions)
+    assert said.code == 65
+    assert kind.strip() in said.err
+    assert "cut off" not in said.err
+
+
+def test_a_file_that_is_cut_off_is_still_told_so(desk, topt_run):
+    desk.regions.write_bytes(desk.regions.read_bytes()[:-100])
+    assert "cut off" in topt_run("predict", desk.regions).err
+
+
+class TestFolders:
+    def spark(self, folder, table, parts):
+        folder.mkdir(parents=True)
+        (folder / "_SUCCESS").touch()
+        for number in range(parts):
+            rows = table.slice(number * len(table) // parts, (number + 1) * len(table) // parts)
+            pq.write_table(rows, folder / f"part-{number:05d}-1a2b-c000.snappy.parquet")
+
+    def test_a_table_in_one_part(self, desk, topt_run):
+        folder = desk.folder / "spark" / "regions.parquet"
+        self.spark(folder, pq.read_table(desk.regions), 1)
+        for given in (folder, folder.parent):
+            out = desk.folder / "out.parquet"
+            done = topt_run("predict", given, "--bundle", desk.bundle, "--mobility", desk.mobility, "--out", out)
+            assert done.code == 0, done.err
+            assert pq.read_table(out).num_rows == 231
+            out.unlink()
+
+    @pytest.mark.parametrize("many", [False, True])
+    def test_a_table_in_several_parts_is_not_several_cities(self, many, desk, topt_run):
+        folder = desk.folder / "spark" / "regions.parquet"
+        self.spark(folder, pq.read_table(desk.regions), 3)
+        out = ("--out", desk.folder / "out" / "") if many else ()
+        said = topt_run("predict", *[folder.parent] * (2 if many else 1), "--bundle", desk.bundle, *out)
+        assert said.code == 65
+        assert "a table in 3 parts" in said.err
+
+    @pytest.mark.parametrize("key", ["city", "city_id"])
+    def test_partitions_of_cities(self, key, desk, topt_run):
+        for name in "AB":
+            folder = desk.folder / "cities" / f"{key}={name}"
+            self.spark(folder, pq.read_table(desk.regions).drop_columns("city_id"), 1)
+            flows = pq.read_table(desk.mobility).drop_columns("city_id")
+            pq.write_table(flows, folder / "mobility.parquet")
+        out = desk.folder / "out"
+        said = topt_run("predict", desk.folder / "cities", "--bundle", desk.bundle, "--out", out)
+        assert said.code == 0, said.err
+        for name in "AB":
+            table = pq.read_table(out / f"city={name}" / "predictions.parquet", partitioning=None)
+            assert set(table.column("city_id").to_pylist()) == {name}
+
+
+class TestToml:
+    def test_a_byte_order_mark(self, tmp_path):
+        (tmp_path / "topt.toml").write_bytes(b"\xef\xbb\xbf[tasks.crime]\n")
+        assert list(load_config(tmp_path / "topt.toml").tasks) == ["crime"]
+
+    @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "{a=" * 100_000])
+    def test_nested_without_end(self, text, tmp_path):
+        (tmp_path / "topt.toml").write_text(text)
+        with pytest.raises(BadConfig, match="not valid TOML"):
+            load_config(tmp_path / "topt.toml")
+
+
+class TestPython:
+    @pytest.fixture(scope="class")
+    def predictor(self, demo_bundle):
+        return load(demo_bundle)
+
+    @pytest.fixture
+    def expected(self, predictor, demo_city):
+        return predictor.predict(demo_city / "regions.parquet", demo_city / "mobility.parquet")
+
+    def test_a_path_may_be_text(self, predictor, expected, demo_city):
+        found = predictor.predict(str(demo_city / "regions.parquet"), str(demo_city / "mobility.parquet"))
+        assert found.equals(expected)
+
+    def test_text_and_an_encoder(self, prompted):
+        found = load(prompted / "model.topt").predict(
+            str(prompted / "bare.parquet"), str(prompted / "mobility.parquet")
+        )
+        assert found.num_rows > 0
+
+    @pytest.mark.parametrize("kind", ["pandas", "dataset", "polars", "record batches"])
+    def test_other_tables(self, kind, predictor, expected, demo_city):
+        regions, flows = (pq.read_table(demo_city / f"{name}.parquet") for name in ("regions", "mobility"))
+        numbers = expected.column("prediction")
+        if kind == "pandas":
+            pytest.importorskip("pandas")
+            regions, flows = regions.drop_columns("geometry").to_pandas(), flows.to_pandas()
+        elif kind == "polars":
+            polars = pytest.importorskip("polars", reason="polars is not installed")
+            regions, flows = polars.from_arrow(regions), polars.from_arrow(flows)
+        elif kind == "dataset":
+            import pyarrow.dataset as ds
+
+            regions, flows = ds.dataset(regions), ds.dataset(flows)
+        else:
+            regions, flows = regions.to_reader(), flows.to_reader()
+        assert predictor.predict(regions, flows).column("prediction").equals(numbers)
+
+    @pytest.mark.parametrize("table", [3, None, [1], {"region_id": ["a"]}, object()])
+    def test_what_is_no_table(self, table, predictor):
+        with pytest.raises(UsageError, match="not a table"):
+            predictor.predict(table)
+
+    def test_an_unknown_device(self, demo_bundle):
+        with pytest.raises(UsageError, match="no such device"):
+            load(demo_bundle, device="gpu")
+
+    def test_one_task_is_no_list_of_letters(self, predictor, demo_city):
+        found = predictor.predict(demo_city / "regions.parquet", demo_city / "mobility.parquet", tasks="crime")
+        assert set(found.column("task").to_pylist()) == {"crime"}
+
+    def test_a_frame_of_several_kinds(self):
+        pandas = pytest.importorskip("pandas")
+        with pytest.raises(BadData, match="several kinds"):
+            as_given(pandas.DataFrame({"region_id": ["a", 3, b"x"]}))
+
+    def test_mlflow_without_rows(self, demo_bundle):
+        pandas = pytest.importorskip("pandas")
+        from topt_deploy.runtime.mlflow import Model
+
+        model = Model(load(demo_bundle))
+        for frame in (pandas.DataFrame(), pandas.DataFrame({"city_id": [], "region_id": []}), 3):
+            with pytest.raises(BadData):
+                model.predict(frame)
+
+
+def test_cities_with_odd_names_at_uris(desk, topt_run):
+    for name in ("a%2Fb", "a%00b", "100%25"):
+        folder = desk.folder / "cities" / f"city={name}"
+        folder.mkdir(parents=True)
+        for table in ("regions", "mobility"):
+            pq.write_table(
+                pq.read_table(desk.folder / f"{table}.parquet").drop_columns("city_id"), folder / f"{table}.parquet"
+            )
+    out = (desk.folder / "out").as_uri()
+    said = topt_run("predict", (desk.folder / "cities").as_uri(), "--bundle", desk.bundle, "--out", out)
+    assert said.code == 0, said.err
+    found = [pq.read_table(file, partitioning=None) for file in (desk.folder / "out").glob("*/predictions.parquet")]
+    assert {name for table in found for name in table.column("city_id").to_pylist()} == {"a/b", "a\0b", "100%"}
+
+
+@pytest.mark.parametrize("name", [".predictions.parquet.part", "predictions.parquet", "_run.json"])
+def test_links_below_a_uri_lead_nowhere(name, desk, topt_run):
+    """Of whoever may write to the folder of results, and wants another file written."""
+    victim = desk.folder / "victim"
+    victim.write_text("mine")
+    cities = desk.folder / "cities" / "city=A"
+    cities.mkdir(parents=True)
+    for table in (desk.regions, desk.mobility):
+        shutil.copy(table, cities)
+    out = desk.folder / "out"
+    (out / "city=A").mkdir(parents=True)
+    link = (out if name == "_run.json" else out / "city=A") / name
+    link.symlink_to(victim)
+    topt_run("predict", desk.folder / "cities", "--bundle", desk.bundle, "--out", out.as_uri())
+    assert victim.read_text() == "mine"
+    topt_run("predict", desk.folder / "cities", "--bundle", desk.bundle, "--out", out)
+    assert victim.read_text() == "mine"
