@@ -82,7 +82,7 @@ def _rank(score: Sequence[float] | Array, coverage: float) -> int:
 
 
 def spread(leverage: Array) -> Array:
-    """What scores are divided by, and intervals multiplied: √(1 + h) (N,)."""
+    """The factor √(1 + h) (N,) that scores are divided by and intervals multiplied by."""
     root: Array = np.sqrt(1 + np.maximum(leverage, 0))
     return root
 

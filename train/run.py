@@ -239,7 +239,7 @@ def train_run(
 
 
 def _parts(labels: Array, result: HeadResult, outcome: Outcome) -> dict[str, dict[str, float]]:
-    """What each part of an ensemble weighs, and the held-out MAE without it."""
+    """Weight of each part of an ensemble, and the held-out MAE without it."""
     truth = np.where(outcome.fold >= 0, labels, np.nan)
     regions = np.arange(len(labels))
     found: dict[str, dict[str, float]] = {}

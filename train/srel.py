@@ -160,7 +160,8 @@ def _train_on_some(
 
     def terms() -> dict[str, Tensor]:
         some = torch.randperm(n)[: settings.regions].sort().values  # PyTorch's generator: a checkpoint has its state
-        loss.similarities, loss.flow = some_targets(city, flows, some.numpy(), device)
+        similarities, loss.flow = some_targets(city, flows, some.numpy(), device)
+        loss.similarities = dict(similarities)
         some = some.to(device)
         return loss(srel({name: inputs[name][some] for name in views}, srel.adjacency(inputs[POSITION][some])))
 

@@ -1,4 +1,4 @@
-"""What the parts of an ensemble weigh: stacked regressions (Breiman 1996), inside each training set alone."""
+"""Weights of the parts of an ensemble: stacked regressions (Breiman 1996), inside each training set alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -153,7 +153,7 @@ def _run(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether ONNX Runtime failed for want of memory, which it says in words alone."""
+    """Tell if ONNX Runtime failed for lack of memory, which it says in words alone."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 

@@ -22,11 +22,11 @@ PROMPTS: Mapping[str, Mapping[str, float]] = {
 
 
 def strict_prediction(precision: Any, tolerance: Any) -> bool:
-    """Whether a city's bundle is held to what its precision can do."""
+    """Tell if a city's bundle is held to what its precision can do."""
     return type(tolerance) in (int, float) and 0 < tolerance <= PREDICTIONS[precision]
 
 
 def strict_prompt(precision: Any, tolerance: Mapping[str, Any]) -> bool:
-    """Whether an encoder's bundle is held to what its precision can do."""
+    """Tell if an encoder's bundle is held to what its precision can do."""
     cap = PROMPTS[precision]
     return bool(tolerance["cosine"] >= cap["cosine"] and tolerance["difference"] <= cap["difference"])

@@ -249,7 +249,7 @@ class TaskConfig:
 
     @property
     def embeds(self) -> bool:
-        """Whether the task builds on an embedding."""
+        """True if the task builds on an embedding."""
         return not self.ensemble.enabled or (self.ensemble.topt and self.ensemble.embedding)
 
     def prompt_column(self, task: str) -> str | None:

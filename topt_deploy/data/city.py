@@ -44,7 +44,7 @@ REGION_LIMIT = 2_000_000
 """Regions of one city. More than that are several cities, or nobody's."""
 ID_LIMIT = 256
 HIVE = ("city", CITY_ID)
-"""What a Hive partition's folder may call the city."""
+"""Names that a Hive partition's folder may give to the city."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -445,7 +445,7 @@ def _unnamed(source: Source, view: str, found: str, expected: Sequence[str] = ()
 
 
 def _numbered(categories: Sequence[str]) -> bool:
-    """Whether a model's categories are named by their positions, as those of the published data are."""
+    """Tell if a model's categories are named by their positions, as those of the published data are."""
     return tuple(categories) == tuple(f"{i:02d}" for i in range(len(categories)))
 
 

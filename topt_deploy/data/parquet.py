@@ -30,7 +30,7 @@ OTHERS = (
     (b"<", "XML or HTML, such as a page that says why there is no file"),
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file: run git lfs pull"),
 )
-"""What users have in place of Parquet, by its first bytes."""
+"""Formats that users give in place of Parquet, by their first bytes."""
 COLUMN_LIMIT = 10_000
 FOOTER_LIMIT_BYTES = 8 << 20
 """Of what describes the columns: a hundred times that of a wide table."""
@@ -133,7 +133,7 @@ class ParquetFile:
         return {column.path: column.logical_type.to_json() for column in columns}
 
     def _other(self) -> str | None:
-        """What the file is by its first bytes, where that is something else."""
+        """The format of the file by its first bytes, where that is not Parquet."""
         try:
             head = self._file.read_at(LOOKED_AT_BYTES, 0)
         except (pa.ArrowException, OSError, ValueError, AttributeError):
@@ -153,7 +153,7 @@ class ParquetFile:
         return "a CSV table" if plain and any(mark in first for mark in (b",", b";", b"\t")) else None
 
     def _honest(self, error: MemoryError) -> bool:
-        """Whether what could not be had is no more than the file may take: else its own sizes lie."""
+        """Tell if the memory that could not be had is no more than the file may take: else its own sizes lie."""
         asked = max(map(int, re.findall(r"\d+", str(error))), default=0)
         return asked <= max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size())
 
@@ -210,7 +210,7 @@ def one_file(path: Path) -> Path:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file's name is that of a part of a table."""
+    """Tell if a file's name is that of a part of a table."""
     return name.startswith("part-") and name.endswith(".parquet")
 
 

@@ -25,7 +25,7 @@ _POINT, _LINE, _POLYGON, _LAST = 1, 2, 3, 7  # WKB's codes
 
 
 def implausible(lonlat: Array) -> Iterator[tuple[str, Array, str]]:
-    """What is wrong with positions, bool (N,) of which, and what to do; positions (N, 2) in degrees."""
+    """Find faults of positions (N, 2) in degrees: the fault, bool (N,) of the regions that have it, and the remedy."""
     yield (
         "positions are (0, 0), which stands for no position",
         (lonlat == 0).all(axis=1),
@@ -44,7 +44,7 @@ def implausible(lonlat: Array) -> Iterator[tuple[str, Array, str]]:
 
 
 def remote(lonlat: Array) -> Array:
-    """Which regions lie far from the others, bool (N,): possible, and rarely meant."""
+    """Tell the regions that lie far from the others, bool (N,): possible, and rarely meant."""
     return _beyond(lonlat, FAR_KM, FAR_TIMES)
 
 
@@ -58,7 +58,7 @@ def _beyond(lonlat: Array, km: float, times: float) -> Array:
 
 
 def swapped(lonlat: Array, geometry: pa.ChunkedArray, metadata: Mapping[bytes, bytes]) -> Array:
-    """Which regions' geometry lies where (lat, lon) is, and not (lon, lat); bool (N,).
+    """Tell the regions whose geometry lies at (lat, lon) and not at (lon, lat), bool (N,).
 
     Only a geometry that says of itself that it is in degrees is looked at, and only a corner of each.
     """

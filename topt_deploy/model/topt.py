@@ -154,7 +154,7 @@ class EnsembleHead(nn.Module):
     def outputs(
         self, views: Mapping[str, Tensor], embedding: Tensor | None, features: Tensor | None
     ) -> list[tuple[str, Tensor]]:
-        """What every regression says, by name, (R, N) each on the standardised target scale.
+        """Outputs of every regression, by name, (R, N) each on the standardised target scale.
 
         Args:
             views: :meth:`views`.

@@ -102,7 +102,7 @@ class Tokens:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether it is an error of Rust's, which is no :class:`Exception` to Python."""
+    """Tell if it is a panic of Rust's code, which is no :class:`Exception` to Python."""
     return type(error).__name__ == "PanicException"
 
 

@@ -22,7 +22,7 @@ _CANNOT_CREATE = {
 _NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EINVAL}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
-"""What file systems say that have no locks, or do not flush folders: CIFS, FUSE, and NFS without its daemon."""
+"""Errors of file systems that have no locks, or do not flush folders: CIFS, FUSE, and NFS without its daemon."""
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 HELD_BYTES = 8 << 20

@@ -10,9 +10,9 @@ from topt_deploy.storage.atomic import check_place
 TABLES = (".parquet", ".pq", ".parq", ".geoparquet", "")
 """Suffixes of a Parquet file; a name without one claims nothing."""
 METRICS = (".prom",)
-"""What node_exporter reads of a folder."""
+"""Names of the files that node_exporter reads in a folder."""
 INPUTS = ("regions.parquet", "mobility.parquet")
-"""What a city's own tables are called, wherever they lie: no result is written under these names."""
+"""Names of a city's own tables, wherever they lie: no result is written under these names."""
 SEALS = ("manifest.json", "manifest.json.sha256")
 """By which a folder is known for a bundle."""
 

@@ -78,7 +78,7 @@ def train(
         run = open_run(out) if out else newest_run(city, finished=False)
         if run.finished:
             raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
-        said = []
+        said: list[str] = []
     else:
         from ..settle import settle
 
@@ -154,7 +154,7 @@ REGIONS_SHOWN = 8
 
 
 def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> str:
-    """What the parts of every task's ensemble weigh and bring, how often intervals hold, and regions to doubt."""
+    """Tell the weights and use of the parts of every task's ensemble, how often intervals hold, and regions to doubt."""
     lines: list[str] = []
     for task, parts in facts.get("parts", {}).items():
         lines += ["", f"{task}: what its parts weigh, and the held-out MAE without each"]

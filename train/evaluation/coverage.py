@@ -78,13 +78,13 @@ def nested_intervals(
                 held_out.prediction[0, mine], prediction[:, mine].T, score, fitted[k][mine], nominal
             )
             continue
-        score = scores(splits.labels, splits.held_out(prediction)[0])
-        lower[mine], upper[mine] = interval(held_out.prediction[0, mine], score, nominal)
+        pooled = scores(splits.labels, splits.held_out(prediction)[0])
+        lower[mine], upper[mine] = interval(held_out.prediction[0, mine], pooled, nominal)
     return lower, upper
 
 
 def method_has_folds(method: Method, task: str) -> bool:
-    """Whether a bundle of the method has its folds' fits, and so CV+ intervals."""
+    """Tell if a bundle of the method has its folds' fits, and so CV+ intervals."""
     return isinstance(method, Topt) and method.config(task, 0).tasks[task].ensemble.enabled
 
 

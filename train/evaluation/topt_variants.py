@@ -36,7 +36,7 @@ class Topt:
 
     @property
     def adapts(self) -> bool:
-        """Whether it goes without prompts where the city has none: every variant that is not about prompts."""
+        """True if it goes without prompts where the city has none: every variant that is not about prompts."""
         return not any(override.startswith("prompt4re.") for override in self.overrides)
 
     def config(self, task: str, seed: int, *more: str) -> Config:
