@@ -154,7 +154,7 @@ REGIONS_SHOWN = 8
 
 
 def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> str:
-    """Tell the weights and use of the parts of every task's ensemble, how often intervals hold, and regions to doubt."""
+    """Tell the weights and use of every task's parts, how often intervals hold, and regions to doubt."""
     lines: list[str] = []
     for task, parts in facts.get("parts", {}).items():
         lines += ["", f"{task}: what its parts weigh, and the held-out MAE without each"]
