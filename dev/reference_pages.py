@@ -68,8 +68,10 @@ def help_page(name: str, group: click.Group) -> str:
 def settings_page() -> str:
     """The settings as tables: name, values, default of each preset, meaning."""
     from topt_deploy.config import settings as config
+    from topt_deploy.config.load import load_config
+    from topt_deploy.config.load import presets as preset_names
 
-    presets = {name: config.load_config(preset=name, tasks=["crime"]) for name in config.presets()}
+    presets = {name: load_config(preset=name, tasks=["crime"]) for name in preset_names()}
     first = config.DEFAULT_PRESET
     parts = [
         MADE,

@@ -15,7 +15,8 @@ import torch
 
 from topt_deploy import __version__
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
-from topt_deploy.bundle.manifest import CARD, ENCODER, MANIFEST, SCHEMA_VERSION, Manifest, open_bundle, seal_bundle
+from topt_deploy.bundle.manifest import CARD, ENCODER, SCHEMA_VERSION, Manifest, open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, seal_bundle
 from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.data.city import read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
@@ -27,7 +28,8 @@ from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.topt import TopT
 from topt_deploy.prompts.precision import comparable
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
-from topt_deploy.storage.atomic import atomic_file, atomic_folder, write_error
+from topt_deploy.storage.atomic import atomic_file, atomic_folder
+from topt_deploy.storage.os_errors import write_error
 from topt_deploy.tensorrt.profile import Profile, Range, parse_profile
 
 from .golden_cities import SyntheticCity, synthetic_city

@@ -19,7 +19,8 @@ from topt_deploy.bundle.manifest import SUFFIX, Bundle, Manifest, open_bundle
 from topt_deploy.data.columns import CITY_ID, REGION_ID
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import UsageError
-from topt_deploy.storage.atomic import atomic_folder, write_error
+from topt_deploy.storage.atomic import atomic_folder
+from topt_deploy.storage.os_errors import write_error
 
 LOADER = "topt_deploy.runtime.mlflow"
 DATA = f"model{SUFFIX}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from topt_deploy.bundle.manifest import Sealed
+from topt_deploy.bundle.sealed import Sealed
 from topt_deploy.errors import BadBundle, UsageError
 
 

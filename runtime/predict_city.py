@@ -21,18 +21,12 @@ from topt_deploy.data.city import hive_city
 from topt_deploy.data.columns import GEOMETRY, REGION_ID
 from topt_deploy.data.parquet import save_parquet
 from topt_deploy.errors import BadData, BadRows, UsageError
-from topt_deploy.storage.atomic import (
-    Held,
-    atomic_files,
-    check_place,
-    json_text,
-    locked,
-    reading,
-    sha256_file,
-    sweep,
-    writing,
-)
+from topt_deploy.storage.atomic import atomic_files, sweep
+from topt_deploy.storage.hashed_file import Held, sha256_file
+from topt_deploy.storage.locks import locked
+from topt_deploy.storage.os_errors import check_place, reading, writing
 from topt_deploy.storage.outputs import TABLES, check_outputs, check_outside, check_suffix
+from topt_deploy.storage.text_files import json_text
 
 from .bad_rows import FAIL
 from .predictor import COVERAGE, Predictions, Predictor
@@ -221,7 +215,8 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 def check_map(path: Path) -> None:
     """Refuse early a map that could not be written: a run that fails must not leave half of its output."""
-    from topt_deploy.data.geometry import DRIVERS, geo_library
+    from topt_deploy.data.geometry import geo_library
+    from topt_deploy.data.gis_files import DRIVERS
 
     if path.suffix.lower() not in DRIVERS:
         raise UsageError("unknown map format", file=path, expected=" or ".join(DRIVERS), found=repr(path.suffix))
@@ -235,7 +230,8 @@ def _write_map(path: Path, temporary: Path, predictions: Predictions) -> None:
     Raises:
         BadData: If the polygons are not longitude and latitude, or no polygons.
     """
-    from topt_deploy.data.geometry import map_shapes, write_geo
+    from topt_deploy.data.geometry import map_shapes
+    from topt_deploy.data.gis_files import write_geo
 
     wide = predictions.wide()
     if GEOMETRY in wide.column_names:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.bundle.manifest import ENCODER, Bundle, blamed, open_bundle
+from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
+from topt_deploy.bundle.sealed import blamed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
 from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, as_given, file_of
@@ -19,7 +20,7 @@ from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
 from topt_deploy.prompts.precision import comparable
-from topt_deploy.storage.atomic import sha256_file
+from topt_deploy.storage.hashed_file import sha256_file
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
 from .bad_rows import FAIL, Sieve

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.bundle.encoder_manifest import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
-from topt_deploy.bundle.manifest import ENCODER, Bundle, blamed, open_bundle, open_sealed, well_formed
+from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
+from topt_deploy.bundle.sealed import blamed, open_sealed, well_formed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.errors import BadBundle, NoInput, UsageError
 from topt_deploy.prompts.encode import PooledEncoder

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from topt_deploy import __version__
 from topt_deploy.errors import BadRows, ToptError
-from topt_deploy.storage.atomic import read_plain
+from topt_deploy.storage.os_errors import read_plain
 
 from .predictor import Predictor
 

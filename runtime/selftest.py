@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
-from topt_deploy.bundle.manifest import SCHEMA_VERSION, open_sealed
+from topt_deploy.bundle.manifest import SCHEMA_VERSION
+from topt_deploy.bundle.sealed import open_sealed
 from topt_deploy.prompts.golden_regions import read_golden, reproduce
 
 from .predictor import load

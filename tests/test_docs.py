@@ -300,7 +300,7 @@ def test_alerts_are_on_metrics_that_there_are() -> None:
 
 
 def test_configuration_file_of_the_page_is_valid(tmp_path: Path) -> None:
-    from topt_deploy.config.settings import load_config
+    from topt_deploy.config.load import load_config
 
     (block,) = blocks("docs/how-to/train.md", "toml")
     (tmp_path / "topt.toml").write_text(block.text, encoding="utf-8")

@@ -16,7 +16,7 @@ from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables
 from commands import environment, shell
 from safetensors.numpy import load_file
 
-from topt_deploy.config.settings import Config, load_config
+from topt_deploy.config.load import config_from_dict, load_config
 
 TASKS = ("crime", "check_in", "service_call")
 TINY = """\
@@ -250,7 +250,7 @@ def train(shared, once):
             for region, value in zip(regions["region_id"].to_pylist(), regions["crime"].to_pylist(), strict=True)
         ]
         task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
-        config = Config.from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
+        config = config_from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
         once(name, lambda folder: train_at(write(folder / name, replaced(regions, crime=labels), mobility), config))
         return shared / name / "run"
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from topt_deploy.config.load import config_from_dict
 from topt_deploy.config.settings import Config
-from topt_deploy.storage.atomic import reading, write_json
+from topt_deploy.storage.os_errors import reading
+from topt_deploy.storage.text_files import write_json
 
 from .errors import BadConfig, NoInput
 
@@ -73,7 +75,7 @@ def open_run(path: Path) -> Run:
             record = json.loads(file.read_text(encoding="utf-8"))
         return Run(
             path=path,
-            config=Config.from_dict(record.pop("config"), str(file)),
+            config=config_from_dict(record.pop("config"), str(file)),
             city_dir=Path(record.pop("city_dir")),
             regions_sha256=record.pop("regions_sha256"),
             mobility_sha256=record.pop("mobility_sha256"),

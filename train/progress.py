@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from topt_deploy.storage.atomic import write_text, writing
+from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.text_files import write_text
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, one line at least this many seconds apart."""

@@ -25,7 +25,9 @@ from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
-from topt_deploy.storage.atomic import sha256_file, sweep_folder, writing
+from topt_deploy.storage.atomic import sweep_folder
+from topt_deploy.storage.hashed_file import sha256_file
+from topt_deploy.storage.os_errors import writing
 
 from .boosted_trees import boosted_trees
 from .ensemble import train_ensemble

@@ -8,7 +8,7 @@ from pathlib import Path
 from topt_deploy.config.settings import Config
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.parquet import ParquetFile
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 
 def settle(

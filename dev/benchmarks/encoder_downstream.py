@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from topt_deploy.config.settings import load_config
+from topt_deploy.config.load import load_config
 from topt_deploy.export.prompts.encoder_bundle import make_encoder
 from topt_deploy.runtime.processor import processor_name
 from topt_deploy.train.cli.evaluate import FIRST_SEED

@@ -142,7 +142,7 @@ def train(setting: Setting) -> Iterator[Check]:
     import numpy as np
     import torch
 
-    from topt_deploy.config.settings import load_config
+    from topt_deploy.config.load import load_config
     from topt_deploy.data.city import infer_schema, read_city
     from topt_deploy.data.features import features
     from topt_deploy.model.topt import all_features

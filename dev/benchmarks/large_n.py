@@ -84,7 +84,7 @@ def train(city: Path) -> float:
     import torch
     from rich.console import Console
 
-    from topt_deploy.config.settings import load_config
+    from topt_deploy.config.load import load_config
     from topt_deploy.data.city import infer_schema, read_city
     from topt_deploy.data.features import features
     from topt_deploy.train.loop import Engine, Workplace

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from topt_deploy.config.settings import load_config
+from topt_deploy.config.load import load_config
 from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.evaluation.evaluate import evaluate_problem, read_problem
 from topt_deploy.train.evaluation.problem import Method

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from topt_deploy.errors import BadData, UsageError
 from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN, TEXT
-from topt_deploy.prompts.families.deepseek_vl2.pytorch import DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
 from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
 
 from . import causal_decoder

@@ -21,7 +21,7 @@ from topt_deploy.bundle.encoder_manifest import (
     EncoderManifest,
     open_encoder_bundle,
 )
-from topt_deploy.bundle.manifest import seal_bundle
+from topt_deploy.bundle.sealed import seal_bundle
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
 from topt_deploy.prompts.encode import limit_pixels

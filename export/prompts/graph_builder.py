@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from topt_deploy.storage.atomic import sha256_bytes
+from topt_deploy.storage.hashed_file import sha256_bytes
 
 Array = np.ndarray[Any, Any]
 Place = tuple[int, tuple[int, ...], str]

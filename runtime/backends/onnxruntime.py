@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime as ort
 
 from topt_deploy.errors import BadBundle, NoDevice, OutOfMemory, ToptError
-from topt_deploy.storage.atomic import scratch_folder, writing
+from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.scratch import scratch_folder
 
 Array = np.ndarray[Any, Any]
 

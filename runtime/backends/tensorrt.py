@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
-from topt_deploy.bundle.manifest import Bundle, Sealed
+from topt_deploy.bundle.manifest import Bundle
+from topt_deploy.bundle.sealed import Sealed
 from topt_deploy.errors import NoDevice
 from topt_deploy.hardening.onnx_operators import graph_inputs
 from topt_deploy.prompts.graph_backend import DECODER, VISION, Between

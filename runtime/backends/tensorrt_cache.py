@@ -19,17 +19,12 @@ from typing import Any
 
 from topt_deploy import __version__
 from topt_deploy.errors import BadConfig, CannotCreate, TryAgain
-from topt_deploy.storage.atomic import (
-    atomic_file,
-    atomic_files,
-    json_text,
-    locked,
-    remove_folder,
-    sha256_bytes,
-    sweep,
-    write_error,
-    writing,
-)
+from topt_deploy.storage.atomic import atomic_file, atomic_files, sweep
+from topt_deploy.storage.hashed_file import sha256_bytes
+from topt_deploy.storage.locks import locked
+from topt_deploy.storage.os_errors import write_error, writing
+from topt_deploy.storage.scratch import remove_folder
+from topt_deploy.storage.text_files import json_text
 from topt_deploy.tensorrt.build import Built
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import BadBundle, Exit, ToptError, TryAgain, user_error
-from topt_deploy.storage.atomic import write_error
+from topt_deploy.storage.os_errors import write_error
 
 from ..predict_city import Job, Options, Outcome, predict_city
 from ..predictor import Predictor, open_predictor

@@ -17,7 +17,9 @@ import pyarrow as pa
 
 from topt_deploy.data.city import hive_city
 from topt_deploy.errors import CannotCreate, IOFailure, NoInput, NoPermission, ToptError, UsageError
-from topt_deploy.storage.atomic import atomic_file, scratch_folder, writing
+from topt_deploy.storage.atomic import atomic_file
+from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.scratch import scratch_folder
 
 from ..predict_city import Job
 from ..receipt import aside_path, receipt_path

@@ -11,7 +11,7 @@ from topt_deploy.bundle.manifest import SUFFIX
 from topt_deploy.data.city import hive_city
 from topt_deploy.data.parquet import is_part, one_file
 from topt_deploy.errors import BadData, NoInput, UsageError
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 from ..predict_city import Job
 from .object_stores import is_uri, joined, listing, parted, shown, sizes

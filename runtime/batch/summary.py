@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import Exit, ToptError, exit_code
-from topt_deploy.storage.atomic import write_text
+from topt_deploy.storage.text_files import write_text
 
 from ..predict_city import DONE, PARTIAL, SKIPPED
 from .city_task import FAILED, Result

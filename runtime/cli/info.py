@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @log_format_option
 def info(bundle: Path, require_signature: Path | None, log_format: str) -> None:
     """Show what BUNDLE predicts, what it needs and how accurate it is, or which encoder it is. Checks every hash."""
-    from topt_deploy.bundle.manifest import SCHEMA_VERSION, open_sealed
+    from topt_deploy.bundle.manifest import SCHEMA_VERSION
+    from topt_deploy.bundle.sealed import open_sealed
 
     if open_sealed(bundle, SCHEMA_VERSION).is_encoder:
         from ..prompt_encoder import info as encoder_info
@@ -33,7 +34,8 @@ def info(bundle: Path, require_signature: Path | None, log_format: str) -> None:
 
 def _city(bundle: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
     """A description of a city's bundle, for people and for machines."""
-    from topt_deploy.bundle.manifest import open_bundle, well_formed
+    from topt_deploy.bundle.manifest import open_bundle
+    from topt_deploy.bundle.sealed import well_formed
     from topt_deploy.bundle.signature import check_signature
 
     opened = open_bundle(bundle)

@@ -93,7 +93,7 @@ def predict(
     With several INPUTs, globs, folders of cities (Hive partitions city=NAME among them) or URIs (s3://, gs://, az://),
     every city gets a folder city=NAME below --out. Exit code 3: something was set aside, or some cities failed.
     """
-    from topt_deploy.storage.atomic import check_file
+    from topt_deploy.storage.os_errors import check_file
 
     from ..batch.city_task import Setting
     from ..batch.plan import alone

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from topt_deploy.bundle.manifest import MANIFEST, SCHEMA_VERSION, open_sealed
+from topt_deploy.bundle.manifest import SCHEMA_VERSION
+from topt_deploy.bundle.sealed import MANIFEST, open_sealed
 from topt_deploy.errors import BadBundle
 
 SAMPLED = 1000

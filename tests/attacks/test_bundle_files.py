@@ -19,9 +19,11 @@ from dataclasses import fields
 import pytest
 from commands import shell
 
-from topt_deploy.bundle import manifest as bundle_module
+from topt_deploy.bundle import sealed as sealed_module
+from topt_deploy.bundle.archive import DIRECTORY_LIMIT_BYTES
 from topt_deploy.bundle.encoder_manifest import _check_spec
-from topt_deploy.bundle.manifest import DIRECTORY_LIMIT_BYTES, MANIFEST, READ_LIMIT_BYTES, SEAL, open_bundle
+from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, READ_LIMIT_BYTES, SEAL
 from topt_deploy.errors import BadBundle, NoInput
 from topt_deploy.prompts.tokens import Chat
 from topt_deploy.runtime import load
@@ -197,13 +199,13 @@ class TestSwaps:
     def test_while_a_file_is_read(self, desk, monkeypatch):
         """The bytes that were hashed are those that are returned: there is one reading, not two."""
         bundle = open_bundle(desk.bundle)
-        good, hashing = (desk.bundle / WEIGHTS).read_bytes(), bundle_module.sha256_bytes
+        good, hashing = (desk.bundle / WEIGHTS).read_bytes(), sealed_module.sha256_bytes
 
         def swapped_meanwhile(data):
             (desk.bundle / WEIGHTS).write_bytes(self.other_weights(desk))
             return hashing(data)
 
-        monkeypatch.setattr(bundle_module, "sha256_bytes", swapped_meanwhile)
+        monkeypatch.setattr(sealed_module, "sha256_bytes", swapped_meanwhile)
         assert bundle.read(WEIGHTS) == good
         with pytest.raises(BadBundle):
             bundle.read(WEIGHTS)

@@ -15,7 +15,8 @@ from builders import replaced
 from commands import environment
 
 from topt_deploy.data.city import REGION_LIMIT
-from topt_deploy.data.geometry import centroids, geo_metadata, write_geo
+from topt_deploy.data.geometry import centroids, geo_metadata
+from topt_deploy.data.gis_files import write_geo
 from topt_deploy.errors import BadData, printable
 
 shapely = pytest.importorskip("shapely")

@@ -10,8 +10,9 @@ import zipfile
 
 import pytest
 
-from topt_deploy.bundle import manifest as bundle_module
-from topt_deploy.bundle.manifest import CARD, MANIFEST, SEAL, Manifest, open_bundle, seal_bundle
+from topt_deploy.bundle import archive as archive_module
+from topt_deploy.bundle.manifest import CARD, Manifest, open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, SEAL, seal_bundle
 from topt_deploy.data.city import Schema
 from topt_deploy.errors import BadBundle, Exit, NoInput
 
@@ -360,14 +361,14 @@ class TestZip:
         os.truncate(folder / name, 40 << 20)
         path = pack(folder, tmp_path / "m.zip", zipfile.ZIP_STORED) if zipped else folder
         lengths = []
-        read = bundle_module._Files.read
+        read = archive_module.Archive.read
 
         def counted(self, *arguments):
             data = read(self, *arguments)
             lengths.append(len(data))
             return data
 
-        monkeypatch.setattr(bundle_module._Files, "read", counted)
+        monkeypatch.setattr(archive_module.Archive, "read", counted)
         refuse(path)
         assert max(lengths) <= (16 << 20) + 1
         assert name == MANIFEST or max(lengths) < 1 << 16

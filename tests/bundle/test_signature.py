@@ -11,7 +11,8 @@ import pytest
 from commands import shell
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
-from topt_deploy.bundle.manifest import MANIFEST, SCHEMA_VERSION, SEAL, SIGNATURE, open_bundle, open_sealed
+from topt_deploy.bundle.manifest import SCHEMA_VERSION, open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, SEAL, SIGNATURE, open_sealed
 from topt_deploy.bundle.signature import check_signature, sign
 from topt_deploy.errors import BadBundle, BadConfig, Exit, NoInput, UsageError
 
@@ -223,7 +224,7 @@ class TestCommand:
 
 
 def test_sealing_does_not_list_a_signature(bundle, keys, reseal):
-    from topt_deploy.bundle.manifest import seal_bundle
+    from topt_deploy.bundle.sealed import seal_bundle
 
     sign(bundle, keys / "mine.pem")
     manifest = open_bundle(bundle).manifest

@@ -3,7 +3,7 @@ from dataclasses import asdict
 
 import pytest
 
-from topt_deploy.config.settings import Config, load_config, presets
+from topt_deploy.config.load import config_from_dict, load_config, presets
 from topt_deploy.errors import BadConfig, Exit, NoInput
 
 
@@ -370,7 +370,7 @@ class TestRecord:
     @pytest.mark.parametrize("name", presets())
     def test_comes_back_from_json(self, name):
         config = load_config(preset=name, overrides=["seed=5", 'views=["poi"]'])
-        again = Config.from_dict(json.loads(config.as_json()))
+        again = config_from_dict(json.loads(config.as_json()))
         assert again == config
         assert again.views == ("poi",)
         assert config.as_dict() == asdict(config)
@@ -379,7 +379,7 @@ class TestRecord:
         record = load_config(preset="paper").as_dict()
         record["tasks"]["crime"]["srel"]["lr"] = "fast"
         with pytest.raises(BadConfig, match="wrong value") as caught:
-            Config.from_dict(record, "run.json")
+            config_from_dict(record, "run.json")
         assert "run.json: tasks.crime.srel" in str(caught.value)
 
     def test_is_frozen(self):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from topt_deploy.data.city import Schema, infer_schema, read_city
 from topt_deploy.data.parquet import read_parquet
 from topt_deploy.errors import BadData, Exit, NoInput, NoPermission
-from topt_deploy.storage.atomic import Held
+from topt_deploy.storage.hashed_file import Held
 
 N = 12
 VIEWS = {"poi": POI, "land_use": LAND_USE}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.data import features as feature_module
-from topt_deploy.data.city import Flows, Schema, read_city
+from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.features import (
     DESTINATIONS,
     EARTH_RADIUS_M,
@@ -25,6 +25,7 @@ from topt_deploy.data.features import (
     local_position_m,
     range_columns,
 )
+from topt_deploy.data.flows import Flows
 
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
 

@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from topt_deploy.data.city import Schema, read_city
-from topt_deploy.data.geometry import centroids, geo_metadata, geometry_types, read_geometry, with_geo_key, write_geo
+from topt_deploy.data.geometry import centroids, geo_metadata, geometry_types, with_geo_key
+from topt_deploy.data.gis_files import read_geometry, write_geo
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadConfig, BadData, NoInput, UsageError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import environment, shell
 
-from topt_deploy.storage.atomic import locked
+from topt_deploy.storage.locks import locked
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from services import service
 
-from topt_deploy.storage.atomic import locked
+from topt_deploy.storage.locks import locked
 
 TOPT_RUN = Path(sys.executable).with_name("topt-run")
 HERE = Path(__file__).parent

@@ -91,7 +91,7 @@ def test_a_zip_of_thousands_of_graphs_opens_in_seconds(desk, reseal, tmp_path):
 
 
 def test_a_graph_is_not_larger_than_graphs_are(desk, reseal, monkeypatch):
-    monkeypatch.setattr("topt_deploy.bundle.manifest.GRAPH_LIMIT_BYTES", 1000)
+    monkeypatch.setattr("topt_deploy.bundle.sealed.GRAPH_LIMIT_BYTES", 1000)
     with pytest.raises(BadBundle, match="larger than"):
         open_bundle(desk.bundle).verify()
 

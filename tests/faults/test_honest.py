@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import LAND_USE, POI, replaced, tiny_city_tables
 
-from topt_deploy.config.settings import load_config
+from topt_deploy.config.load import load_config
 from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.columns import as_given
 from topt_deploy.data.parquet import ParquetFile

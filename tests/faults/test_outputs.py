@@ -99,7 +99,7 @@ class TestResume:
 
     def test_a_table_that_is_swapped_after_it_was_hashed(self, desk, topt_run, monkeypatch):
         """Of equal size and time stamp, and too large to be held."""
-        monkeypatch.setattr("topt_deploy.storage.atomic.HELD_BYTES", 100)
+        monkeypatch.setattr("topt_deploy.storage.hashed_file.HELD_BYTES", 100)
         from topt_deploy.runtime import predict_city as city
 
         hashed = city._key

@@ -10,7 +10,8 @@ from fuzzing import contained, guided, mutations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topt_deploy.bundle.manifest import MANIFEST, SEAL, open_bundle
+from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, SEAL
 from topt_deploy.runtime.predictor import Predictor
 
 FILES = {"onnx/fp32.onnx": b"graph", "onnx/topt.weights": bytes(64), "golden/a.regions.parquet": b"table"}

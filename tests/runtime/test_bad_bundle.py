@@ -15,7 +15,8 @@ from builders import replaced
 from commands import shell
 from onnx.external_data_helper import set_external_data
 
-from topt_deploy.bundle.manifest import MANIFEST, SEAL, open_bundle, seal_bundle
+from topt_deploy.bundle.manifest import open_bundle
+from topt_deploy.bundle.sealed import MANIFEST, SEAL, seal_bundle
 
 BAD_BUNDLE = 76
 FILES = [

@@ -14,7 +14,7 @@ from encoder_regions import REGIONS, asked, pictures
 from encoders_exported import EXPORTED, FAMILIES
 from naive import naive
 
-from topt_deploy.bundle.manifest import MANIFEST
+from topt_deploy.bundle.sealed import MANIFEST
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import BadBundle, NoDevice, NoInput, UsageError
 from topt_deploy.prompts import graph_backend

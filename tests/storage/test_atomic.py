@@ -13,20 +13,11 @@ from pathlib import Path
 import pytest
 
 from topt_deploy.errors import BadData, CannotCreate, Exit, IOFailure, NoInput, NoPermission, TryAgain
-from topt_deploy.storage import atomic
-from topt_deploy.storage.atomic import (
-    Held,
-    atomic_file,
-    atomic_folder,
-    json_text,
-    reading,
-    sha256_bytes,
-    sha256_file,
-    sweep,
-    sweep_folder,
-    write_json,
-    write_text,
-)
+from topt_deploy.storage import atomic, hashed_file
+from topt_deploy.storage.atomic import atomic_file, atomic_folder, sweep, sweep_folder
+from topt_deploy.storage.hashed_file import Held, sha256_bytes, sha256_file
+from topt_deploy.storage.os_errors import reading
+from topt_deploy.storage.text_files import json_text, write_json, write_text
 
 
 def names(folder):
@@ -331,7 +322,7 @@ class TestHeld:
         assert held.sha256 == sha256_bytes(b"what was read")
 
     def test_a_large_file_stays_on_the_disk(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(atomic, "HELD_BYTES", 4)
+        monkeypatch.setattr(hashed_file, "HELD_BYTES", 4)
         (tmp_path / "x").write_bytes(b"large")
         held = Held(tmp_path / "x")
         assert held.data is None

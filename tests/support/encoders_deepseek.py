@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from tokenizer import tiny_tokenizer
 
 from topt_deploy.prompts.families.deepseek_vl2.host import CONTROL
-from topt_deploy.prompts.families.deepseek_vl2.pytorch import DeepseekVL2, DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekVL2
 
 TILE = 46
 """Three patches of 14 and a rest, as 384 has: an odd number of patches, which the projector fills up."""

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from builders import tiny_city_tables
 
-from topt_deploy.config.settings import load_config
+from topt_deploy.config.load import load_config
 from topt_deploy.train.settle import settle
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.bundle.manifest import blamed
 from topt_deploy.prompts.encoder_spec import FAMILIES, TEXT, EncoderSpec
 from topt_deploy.prompts.graph_backend import DECODER, VISION
 from topt_deploy.prompts.templates import Templates
 from topt_deploy.prompts.tokens import Chat
 from topt_deploy.tensorrt.library import TENSORRT
 
-from .manifest import GRAPH_SUFFIX, Sealed, check_engines, open_sealed, require, well_formed
+from .manifest import check_engines
+from .sealed import GRAPH_SUFFIX, Sealed, blamed, open_sealed, require, well_formed
 from .tolerances import strict_prompt
 
 SCHEMA_VERSION = 1

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import BadBundle, BadConfig, NoInput, UsageError
-from topt_deploy.storage.atomic import read_plain, write_text
+from topt_deploy.storage.os_errors import read_plain
+from topt_deploy.storage.text_files import write_text
 
-from .manifest import MANIFEST, SCHEMA_VERSION, SIGNATURE, Sealed, open_sealed
+from .manifest import SCHEMA_VERSION
+from .sealed import MANIFEST, SIGNATURE, Sealed, open_sealed
 
 KEY_LIMIT_BYTES = 1 << 16
 

@@ -18,31 +18,29 @@ import pyarrow as pa
 from topt_deploy.errors import BadData, BadRows, NoInput
 
 from . import positions
+from .categories import find_categories, read_view
 from .columns import (
     CITY_ID,
-    FLOW_COLUMNS,
     GEOMETRY,
     PROMPT_PREFIX,
     REGION_ID,
-    TARGET_FLOW,
     Given,
     Source,
     canonical,
     check_counts,
+    checked_ids,
     city_names,
     floats,
     list_width,
     lists,
     some,
     strings,
-    texts,
 )
+from .flows import Flows, read_flows
 
 Array = np.ndarray[Any, Any]
-
 REGION_LIMIT = 2_000_000
 """Regions of one city. More than that are several cities, or nobody's."""
-ID_LIMIT = 256
 HIVE = ("city", CITY_ID)
 """Names that a Hive partition's folder may give to the city."""
 
@@ -60,22 +58,6 @@ class Schema:
     views: Mapping[str, tuple[str, ...]]
     mobility: bool
     prompts: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Flows:
-    """Directed flows between regions, sparse; no pair occurs twice.
-
-    Attributes:
-        origin, dest: int64 (E,), positions in :attr:`City.region_id`, sorted by origin and then destination.
-        flow: float64 (E,), trips or persons, what the mobility view is made of.
-        target: float64 (E,), what stage 1 learns to reconstruct; ``flow`` unless the table has ``target_flow``.
-    """
-
-    origin: Array
-    dest: Array
-    flow: Array
-    target: Array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +112,7 @@ def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompt
     source = Source(regions, BadRows.REGIONS)
     vocabularies: dict[str, tuple[str, ...]] = {}
     for view in views:
-        vocabularies[view] = _categories(source, view)
+        vocabularies[view] = find_categories(source, view)
         if not vocabularies[view]:
             raise BadData(
                 f"view {view!r} is absent",
@@ -191,13 +173,13 @@ def read_city(
                 expected="mobility.parquet with origin_id, dest_id, flow",
                 fix="put mobility.parquet beside the regions, or name it with --mobility",
             )
-        flows = _flows(Source(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
+        flows = read_flows(Source(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
     return City(
         region_id=sorted_ids,
         input_row=order,
         city_id=city_id,
         lonlat=_lonlat(source, ids)[order],
-        views={view: _view(source, ids, view, names)[order] for view, names in schema.views.items()},
+        views={view: read_view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
         prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
         encoders=_made_with(source, schema, b"encoder"),
@@ -243,7 +225,7 @@ def _region_ids(source: Source, id_col: str) -> Array:
             ids=[f"row {row}" for row in np.flatnonzero(blank)],
             expected="an id in every row",
         )
-    ids = _ids(source, id_col, raw)
+    ids = checked_ids(source, id_col, raw)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         source.refuse(
@@ -256,17 +238,6 @@ def _region_ids(source: Source, id_col: str) -> Array:
             fix="keep one row per region; several cities go into several files",
         )
     return ids
-
-
-def _ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
-    """Ids as an array, in which each takes the room of the longest."""
-    longest = max(map(len, filter(None, raw)), default=0)
-    if longest > ID_LIMIT:
-        raise BadData(
-            "an id is too long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
-            found=f"{longest:,}",
-        )  # fmt: skip
-    return np.array(raw, dtype=np.str_)
 
 
 def _city_id(source: Source) -> str | None:
@@ -407,86 +378,6 @@ def _described(source: Source) -> pa.Table:
     return with_geo_key(source.table, source.file)
 
 
-def _categories(source: Source, view: str) -> tuple[str, ...]:
-    """Categories of a view: the list column's own names, or the sorted suffixes of its wide columns."""
-    if source.has(view):
-        width = list_width(source, view)
-        described = (source.field(view).metadata or {}).get(b"categories")
-        if described is None:
-            raise _unnamed(source, view, f"{width} numbers without names")
-        try:
-            names = json.loads(described)
-        except (ValueError, RecursionError):
-            names = None
-        if not isinstance(names, list) or len(names) != width or len({str(name) for name in names}) != width:
-            raise BadData(
-                "the list's category names do not fit its width",
-                file=source.name,
-                column=view,
-                expected=f"{width} names, each once, a JSON list, in the field's metadata `categories`",
-                found=f"{len(names)} names" if isinstance(names, list) else repr(described),
-            )
-        return tuple(str(name) for name in names)
-    prefix = f"{view}_"
-    return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
-
-
-def _unnamed(source: Source, view: str, found: str, expected: Sequence[str] = ()) -> BadData:
-    """Counts by position would mean something else in the next table, and no number would tell."""
-    return BadData(
-        f"the list column {view!r} does not name its categories",
-        file=source.name,
-        column=view,
-        expected="names, a JSON list, in the field's metadata `categories`"
-        + (f": {some(expected)}" if expected else ""),
-        found=found,
-        fix=f"write one column {view + '_<category>'!r} per category, or add names (pandas drops them)",
-    )
-
-
-def _numbered(categories: Sequence[str]) -> bool:
-    """Tell if a model's categories are named by their positions, as those of the published data are."""
-    return tuple(categories) == tuple(f"{i:02d}" for i in range(len(categories)))
-
-
-def _view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
-    if in_list := source.has(view):
-        values = lists(source, ids, view, len(categories)).astype(np.float64)
-        if b"categories" in (source.field(view).metadata or {}):
-            names = [canonical(name) for name in _categories(source, view)]
-            if set(names) != set(map(canonical, categories)):
-                _refuse_categories(source, view, categories, names)
-            values = values[:, [names.index(canonical(name)) for name in categories]]
-        elif not _numbered(categories):
-            raise _unnamed(source, view, f"{len(categories)} numbers without names", categories)
-        columns = [f"{view}[{name}]" for name in categories]
-    else:
-        have = {canonical(name): name for name in _categories(source, view)}
-        if set(have) != set(map(canonical, categories)):
-            _refuse_categories(source, view, categories, tuple(have.values()))
-        columns = [f"{view}_{have[canonical(name)]}" for name in categories]
-        values = np.stack([floats(source, ids, column) for column in columns], axis=1)
-    if not (np.isfinite(values) & (values >= 0)).all():
-        for position, column in enumerate(columns):
-            check_counts(source, ids, column, values[:, position], view if in_list else None)
-    return values
-
-
-def _refuse_categories(source: Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
-    ours, theirs = ({canonical(name) for name in names} for names in (expected, found))
-    missing = [name for name in expected if canonical(name) not in theirs]
-    unknown = [name for name in found if canonical(name) not in ours]
-    sides = [f"without {some(missing)}"] * bool(missing) + [f"with unknown {some(unknown)}"] * bool(unknown)
-    raise BadData(
-        f"the categories of view {view!r} are not the model's",
-        file=source.name,
-        column=some([f"{view}_{name}" for name in (missing or unknown)]),
-        expected=f"{len(expected)} categories: {some(expected)}",
-        found=f"{len(found)} categories, {' and '.join(sides)}",
-        fix="count the same categories as in training; a category without any POI is a column of zeros",
-    )
-
-
 def _label(source: Source, ids: Array, task: str) -> Array:
     if not source.has(task):
         raise BadData(
@@ -501,90 +392,4 @@ def _label(source: Source, ids: Array, task: str) -> Array:
     check_counts(source, ids[known], task, values[known])
     if not known.any():
         raise BadData("no region has a label", file=source.name, column=task, expected="labels for some regions")
-    return values
-
-
-def _flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
-    columns = {}
-    for role, aliases in FLOW_COLUMNS.items():
-        present = [alias for alias in aliases if source.has(alias)]
-        if len(present) != 1:
-            raise BadData(
-                f"expected exactly one {role} column",
-                file=source.name,
-                expected=f"one of {', '.join(aliases)}",
-                found=f"columns {some(source.everything)}",
-            )
-        columns[role] = present[0]
-    if source.has(CITY_ID):
-        cities, places = city_names(source)
-        if city_id is None and len(cities) > 1:
-            raise BadData(
-                "holds flows of several cities, and it is not known which one the regions are of",
-                file=source.name,
-                column=CITY_ID,
-                expected=f"flows of one city, or a {CITY_ID!r} in {regions_name}",
-                found=some([str(city) for city in cities]),
-                fix=f"add a column {CITY_ID!r} to the regions, use a folder city=NAME, or keep one city's flows",
-            )
-        mine = np.array([city == city_id for city in cities], bool)[places]
-        if city_id is not None and not mine.all():  # a table of this city alone is spared importing pyarrow.compute
-            source.choose(mine)
-    ends = {}
-    for role in ("origin_id", "dest_id"):
-        values, places = texts(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
-        names = _ids(source, columns[role], [value or "" for value in values])
-        position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
-        unknown = sorted_ids[position] != names
-        if unknown.any():
-            _find_composed(sorted_ids, names, position, unknown)
-        if unknown.any():
-            source.refuse(
-                "names regions that the regions table does not have",
-                unknown[places],
-                "unknown_region",
-                column=columns[role],
-                ids=np.unique(names[unknown]),
-                expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
-                fix="drop those flows, or add the regions",
-            )
-        ends[role] = position[places]
-    pairs = np.stack([ends["origin_id"], ends["dest_id"]], axis=1)
-    flow = _flow_values(source, columns["flow"], sorted_ids, pairs)
-    target = _flow_values(source, TARGET_FLOW, sorted_ids, pairs) if source.has(TARGET_FLOW) else flow
-    key = pairs[:, 0] * len(sorted_ids) + pairs[:, 1]
-    if len(key) and (np.diff(key) > 0).all():  # as most tables are
-        return Flows(origin=ends["origin_id"], dest=ends["dest_id"], flow=flow, target=target)
-    # Sorted by value as well: duplicates are then summed in an order that no shuffling of rows changes.
-    order = np.lexsort((target, flow, key))
-    keys, start = np.unique(key[order], return_index=True)
-    if len(keys) == 0:
-        of_city = "" if city_id is None else f" of city {city_id!r}"
-        raise BadData("no flow at all", file=source.name, expected=f"at least one row{of_city}", found="0 rows")
-    return Flows(
-        origin=keys // len(sorted_ids),
-        dest=keys % len(sorted_ids),
-        flow=np.add.reduceat(flow[order], start),
-        target=np.add.reduceat(target[order], start),
-    )
-
-
-def _find_composed(sorted_ids: Array, names: Array, position: Array, unknown: Array) -> None:
-    """Find the regions whose ids are written with other characters for the same letters, as NFD is NFC's."""
-    if all(name.isascii() for name in names[unknown].tolist()):
-        return
-    places: dict[str, int] = {}
-    for place, region in enumerate(sorted_ids.tolist()):
-        form = canonical(region)
-        places[form] = -1 if form in places else place  # of two regions, neither
-    for row in np.flatnonzero(unknown).tolist():
-        place = places.get(canonical(str(names[row])), -1)
-        if place >= 0:
-            position[row], unknown[row] = place, False
-
-
-def _flow_values(source: Source, column: str, sorted_ids: Array, pairs: Array) -> Array:
-    origins = sorted_ids[pairs[:, 0]]
-    values = floats(source, origins, column)
-    check_counts(source, origins, column, values)
     return values

@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.errors import BadData, BadRows, UsageError
-from topt_deploy.storage.atomic import Held
+from topt_deploy.storage.hashed_file import Held
 
 from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
-
 REGION_ID = "region_id"
 CITY_ID = "city_id"
 GEOMETRY = "geometry"
@@ -370,3 +369,17 @@ def some(names: Sequence[str], limit: int = 8) -> str:
     names = list(names)
     text = ", ".join(repr(str(name)) for name in names[:limit]) or "none"
     return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+ID_LIMIT = 256
+
+
+def checked_ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
+    """Ids as an array, in which each takes the room of the longest."""
+    longest = max(map(len, filter(None, raw)), default=0)
+    if longest > ID_LIMIT:
+        raise BadData(
+            "an id is too long", file=source.name, column=column, expected=f"at most {ID_LIMIT} characters",
+            found=f"{longest:,}",
+        )  # fmt: skip
+    return np.array(raw, dtype=np.str_)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .city import City, Flows, Schema
+from .city import City, Schema
+from .flows import Flows
 
 Array = np.ndarray[Any, Any]
 

@@ -5,48 +5,22 @@ the ``geo`` extra are imported where they are used, for most predictions need on
 """
 
 import importlib
-import io
 import json
-import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.errors import BadConfig, BadData, BadRows, NoInput, UsageError
-from topt_deploy.storage.atomic import atomic_file, reading
+from topt_deploy.errors import BadConfig, BadData, BadRows
+from topt_deploy.hardening.wkb_depth import is_shallow
 
 from .columns import GEOMETRY
 from .parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
-
 LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
 """Accepted systems: x is the longitude in both, for GeoParquet overrides the authority's axis order."""
-DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON"}
-NESTING_LIMIT = 16
-"""Of collections in a geometry."""
-_POINT, _LINE, _POLYGON, _COLLECTION = 1, 2, 3, 7  # WKB's codes; what is above is a curve, or none
-_SIMPLE = {struct.pack(f"{order}BI", order == "<", kind) for order in "<>" for kind in (1, 2, 3)}
-"""The first bytes of geometries that cannot contain others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """The features of a file, in its order. N features.
-
-    Attributes:
-        ids: str (N,), the id column as text; None where none was asked for.
-        lonlat: float64 (N, 2), centroids in degrees, CRS84.
-        wkb: Shapes as WKB, CRS84; None where the file has only points in columns lon and lat.
-    """
-
-    ids: Array | None
-    lonlat: Array
-    wkb: pa.Array | None
 
 
 def centroids(table: pa.Table, name: str, ids: Array) -> Array:
@@ -64,7 +38,7 @@ def centroids(table: pa.Table, name: str, ids: Array) -> Array:
     Raises:
         BadData: If the reference system is unstated or not CRS84, or a geometry is null, empty or invalid.
     """
-    return _points(read_shapes(table, name, ids))
+    return lonlat_of(read_shapes(table, name, ids))
 
 
 def read_shapes(table: pa.Table, name: str, ids: Array) -> Array:
@@ -72,8 +46,8 @@ def read_shapes(table: pa.Table, name: str, ids: Array) -> Array:
 
     Args, Raises: Of :func:`centroids`.
     """
-    column = _check_geo_key(table, name)
-    return _shapes(table.column(column), name, column, ids)
+    column = check_geo_key(table, name)
+    return checked_shapes(table.column(column), name, column, ids)
 
 
 def with_geo_key(table: pa.Table, file: ParquetFile) -> pa.Table:
@@ -109,7 +83,7 @@ def geo_metadata(geometry_types: Iterable[str]) -> bytes:
 def geometry_types(wkb: pa.Array) -> list[str]:
     """The names of the geometry types that occur, as GeoParquet spells them."""
     shapely = geo_library("shapely")
-    shapes = _decode(wkb.to_numpy(zero_copy_only=False))
+    shapes = decode_wkb(wkb.to_numpy(zero_copy_only=False))
     if shapely.is_missing(shapes).any():
         raise BadData(
             "geometries cannot be used", column=GEOMETRY, expected="WKB in every row", found="null or not WKB"
@@ -118,97 +92,17 @@ def geometry_types(wkb: pa.Array) -> list[str]:
     return flat + [f"{name} Z" for name in solid]
 
 
-def read_geometry(path: Path, id_col: str | None) -> Places:
-    """Read the features of a GIS file (GeoJSON, GeoPackage, shapefile), Parquet or CSV table.
-
-    A GIS file is reprojected to CRS84 from the system that it states; a table has GeoParquet geometry or
-    columns lon and lat in degrees.
-
-    Raises:
-        NoInput, BadData: Naming the file and what it lacks.
-    """
-    path = Path(path)
-    name = str(path)
-    with reading(path):
-        path.stat()
-    suffix = path.suffix.lower()
-    if suffix in {".csv", ".parquet"}:
-        table = _read_csv(path, id_col) if suffix == ".csv" else _read_parquet(path)
-        wkb = None
-        ids = _ids(table, name, id_col)
-        labels = np.array([f"row {row}" for row in range(len(table))]) if ids is None else ids
-        if {"lon", "lat"} <= set(table.column_names):
-            lonlat = np.stack([_degrees(table, name, axis) for axis in ("lon", "lat")], axis=1)
-        else:
-            column = _check_geo_key(table, name)
-            shapes = _shapes(table.column(column), name, column, labels)
-            lonlat, wkb = _points(shapes), _wkb(shapes)
-        return Places(ids=ids, lonlat=lonlat, wkb=wkb)
-    return _read_gis(path, id_col)
-
-
 def map_shapes(table: pa.Table, name: str, ids: Array) -> pa.Array:
     """A table's GeoParquet geometry as WKB for a map, which is labelled as longitude and latitude.
 
     Args, Raises: Of :func:`centroids`; but shapes that are empty or cross themselves are drawn as they are.
     """
     try:
-        column = _check_geo_key(table, name)
-        return _wkb(_shapes(table.column(column), name, column, ids, usable=False))
+        column = check_geo_key(table, name)
+        return wkb_of(checked_shapes(table.column(column), name, column, ids, usable=False))
     except BadData as error:
         error.fix = "mend the geometry, or drop the column: the map then has points at lon and lat"
         raise
-
-
-def write_geo(path: Path, table: pa.Table, *, layer: str | None = None) -> None:
-    """Write a table as .gpkg or .geojson for GIS users, atomically.
-
-    Args:
-        path: Its suffix chooses the format.
-        table: Has WKB ``geometry``, CRS84, or columns lon and lat. A list column ``name`` becomes ``name_0``,
-            ``name_1``, … since these formats have no lists.
-        layer: The layer's name; the file's by default.
-
-    Raises:
-        UsageError: If the suffix is neither.
-        BadData: If the table has no positions.
-    """
-    shapely, pyogrio = geo_library("shapely"), geo_library("pyogrio")
-    path = Path(path)
-    driver = DRIVERS.get(path.suffix.lower())
-    if driver is None:
-        raise UsageError("unknown GIS format", file=path, expected=" or ".join(DRIVERS), found=path.suffix)
-    columns = set(table.column_names)
-    if GEOMETRY in columns:
-        wkb = table.column(GEOMETRY).combine_chunks()
-        types = geometry_types(wkb)
-    elif {"lon", "lat"} <= columns:
-        wkb = _wkb(shapely.points(table.column("lon").to_numpy(), table.column("lat").to_numpy()))
-        types = ["Point"]
-    else:
-        raise BadData("the regions' positions are absent", expected="column geometry, or lon and lat")
-    flat = {}
-    for field in table.schema:
-        column = table.column(field.name)
-        if pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type):
-            values = [value or [] for value in column.to_pylist()]
-            for item in range(max((len(value) for value in values), default=0)):
-                entries = [value[item] if item < len(value) else None for value in values]
-                flat[f"{field.name}_{item}"] = pa.array(entries, field.type.value_type)
-        elif field.name != GEOMETRY:
-            flat[field.name] = column
-    data = io.BytesIO()  # for GDAL's own errors of a full disk are as many as its formats
-    pyogrio.write_arrow(
-        pa.table({**flat, GEOMETRY: wkb}),
-        data,
-        driver=driver,
-        layer=layer or path.stem,
-        geometry_name=GEOMETRY,
-        geometry_type=types[0] if len(types) == 1 else "Unknown",
-        crs="EPSG:4326",
-    )
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data.getbuffer())
 
 
 def geo_library(module: str) -> Any:
@@ -226,7 +120,7 @@ def geo_library(module: str) -> Any:
         ) from error
 
 
-def _check_geo_key(table: pa.Table, name: str) -> str:
+def check_geo_key(table: pa.Table, name: str) -> str:
     """The geometry column to read, its encoding and reference system checked."""
     described = (table.schema.metadata or {}).get(b"geo")
     if described is None:
@@ -281,14 +175,14 @@ def _crs_name(crs: Any) -> str:
     return f"{crs.get('name', 'unnamed')} (without an authority's code)"
 
 
-def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usable: bool = True) -> Array:
+def checked_shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usable: bool = True) -> Array:
     """WKB as shapely geometries (N,), none of them null; nor empty or invalid, unless that does not matter."""
     shapely = geo_library("shapely")
     if isinstance(column.type, pa.ExtensionType):  # where geoarrow's types are registered
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise BadData("not a geometry", file=name, column=label, expected="binary (WKB)", found=column.type)
-    shapes = _decode(column.to_numpy())
+    shapes = decode_wkb(column.to_numpy())
     kinds = (
         ("null, a curve or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
         ("empty", shapely.is_empty(shapes), "add the missing shapes"),
@@ -304,57 +198,16 @@ def _shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usabl
     return shapes
 
 
-def _decode(wkb: Array) -> Array:
+def decode_wkb(wkb: Array) -> Array:
     """WKB, bytes (N,), as shapes; None for what is null, no WKB, a curve, or nested deeper than :data:`NESTING_LIMIT`.
 
     GEOS reads a collection within a collection by calling itself, and ends the process at some ten thousand of them.
     """
-    sound = [value if value is not None and _shallow(value) else None for value in wkb]
+    sound = [value if value is not None and is_shallow(value) else None for value in wkb]
     return geo_library("shapely").from_wkb(np.array(sound, object), on_invalid="ignore")
 
 
-def _shallow(wkb: bytes) -> bool:
-    """True if there is no curve and no collection is nested deeper than the limit. Reading stops where the bytes end or
-    are invalid."""
-    if wkb[:5] in _SIMPLE:
-        return True
-    position, left = 0, [1]  # geometries still to come, per level
-    try:
-        while left:
-            if not left[-1]:
-                left.pop()
-                continue
-            left[-1] -= 1
-            if wkb[position] > 1:
-                return False
-            order = "<" if wkb[position] else ">"
-            (code,) = struct.unpack_from(f"{order}I", wkb, position + 1)
-            kind, iso = (code & 0xFFFF) % 1000, (code & 0xFFFF) // 1000
-            if kind > _COLLECTION:
-                return False
-            solid, measured = code >> 31 or iso in (1, 3), code >> 30 & 1 or iso in (2, 3)
-            width = 8 * (2 + bool(solid) + bool(measured))
-            position += 9 if code >> 29 & 1 else 5
-            if kind == _POINT:
-                position += width
-                continue
-            (count,) = struct.unpack_from(f"{order}I", wkb, position)
-            position += 4
-            if kind == _LINE:
-                position += count * width
-            elif kind == _POLYGON:
-                for _ in range(count):
-                    position += 4 + width * struct.unpack_from(f"{order}I", wkb, position)[0]
-            else:
-                left.append(count)
-                if len(left) > NESTING_LIMIT:
-                    return False
-    except (IndexError, struct.error):  # cut off: GEOS will say so, and not go deeper before
-        pass
-    return True
-
-
-def _points(shapes: Array) -> Array:
+def lonlat_of(shapes: Array) -> Array:
     """Centroids (N, 2). A shape that is cut at 180° is put together first: the middle of its halves is not its own."""
     shapely = geo_library("shapely")
     bounds = shapely.bounds(shapes)
@@ -373,80 +226,5 @@ def _eastward(points: Array) -> Array:
     return np.stack([np.where(points[:, 0] < 0, points[:, 0] + 360, points[:, 0]), points[:, 1]], axis=1)
 
 
-def _wkb(shapes: Array) -> pa.Array:
+def wkb_of(shapes: Array) -> pa.Array:
     return pa.array(geo_library("shapely").to_wkb(shapes), pa.binary())
-
-
-def _read_csv(path: Path, id_col: str | None) -> pa.Table:
-    from pyarrow import csv
-
-    # Read as text, or the id 007 becomes the number 7.
-    options = csv.ConvertOptions(column_types={id_col: pa.string()} if id_col else None)
-    with reading(path):
-        try:
-            return csv.read_csv(path, convert_options=options)
-        except pa.ArrowInvalid as error:
-            raise BadData(f"not a CSV table ({error})", file=path, expected="a header and columns") from error
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    file = ParquetFile(path)
-    return with_geo_key(file.read(), file)
-
-
-def _read_gis(path: Path, id_col: str | None) -> Places:
-    shapely, pyogrio, pyproj = geo_library("shapely"), geo_library("pyogrio"), geo_library("pyproj")
-    name = str(path)
-    try:
-        layers = pyogrio.list_layers(path)[:, 0]
-        if len(layers) == 0:
-            raise NoInput("holds no layer", file=name)
-        if len(layers) > 1:
-            raise BadData(
-                "holds several layers", file=name, expected="one", found=", ".join(layers),
-                fix="export the layer of the regions to a file of its own",
-            )  # fmt: skip
-        meta, table = pyogrio.read_arrow(path)
-    except pyogrio.errors.DataSourceError as error:
-        raise BadData(
-            f"not a readable GIS file ({error})", file=name, expected="GeoJSON, GeoPackage, shapefile"
-        ) from error
-    if meta["crs"] is None:
-        raise BadData(
-            "the file states no reference system", file=name, expected="a stated one (a shapefile's .prj)",
-            found="none", fix="assign the system that the coordinates are in; it is never guessed",
-        )  # fmt: skip
-    ids = _ids(table, name, id_col)
-    column = meta["geometry_name"] or "wkb_geometry"
-    labels = np.array([f"feature {row}" for row in range(len(table))]) if ids is None else ids
-    shapes = shapely.force_2d(_shapes(table.column(column), name, column, labels))
-    to_lonlat = pyproj.Transformer.from_crs(meta["crs"], "OGC:CRS84", always_xy=True)
-    shapes = shapely.transform(shapes, to_lonlat.transform, interleaved=False)
-    return Places(ids=ids, lonlat=_points(shapes), wkb=_wkb(shapes))
-
-
-def _ids(table: pa.Table, name: str, id_col: str | None) -> Array | None:
-    """The id column as text (N,); a whole number that a shapefile stores as 7.0 is "7"."""
-    if id_col is None:
-        return None
-    if id_col not in table.column_names:
-        raise BadData("the id column is absent", file=name, column=id_col, found=", ".join(table.column_names))
-    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in table.column(id_col).to_pylist()]
-    blank = [f"row {row}" for row, value in enumerate(values) if value is None]
-    if blank:
-        raise BadData("ids are missing", file=name, column=id_col, ids=blank, expected="an id in every row")
-    ids = np.array([str(value) for value in values], dtype=np.str_)
-    unique, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise BadData("ids occur more than once", file=name, column=id_col, ids=unique[counts > 1])
-    return ids
-
-
-def _degrees(table: pa.Table, name: str, axis: str) -> Array:
-    column = table.column(axis)
-    if column.null_count or not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise BadData(
-            "not degrees in every row", file=name, column=axis, expected="a number in every row",
-            found=f"{column.type} with {column.null_count} empty",
-        )  # fmt: skip
-    return column.cast(pa.float64()).to_numpy()

@@ -17,7 +17,9 @@ from pyarrow._parquet import ParquetReader, ParquetWriter
 
 from topt_deploy.errors import BadData, OutOfMemory
 from topt_deploy.hardening.parquet_memory import Footer, memory, read_footer
-from topt_deploy.storage.atomic import Held, atomic_file, check_file, reading
+from topt_deploy.storage.atomic import atomic_file
+from topt_deploy.storage.hashed_file import Held
+from topt_deploy.storage.os_errors import check_file, reading
 
 LOOKED_AT_BYTES = 4096
 OTHERS = (

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn, optim
 
-from topt_deploy.config.settings import Config
+from topt_deploy.config.load import config_from_dict
 from topt_deploy.data.city import Schema
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.storage.atomic import atomic_file, reading
+from topt_deploy.storage.atomic import atomic_file
+from topt_deploy.storage.os_errors import reading
 
 from .topt import ModelSpec, TopT
 
@@ -105,7 +106,7 @@ def load_model(path: Path) -> TopT:
     tensors, facts = load_tensors(path)
     schema = facts["schema"]
     spec = ModelSpec(
-        config=Config.from_dict(facts["config"], str(path)),
+        config=config_from_dict(facts["config"], str(path)),
         schema=Schema(
             views={view: tuple(names) for view, names in schema["views"].items()},
             mobility=schema["mobility"],

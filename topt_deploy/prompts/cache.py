@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadData, NoPermission
-from topt_deploy.storage.atomic import sha256_bytes, write_error
+from topt_deploy.storage.hashed_file import sha256_bytes
+from topt_deploy.storage.os_errors import write_error
 
 Array = np.ndarray[Any, Any]
 

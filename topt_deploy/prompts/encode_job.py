@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from topt_deploy.data.parquet import read_parquet, write_parquet
 from topt_deploy.errors import CannotCreate, Exit, NoInput, UsageError
-from topt_deploy.storage.atomic import check_place
+from topt_deploy.storage.os_errors import check_place
 from topt_deploy.storage.outputs import TABLES, check_outputs, check_suffix
 
 from .cache import Cache

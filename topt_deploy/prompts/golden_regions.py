@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.bundle.encoder_manifest import GOLDEN, EncoderBundle
-from topt_deploy.bundle.manifest import blamed
+from topt_deploy.bundle.sealed import blamed
 from topt_deploy.data.columns import PROMPT_PREFIX, REGION_ID
 from topt_deploy.data.parquet import ParquetFile, write_parquet
 from topt_deploy.errors import BadBundle

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadData
-from topt_deploy.storage.atomic import reading, sha256_bytes
+from topt_deploy.storage.hashed_file import sha256_bytes
+from topt_deploy.storage.os_errors import reading
 
 Array = np.ndarray[Any, Any]
 

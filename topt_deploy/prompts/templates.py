@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.config.settings import _NAME, RESERVED_TASKS, _read_toml
+from topt_deploy.config.load import _NAME, _read_toml
+from topt_deploy.config.settings import RESERVED_TASKS
 from topt_deploy.errors import BadConfig, UsageError
-from topt_deploy.storage.atomic import sha256_bytes
+from topt_deploy.storage.hashed_file import sha256_bytes
 
 _PLACES = {
     "heading": set(),

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from topt_deploy.errors import UsageError
-from topt_deploy.storage.atomic import check_place
+
+from .os_errors import check_place
 
 TABLES = (".parquet", ".pq", ".parq", ".geoparquet", "")
 """Suffixes of a Parquet file; a name without one claims nothing."""

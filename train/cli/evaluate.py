@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from topt_deploy.config.settings import CONFIG_FILE, load_config
+from topt_deploy.config.load import load_config
+from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.errors import UsageError
 
 PROTOCOLS = ("honest", "spatial", "paper")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from topt_deploy.config.settings import CONFIG_FILE, load_config, presets
+from topt_deploy.config.load import load_config, presets
+from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.console import decimal
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.run_folder import RUNS_DIR, newest_run, open_run

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.data.parquet import write_parquet
-from topt_deploy.storage.atomic import write_error
+from topt_deploy.storage.os_errors import write_error
 
 Array = np.ndarray[Any, Any]
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.data.geometry import Places, geo_metadata, geometry_types, read_geometry
+from topt_deploy.data.geometry import geo_metadata, geometry_types
+from topt_deploy.data.gis_files import Places, read_geometry
 from topt_deploy.errors import BadData, NoInput, UsageError
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 from .city_files import fixed_lists, flow_table, table, write_city
 

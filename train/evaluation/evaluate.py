@@ -17,7 +17,8 @@ from topt_deploy.data.city import infer_schema, read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import ToptError
-from topt_deploy.storage.atomic import sha256_bytes, sha256_file, write_json, write_text
+from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.text_files import write_json, write_text
 
 from ..datasets.city_files import MOBILITY, REGIONS
 from ..loop import Engine

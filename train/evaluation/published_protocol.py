@@ -24,7 +24,7 @@ from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis, ridge
 from topt_deploy.model.row_tiles import one_tile
 from topt_deploy.model.srel import Srel
 from topt_deploy.model.target import Target
-from topt_deploy.storage.atomic import write_error
+from topt_deploy.storage.os_errors import write_error
 
 from ..loop import Workplace, fit
 from ..prompt4re import fold_of

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from topt_deploy.data.parquet import read_parquet, write_parquet
 from topt_deploy.errors import BadConfig, ToptError
-from topt_deploy.storage.atomic import reading, write_error, write_json
+from topt_deploy.storage.os_errors import reading, write_error
+from topt_deploy.storage.text_files import write_json
 
 from .coverage import Coverage, Stratum
 from .registry import Entry, Group

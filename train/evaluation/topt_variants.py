@@ -7,7 +7,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from torch import Tensor
 
-from topt_deploy.config.settings import Config, SrelConfig, load_config
+from topt_deploy.config.load import load_config
+from topt_deploy.config.settings import Config, SrelConfig
 from topt_deploy.errors import BadData
 from topt_deploy.model.topt import all_features
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from topt_deploy.errors import BadData
 from topt_deploy.run_folder import Run
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 from ..evaluation.protocols import PROTOCOLS
 from ..evaluation.registry import MAIN

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.data.city import Flows
+from topt_deploy.data.flows import Flows
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,8 @@ from topt_deploy.config.settings import DEFAULT_PRESET
 from topt_deploy.console import decimal
 from topt_deploy.intended_use import INTENDED_USE
 from topt_deploy.run_folder import Run
-from topt_deploy.storage.atomic import check_place, write_text
+from topt_deploy.storage.os_errors import check_place
+from topt_deploy.storage.text_files import write_text
 
 from ..cli.train import verdict
 from .evaluation import Evaluation, read_evaluation

@@ -5,16 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.prompts.families.deepseek_vl2.pytorch import (
-    DeepseekVL2Config,
-    Layer,
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import Layer, language_norm, rotary, routed
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import (
     Patches,
     Projector,
     VisionBlock,
     arrange,
-    language_norm,
-    rotary,
-    routed,
     vision_norm,
 )
 

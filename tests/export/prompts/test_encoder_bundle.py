@@ -21,7 +21,7 @@ from topt_deploy.export.prompts.parity_gate import Candidate, FileRunner, gate
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
 from topt_deploy.prompts.templates import load_templates
-from topt_deploy.storage.atomic import sha256_file
+from topt_deploy.storage.hashed_file import sha256_file
 
 
 def operators(bundle, network, form):

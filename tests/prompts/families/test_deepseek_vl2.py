@@ -26,7 +26,9 @@ from topt_deploy.export.prompts.families.deepseek_vl2 import canonical, networks
 from topt_deploy.export.prompts.pieces import execute
 from topt_deploy.export.prompts.trace import trace
 from topt_deploy.prompts.families.deepseek_vl2 import host
-from topt_deploy.prompts.families.deepseek_vl2.pytorch import DeepseekBackend, DeepseekVL2, DeepseekVL2Config, arrange
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import arrange
 from topt_deploy.prompts.pooling import pooled
 from topt_deploy.prompts.tokens import Tokens
 

@@ -11,7 +11,7 @@ import pytest
 from batch import NAMES, outputs, spoil
 from commands import environment, shell
 
-from topt_deploy.storage.atomic import locked
+from topt_deploy.storage.locks import locked
 
 DONE, PARTIAL, BAD_DATA, TRY_AGAIN = 0, 3, 65, 75
 

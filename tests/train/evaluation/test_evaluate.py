@@ -11,7 +11,7 @@ import torch
 from builders import quiet, replaced, tiny_city, tiny_city_tables
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-from topt_deploy.config.settings import load_config
+from topt_deploy.config.load import load_config
 from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train import boosted_trees

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from topt_deploy.data.city import Flows
 from topt_deploy.data.features import _Averaging
+from topt_deploy.data.flows import Flows
 from topt_deploy.train.report.flow_partners import partners
 
 

@@ -17,7 +17,8 @@ from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN, TEXT, Encod
 from topt_deploy.prompts.families.deepseek_vl2.host import CHAT, DeepseekVL2Settings
 from topt_deploy.prompts.families.mllama.host import MllamaSettings
 from topt_deploy.prompts.families.qwen2_5_vl.host import Qwen25VLSettings
-from topt_deploy.storage.atomic import reading, sha256_bytes, sha256_file
+from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.os_errors import reading
 
 from .chat_frames import chat_frames
 

@@ -8,7 +8,7 @@ from topt_deploy.errors import BadConfig
 from topt_deploy.model.training_device import check_device
 from topt_deploy.prompts.encode import Encoder, PooledEncoder
 from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN
-from topt_deploy.prompts.families.deepseek_vl2.pytorch import DeepseekBackend, DeepseekVL2
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2
 from topt_deploy.prompts.families.mllama.pytorch import MllamaBackend
 from topt_deploy.prompts.families.qwen2_5_vl.pytorch import QwenBackend
 from topt_deploy.prompts.pooling import Backend, pooled

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.data.city import Flows
+from topt_deploy.data.flows import Flows
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ridge
 

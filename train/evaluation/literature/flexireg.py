@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topt_deploy.config.settings import Config, load_config
+from topt_deploy.config.load import load_config
+from topt_deploy.config.settings import Config
 from topt_deploy.errors import BadData
 
 from ...loop import Workplace

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial import Delaunay, QhullError
 from sklearn.metrics.pairwise import cosine_similarity
 
-from topt_deploy.data.city import Flows
+from topt_deploy.data.flows import Flows
 from topt_deploy.errors import BadData
 
 Array = np.ndarray[Any, Any]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from builders import tiny_city
 
-from topt_deploy.data.city import Flows
+from topt_deploy.data.flows import Flows
 from topt_deploy.errors import BadData
 from topt_deploy.train.evaluation.literature.graphs import (
     contiguity,
