@@ -265,8 +265,9 @@ def _cell(text: str) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Docstrings' double backticks and roles as Markdown."""
+    """Docstrings' double backticks, roles and names of pages as Markdown."""
     text = re.sub(r":\w+:`~?\.*([^`]+)`", r"`\1`", text)
+    text = re.sub(r"\bdocs/([\w/-]+)\.md", r"[\1](../\1.md)", text)
     return text.replace("``", "`")
 
 

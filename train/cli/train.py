@@ -135,9 +135,9 @@ def _threads(regions: Path) -> int:
 def summary(reports: "dict[str, TaskReport]") -> str:
     """The table that a run ends with, and what it means for each task."""
     lines = [
-        "Held out: every region predicted by the fold that did not train on it (fixed folds, last epoch, nothing",
-        "selected); expect this where labels are null. Trees and mean: plain baselines under the same folds.",
-        "In sample: how closely the final fit follows its own labels; no measure of quality.",
+        "Held out: each region is predicted by a fold that did not train on it; nothing is selected on these labels.",
+        "Expect errors of this size where labels are null. Trees and mean are plain baselines under the same folds.",
+        "In sample: how closely the final fit follows its own labels. This does not measure quality.",
         "",
         f"{'':<16}{'':>8}  {'held out':^25}  {'trees':^16}  {'mean':>9}  {'in sample':>9}",
         f"{'task':<16}{'regions':>8}  {'MAE':>9}{'RMSE':>9}{'R²':>7}  {'MAE':>9}{'R²':>7}  {'MAE':>9}  {'R²':>9}",
