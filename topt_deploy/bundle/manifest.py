@@ -374,7 +374,8 @@ def _check_form(manifest: Manifest) -> None:
     if manifest.leverage is not None:
         require(isinstance(manifest.leverage, dict), "leverage")
         threshold = manifest.leverage.get("threshold")
-        require(type(threshold) in (int, float) and not math.isnan(threshold), "leverage")
+        require(isinstance(threshold, int | float) and not isinstance(threshold, bool), "leverage")
+        require(not math.isnan(manifest.leverage["threshold"]), "leverage")
     require(isinstance(manifest.mobility, bool), "mobility")
     if manifest.encoder is not None:
         require(isinstance(manifest.encoder, dict), "encoder")

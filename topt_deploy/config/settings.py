@@ -169,7 +169,8 @@ class EnsembleConfig:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
-        radial: Use one more Gaussian process, which has no linear kernels of what is counted.
+        radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
+            what is counted.
         topt: Use SREL's embedding with a Prompt4RE head on it.
         embedding: Use SREL's embedding in the Prompt4RE head. Off is the ablation without SREL: the head has the
             features and prompts alone.
@@ -489,9 +490,9 @@ def _check(task: TaskConfig, where: str) -> None:
     ):
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
-    parts = (task.ensemble.kernel, task.ensemble.network, task.ensemble.radial, task.ensemble.topt)
+    parts = (task.ensemble.kernel, task.ensemble.network, task.ensemble.topt)
     if task.ensemble.enabled and not any(parts):
-        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, radial, network or topt")
+        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or topt")
     if not (task.ensemble.lengths and task.ensemble.position_lengths):
         raise BadConfig(
             "ensemble: a list of lengths is empty",

@@ -22,6 +22,8 @@ from .layers import ByName, Standardize
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
 their variance, which standardising each would undo."""
+RADIAL = "radial kernels"
+"""The regression without linear kernels: far from what it was fitted on it says the mean."""
 NOISE = 0.1
 """Noise variance that evidence maximisation starts from, for targets of unit variance."""
 PRIOR_DEVIATION = 2.0
@@ -147,7 +149,7 @@ class KernelHead(nn.Module):
             f"kernels from {least:g}": [q for q, length in enumerate(lengths) if length >= least] for least in nests
         }
         radial = [q for q in range(len(lengths)) if q not in linear]
-        return named | ({"radial kernels": radial} if self.radial else {})
+        return named | ({RADIAL: radial} if self.radial else {})
 
     def fit_features(self, inputs: Mapping[str, Tensor], seed: int) -> None:
         """Fix statistics and frequencies. No label is used."""
