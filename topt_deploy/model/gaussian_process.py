@@ -162,10 +162,9 @@ class KernelHead(nn.Module):
         return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        # mm, which half leaves alone (.precision)
-        return torch.mm(self.coefficients.flatten(0, 1), self.features(inputs).T).unflatten(
-            0, self.coefficients.shape[:2]
-        )
+        # mm, which half leaves alone (.half_precision); the features are the large side, and are not transposed.
+        out = torch.mm(self.features(inputs), self.coefficients.flatten(0, 1).T)  # (N, R·P)
+        return out.T.unflatten(0, self.coefficients.shape[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
