@@ -17,7 +17,8 @@ from torch import Tensor
 from topt_deploy.config.settings import Config, EnsembleConfig
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths, feature_widths
-from topt_deploy.model.gaussian_process import PROMPT, KernelHead, maximise_evidence
+from topt_deploy.model.gaussian_process import PROMPT, RADIAL, KernelHead, maximise_evidence
+from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import Network
 from topt_deploy.model.target import Target
@@ -115,6 +116,7 @@ class _Begun:
         parts: The prediction of each regression so far, (S, N) each, on the target scale.
         x: The input of the networks (N, F).
         coordinates: The prompts in their basis (N, R); None without.
+        trust: How far each training set trusts each region (outer, N); None without radial kernels.
         network: Every row's networks, and the state of the random numbers from which they draw.
     """
 
@@ -126,8 +128,15 @@ class _Begun:
     parts: list[Tensor]
     x: Tensor
     coordinates: Tensor | None
+    trust: Tensor | None
     network: Network | None
     random: torch.Generator
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parts, in their order."""
+        kernels = [] if self.head.kernel is None else list(self.head.kernel.regressions())
+        return kernels + [name for name in self.head.parts() if name not in kernels]
 
     def kept(self) -> slice:
         """The rows that the head holds the fits of."""
@@ -148,7 +157,8 @@ class _Begun:
     @torch.no_grad()
     def result(self) -> HeadResult:
         """Of all regressions: what they weigh, and what they say together."""
-        bounded = torch.stack([self.target.bounded(part) for part in self.parts])  # (P, S, N)
+        everything = {name: self.target.bounded(part) for name, part in zip(self.names, self.parts, strict=True)}
+        bounded = torch.stack([everything[name] for name in self.head.parts()])  # (P, S, N)
         outer = self.rows.outer
         weights = stack(bounded.cpu().numpy(), self.scaled.cpu().numpy(), self.rows)  # (outer, P)
         named = self.head.parts()
@@ -156,6 +166,8 @@ class _Begun:
         def counts(shares: Array) -> Array:
             combined = torch.zeros_like(bounded[0])
             combined[:outer] = torch.einsum("sp,psn->sn", torch.tensor(shares).to(bounded), bounded[:, :outer])
+            if self.trust is not None:
+                combined[:outer] = self.trust * combined[:outer] + (1 - self.trust) * everything[RADIAL][:outer]
             return self.target.counts(combined)[:outer].cpu().numpy()
 
         without = {}
@@ -203,6 +215,10 @@ def _begin(
     if head.kernel is not None:
         seed = zlib.crc32(f"{config.seed}/{stage}".encode())
         parts += _fit_kernel(head.kernel, views, scaled, known, split, rows, seed=seed)
+    trust = None
+    if settings.radial:
+        own = (Leverage.fit(all_widths(schema), inputs, row) for row in known[: split.outer])
+        trust = torch.stack([leverage.to(device).trust(inputs) for leverage in own]).double()
     network = None
     if head.network is not None:
         head.network.standardize.fit(x)
@@ -210,7 +226,7 @@ def _begin(
         network.standardize = head.network.standardize
     return _Begun(
         head=head, rows=split, target=target, scaled=scaled, known=known, parts=parts, x=x,
-        coordinates=views.get(PROMPT), network=network, random=random_here(device),
+        coordinates=views.get(PROMPT), trust=trust, network=network, random=random_here(device),
     )  # fmt: skip
 
 

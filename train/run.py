@@ -41,8 +41,6 @@ Array = np.ndarray[Any, Any]
 
 HELD_OUT_FILE = "held_out.parquet"
 METRICS_FILE = "metrics.jsonl"
-FENCE = 1.5
-"""Quartile distances of Tukey's fence."""
 COVERAGE = 0.9
 """Of the intervals whose coverage a run tells."""
 PROTOCOL = (
@@ -259,8 +257,7 @@ class Far:
 
     Attributes:
         left_out: float64 (N,): leverage with respect to the labelled regions, without the region itself.
-        threshold: Beyond it a region is extrapolated: Tukey's fence, one and a half quartile distances above the
-            third quartile, of the labelled regions' logarithms.
+        threshold: Beyond it a region is extrapolated.
     """
 
     left_out: Array
@@ -280,10 +277,7 @@ def _leverage(
     fitted = torch.tensor(np.any([outcomes[task].fold >= 0 for task in tasks], axis=0))
     here = {name: tensor.cpu() for name, tensor in inputs.items()}
     leverage = Leverage.fit(all_widths(schema), here, fitted)
-    left_out = leverage.left_out(here, fitted)
-    logs = np.log(np.maximum(left_out[fitted.numpy()], 1e-12))
-    first, third = np.quantile(logs, [0.25, 0.75])
-    return leverage, Far(left_out=left_out, threshold=float(np.exp(third + FENCE * (third - first))))
+    return leverage, Far(left_out=leverage.left_out(here, fitted), threshold=float(leverage.threshold))
 
 
 def report(labels: Array, outcome: Outcome, trees: Array) -> TaskReport:

@@ -55,6 +55,7 @@ class TestPresets:
         }
         assert found == {
             "default": {(True, "cbrt")},
+            "kernels": {(True, "cbrt")},
             "quick": {(True, "cbrt")},
             "paper": {(False, "none")},
             "srel": {(False, "sqrt")},
@@ -164,12 +165,14 @@ class TestTasks:
         same = load_config(preset="paper", overrides=["srel.lr=1e-3", "srel.layers=2", "srel.bias=0.1"])
         assert list(same.embeddings()) == ["crime"]
 
-    def test_a_task_with_an_ensemble_builds_on_no_embedding(self):
+    def test_tasks_whose_ensembles_have_no_topt_build_on_no_embedding(self):
         off = ["tasks.check_in.ensemble.enabled=false", "tasks.service_call.ensemble.enabled=false"]
-        config = load_config(preset="default", overrides=off)
+        config = load_config(preset="kernels", overrides=off)
         assert list(config.embeddings()) == ["check_in"]
         assert config.embedding_of("service_call") == "check_in"
-        assert load_config(preset="default").embeddings() == {}
+        assert load_config(preset="kernels").embeddings() == {}
+        assert list(load_config(preset="default").embeddings()) == ["crime"]
+        assert load_config(preset="default", overrides=["ensemble.embedding=false"]).embeddings() == {}
 
     def test_prompt_columns(self):
         assert load_config(preset="paper").prompt_columns() == (

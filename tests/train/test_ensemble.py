@@ -16,6 +16,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import POSITION, all_widths, features
 from topt_deploy.errors import BadConfig
 from topt_deploy.model.gaussian_process import maximise_evidence
+from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.residual_mlp import Network
 from topt_deploy.model.target import BEYOND
 from topt_deploy.model.topt import all_features
@@ -64,12 +65,20 @@ def embedding_of(inputs):
     return inputs["poi"] @ torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
 
 
-def by_head(result, inputs, settings):
+def trusted(inputs, known=None):
+    """How far a city of these labels trusts these regions."""
+    own, labels = problem()
+    fitted = torch.tensor(~np.isnan(labels if known is None else known))
+    return Leverage.fit(all_widths(SCHEMA), own, fitted).trust(inputs)
+
+
+def by_head(result, inputs, settings, known=None):
     out = result.head(
         inputs,
         inputs["prompt_crime"] if settings.prompt4re.enabled else None,
         embedding_of(inputs) if settings.embeds else None,
         all_features(inputs, SCHEMA),
+        trusted(inputs, known) if settings.ensemble.radial else None,
     )
     assert out.shape == (result.head.rows, len(inputs[POSITION]))
     return out[-1].detach()
@@ -197,17 +206,19 @@ class TestStacked:
         inputs, labels = problem()
         result = train(inputs, rows(labels), self.SETTINGS, rows=4)
         assert list(result.weights) == [
-            "kernels from 0.7", "kernels from 1.5", "radial kernels", "networks", "SREL with Prompt4RE",
+            "kernels from 0.7", "kernels from 1.5", "networks", "SREL with Prompt4RE",
         ]  # fmt: skip
         assert sum(result.weights.values()) == pytest.approx(1)
-        assert min(result.weights.values()) >= 0.1 - 1e-6
+        assert min(result.weights.values()) >= 0.125 - 1e-6
         assert result.head.weights.std(dim=1).min() > 0
 
     def test_the_head_holds_the_fits_of_all_folds(self, enough):
         inputs, labels = problem()
         result = train(inputs, rows(labels), self.SETTINGS, rows=4)
-        out = result.head(inputs, inputs["prompt_crime"], embedding_of(inputs), all_features(inputs, SCHEMA))
-        np.testing.assert_allclose(out.detach(), result.predicted, rtol=1e-3, atol=1e-2)
+        more = inputs["prompt_crime"], embedding_of(inputs), all_features(inputs, SCHEMA)
+        for row, own in enumerate(rows(labels)):  # each of which trusts by what it was fitted on
+            out = result.head(inputs, *more, trusted(inputs, own))[row]
+            np.testing.assert_allclose(out.detach(), result.predicted[row], rtol=1e-3, atol=1e-2)
 
     def test_nothing_is_predicted_beyond_what_the_labels_spread_supports(self):
         inputs, labels = problem()
@@ -219,6 +230,22 @@ class TestStacked:
         free = settings_of(inner_folds=0)
         free = replace(free, target=replace(free.target, extrapolate=True))
         assert by_head(train(inputs, rows(labels), free), far, free).max() > 2 * highest
+
+
+def test_a_region_unlike_the_others_is_predicted_by_radial_kernels():
+    inputs, labels = problem()
+    settings = settings_of(radial=True, topt=True, prompt4re={"skip": True})
+    head = train(inputs, rows(labels), settings).head
+    far = {name: x[:2] * (300 if name != POSITION else 1) for name, x in inputs.items()}
+    trust = trusted(far)
+    assert trust.max() < 0.5
+    outputs = head.outputs(head.views(far, far["prompt_crime"]), embedding_of(far), all_features(far, SCHEMA))
+    radial = head.target.bounded(dict(outputs)["radial kernels"])
+    alone = head.combined(outputs, torch.zeros(2))
+    torch.testing.assert_close(alone, radial)
+    between = head.combined(outputs, trust)
+    whole = head.combined(outputs, None)
+    torch.testing.assert_close(between, trust * whole + (1 - trust) * radial)
 
 
 def test_features_are_fitted_without_labels():

@@ -161,7 +161,8 @@ class EnsembleConfig:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
-        radial: Use one more Gaussian process, which has no linear kernels of what is counted.
+        radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
+            what is counted.
         topt: Use SREL's embedding with a Prompt4RE head on it.
         embedding: Use SREL's embedding in the Prompt4RE head. Off is the ablation without SREL: the head has the
             features and prompts alone.

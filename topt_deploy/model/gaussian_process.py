@@ -22,6 +22,8 @@ from .layers import ByName, Standardize
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
 their variance, which standardising each would undo."""
+RADIAL = "radial kernels"
+"""The regression without linear kernels: far from what it was fitted on it says the mean."""
 NOISE = 0.1
 """Noise variance that evidence maximisation starts from, for targets of unit variance."""
 PRIOR_DEVIATION = 2.0
@@ -147,7 +149,7 @@ class KernelHead(nn.Module):
             f"kernels from {least:g}": [q for q, length in enumerate(lengths) if length >= least] for least in nests
         }
         radial = [q for q in range(len(lengths)) if q not in linear]
-        return named | ({"radial kernels": radial} if self.radial else {})
+        return named | ({RADIAL: radial} if self.radial else {})
 
     def fit_features(self, inputs: Mapping[str, Tensor], seed: int) -> None:
         """Fix statistics and frequencies. No label is used."""
@@ -160,10 +162,9 @@ class KernelHead(nn.Module):
         return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        # mm, which half leaves alone (.precision)
-        return torch.mm(self.coefficients.flatten(0, 1), self.features(inputs).T).unflatten(
-            0, self.coefficients.shape[:2]
-        )
+        # mm, which half leaves alone (.half_precision); the features are the large side, and are not transposed.
+        out = torch.mm(self.features(inputs), self.coefficients.flatten(0, 1).T)  # (N, R·P)
+        return out.T.unflatten(0, self.coefficients.shape[:2])
 
 
 @dataclass(frozen=True, kw_only=True)

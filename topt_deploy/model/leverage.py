@@ -10,6 +10,8 @@ from topt_deploy.data.features import POSITION
 
 from .layers import Standardize
 
+FENCE = 1.5
+"""Quartile distances of Tukey's fence."""
 CUT = 10.0
 """A standardised feature counts no further from the mean than this: beyond, far is far."""
 
@@ -20,6 +22,9 @@ class Leverage(nn.Module):
     It says how much a ridge regression's own uncertainty grows there: the variance of its prediction is σ²(1 + h). λ is
     the mean eigenvalue of ZᵀZ, so that directions which the fitted regions hardly vary in count little. The positions
     take no part: another city is elsewhere.
+
+    The threshold is Tukey's fence, one and a half quartile distances above the third quartile of log h, of the fitted
+    regions, each left out of the others. Beyond it a region is unlike them.
 
     What is stored is a factor of the inverse, of the city's second moments: no region's row can be told from it.
 
@@ -32,6 +37,7 @@ class Leverage(nn.Module):
 
     factor: Tensor
     ridge: Tensor
+    threshold: Tensor
 
     def __init__(self, widths: Mapping[str, int], rank: int) -> None:
         super().__init__()
@@ -40,6 +46,7 @@ class Leverage(nn.Module):
         self.standardize = Standardize(width, CUT)
         self.register_buffer("factor", torch.zeros(width, rank))
         self.register_buffer("ridge", torch.tensor(1.0))
+        self.register_buffer("threshold", torch.tensor(1.0))
 
     @classmethod
     def fit(cls, widths: Mapping[str, int], inputs: Mapping[str, Tensor], fitted: Tensor) -> "Leverage":
@@ -62,12 +69,24 @@ class Leverage(nn.Module):
         module.standardize = standardize
         module.factor.copy_(right.T * lacking)
         module.ridge.copy_(ridge)
+        own = module.left_out(inputs, fitted)[fitted.cpu().numpy()]
+        first, third = np.quantile(np.log(np.maximum(own, 1e-12)), [0.25, 0.75])
+        module.threshold.copy_(torch.tensor(float(np.exp(third + FENCE * (third - first)))))
         return module
 
     def left_out(self, inputs: Mapping[str, Tensor], fitted: Tensor) -> np.ndarray:
         """Leverage with respect to the *other* fitted regions: h / (1 − h) of a fitted one (N,)."""
-        h = self(inputs).double()
-        return torch.where(fitted, h / (1 - h).clamp(min=1e-6), h).cpu().numpy()
+        h = self({name: inputs[name].cpu() for name in self.names}).double()
+        fitted = fitted.cpu()
+        left: np.ndarray = torch.where(fitted, h / (1 - h).clamp(min=1e-6), h).numpy()
+        return left
+
+    def trust(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """How much of what is made of more than nearness counts: 1 up to the threshold, and beyond it less, as 1/h.
+
+        *Shape:* {view: (N, F_v)} → (N,)
+        """
+        return (self.threshold / self(inputs).clamp(min=1e-12)).clamp(max=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         z = self.standardize(torch.cat([inputs[name] for name in self.names], dim=1))

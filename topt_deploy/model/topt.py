@@ -1,6 +1,6 @@
 """The fused model: a city's features in, every task's predicted counts out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import POSITION, all_widths, feature_widths
 from topt_deploy.intervals import FOLDS, LEVERAGE
 
-from .gaussian_process import PROMPT, KernelHead
+from .gaussian_process import PROMPT, RADIAL, KernelHead
 from .layers import ByName, Standardize
 from .leverage import Leverage
 from .prompt4re import Prompt4Re, PromptBasis
@@ -95,6 +95,10 @@ class EnsembleHead(nn.Module):
     """One task by several regressions, combined on the target scale: Gaussian processes, networks, and Prompt4RE on
     SREL's embedding. Every part is bounded by its training labels (:meth:`.target.Target.bounded`) before it counts.
 
+    A region unlike the labelled ones gets less of all that. As far as it is not trusted
+    (:meth:`.leverage.Leverage.trust`), it is predicted by the process with radial kernels, which far from what it was
+    fitted on says the mean.
+
     All see every view, what flows lead to, and positions; the networks see no prompts.
 
     *Shape:* {view: (N, F_v)}, prompts (N, H) or None, E (N, D) or None → counts (R, N)
@@ -138,8 +142,8 @@ class EnsembleHead(nn.Module):
         self.register_buffer("weights", torch.full((rows, len(parts)), 1 / len(parts)))
 
     def parts(self) -> list[str]:
-        """Names of the regressions, in order."""
-        kernels = [] if self.kernel is None else list(self.kernel.regressions())
+        """Names of the regressions that are weighed, in order."""
+        kernels = [] if self.kernel is None else [name for name in self.kernel.regressions() if name != RADIAL]
         return kernels + [NETWORKS] * (self.network is not None) + [TOPT] * (self.topt is not None)
 
     def views(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> dict[str, Tensor]:
@@ -161,16 +165,18 @@ class EnsembleHead(nn.Module):
             embedding: E (N, D); None without SREL.
             features: F (N, F), which Prompt4RE's head sees beside it.
         """
-        found = []
+        found: list[tuple[str, Tensor]] = []
         if self.kernel is not None:
-            found += list(self.kernel(views).unbind(dim=1))
+            found += list(zip(self.kernel.regressions(), self.kernel(views).unbind(dim=1), strict=True))
         if self.network is not None:
-            found.append(self.network(self.side_by_side(views)).unflatten(0, (self.rows, -1)).mean(dim=1))
+            output = self.network(self.side_by_side(views))
+            found.append((NETWORKS, output.unflatten(0, (self.rows, -1)).mean(dim=1)))
         if self.topt is not None:
             assert features is not None
             coordinates = views[PROMPT] if self.basis is not None else None
-            found.append(self.topt.output(embedding, features, coordinates).unflatten(0, (self.rows, -1)).mean(dim=1))
-        return list(zip(self.parts(), found, strict=True))
+            output = self.topt.output(embedding, features, coordinates)
+            found.append((TOPT, output.unflatten(0, (self.rows, -1)).mean(dim=1)))
+        return found
 
     def forward(
         self,
@@ -178,10 +184,24 @@ class EnsembleHead(nn.Module):
         prompts: Tensor | None,
         embedding: Tensor | None = None,
         features: Tensor | None = None,
+        trust: Tensor | None = None,
     ) -> Tensor:
         outputs = self.outputs(self.views(inputs, prompts), embedding, features)
-        bounded = torch.stack([self.target.bounded(output) for _, output in outputs])  # (P, R, N)
-        return self.target.counts((self.weights.T[..., None] * bounded).sum(dim=0))
+        return self.target.counts(self.combined(outputs, trust))
+
+    def combined(self, outputs: Sequence[tuple[str, Tensor]], trust: Tensor | None) -> Tensor:
+        """All regressions together (R, N), on the standardised target scale.
+
+        Args:
+            outputs: :meth:`outputs`.
+            trust: How far each region is trusted (N,) (:meth:`.leverage.Leverage.trust`); None trusts all.
+        """
+        bounded = {name: self.target.bounded(output) for name, output in outputs}
+        mixed = torch.stack([bounded[name] for name in self.parts()])  # (P, R, N)
+        together = (self.weights.T[..., None] * mixed).sum(dim=0)
+        if RADIAL in bounded and trust is not None:
+            together = trust * together + (1 - trust) * bounded[RADIAL]
+        return together
 
 
 def all_features(inputs: Mapping[str, Tensor], schema: Schema) -> Tensor:
@@ -232,6 +252,7 @@ class TopT(nn.Module):
             assert isinstance(srel, Srel)
             embeddings[name] = srel(inputs, srel.adjacency(inputs[POSITION]))
         features = all_features(inputs, self.spec.schema)
+        trust = None if self.leverage is None else self.leverage.trust(inputs)
         predictions: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
         for task, settings in self.spec.config.tasks.items():
@@ -239,7 +260,7 @@ class TopT(nn.Module):
             prompts = None if column is None else inputs[column]
             embedding = embeddings[self.spec.config.embedding_of(task)] if settings.embeds else None
             if settings.ensemble.enabled:
-                *folds, predictions[task] = self.heads[task](inputs, prompts, embedding, features).unbind(dim=0)
+                *folds, predictions[task] = self.heads[task](inputs, prompts, embedding, features, trust).unbind(dim=0)
                 if folds:
                     others[task + FOLDS] = torch.stack(folds, dim=1)
             else:

@@ -32,7 +32,7 @@ class Contributions:
         average: The mean prediction.
         views: Per view, float64 (N,): its features times its own coefficients. Empty without Gaussian processes.
         others: By name, float64 (N,): parts that are not additive over views, the networks and ToPT's two stages; and
-            what the bounds on every part take or add, where they do.
+            what bounds, and falling back to radial kernels, take or add, where they do.
     """
 
     average: float
@@ -59,13 +59,18 @@ def read_contributions(model: TopT, inputs: Mapping[str, Tensor]) -> dict[str, C
                 assert isinstance(srel, Srel)
                 embedding = srel(inputs, srel.adjacency(inputs[POSITION]))
             views = head.views(inputs, None if column is None else inputs[column])
-            found[task] = contributions(head, views, embedding, features)
+            trust = None if model.leverage is None else model.leverage.trust(inputs)
+            found[task] = contributions(head, views, embedding, features, trust)
     return found
 
 
 @torch.no_grad()
 def contributions(
-    head: EnsembleHead, views: Mapping[str, Tensor], embedding: Tensor | None = None, features: Tensor | None = None
+    head: EnsembleHead,
+    views: Mapping[str, Tensor],
+    embedding: Tensor | None = None,
+    features: Tensor | None = None,
+    trust: Tensor | None = None,
 ) -> Contributions:
     """Take a head's predictions apart: those of its fit of all labels.
 
@@ -73,18 +78,16 @@ def contributions(
         head: In evaluation mode.
         views: Its inputs, (N, F_v) per view (:meth:`EnsembleHead.views`).
         embedding, features: The further inputs of its Prompt4RE part (:meth:`EnsembleHead.outputs`).
+        trust: Trust in each region, 0 to 1 (N,); None trusts all.
     """
     mean, scale = float(head.target.mean[-1]), float(head.target.scale[-1])
     weights = dict(zip(head.parts(), head.weights[-1].tolist(), strict=True))
-    outputs = {name: output[-1] for name, output in head.outputs(views, embedding, features)}
-    others = {name: weights[name] * outputs[name].double().numpy() for name in (NETWORKS, TOPT) if name in weights}
+    outputs = head.outputs(views, embedding, features)
+    said = {name: output[-1].double().numpy() for name, output in outputs}
+    others = {name: weights[name] * said[name] for name in (NETWORKS, TOPT) if name in weights}
     parts = {} if head.kernel is None else _by_view(head.kernel, views, weights)
     whole = sum(others.values()) + sum(parts.values())
-    bounded = sum(
-        weights[name] * head.target.bounded(output.expand(head.rows, -1))[-1] for name, output in outputs.items()
-    )
-    assert isinstance(bounded, Tensor)
-    taken = bounded.double().numpy() - whole
+    taken = head.combined(outputs, trust)[-1].double().numpy() - whole
     if np.abs(taken).max() > NEGLIGIBLE:
         others[BOUNDS] = taken
     average = mean + scale * sum(float(part.mean()) for part in (*parts.values(), *others.values()))
@@ -96,7 +99,7 @@ def contributions(
 def _by_view(kernel: KernelHead, views: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Array]:
     """Every view's features times its own slice of the regressions' weighted coefficients, (N,) each."""
     modules = {view: module for view, module in kernel.views.items() if isinstance(module, ViewKernels)}
-    own = torch.tensor([weights[name] for name in kernel.regressions()]) @ kernel.coefficients[-1]
+    own = torch.tensor([weights.get(name, 0.0) for name in kernel.regressions()]) @ kernel.coefficients[-1]
     slices = own.split([sum(module.sizes) for module in modules.values()])
     return {
         view: (module(views[view]) @ part).double().numpy()

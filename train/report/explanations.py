@@ -1,5 +1,6 @@
 """The part of the page about a model's inside: contributions of an ensemble head, attention of an embedding, flows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from .figures import Choropleth, choropleth
 from .flow_partners import partners
 from .plain_words import scale_name, title_of, view_name
 from .run_facts import Facts
-from .scales import GREENS, sequential
+from .scales import GREENS, number, sequential
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +34,7 @@ class MadeOf:
         unit: The scale that they add up on.
         views: True if views are told apart: without Gaussian processes they cannot be.
         others: Names of the parts that see all views at once.
+        weighed: What each part weighs in the prediction, and the held-out MAE without it.
         parts: Name and standard deviation over the regions, the largest first.
         raised, lowered: Per region, the views that raise and lower it most against the average region.
     """
@@ -40,6 +42,7 @@ class MadeOf:
     unit: str
     views: bool
     others: list[str]
+    weighed: list[str]
     parts: list[tuple[str, float]]
     raised: Listed
     lowered: Listed
@@ -80,10 +83,22 @@ def made_of(task: str, facts: Facts) -> MadeOf | None:
         unit=scale_name(facts.run.config.tasks[task].target),
         views=bool(found.views),
         others=list(found.others),
+        weighed=_weighed(facts.run.facts.get("parts", {}).get(task, {}), facts.tasks[task].report.held_out.mae),
         parts=sorted(deviations, key=lambda part: -part[1]),
         raised=_largest(found, sign=1),
         lowered=_largest(found, sign=-1),
     )
+
+
+def _weighed(parts: Mapping[str, Mapping[str, float]], mae: float) -> list[str]:
+    """A phrase for every part."""
+    said = []
+    for name, part in parts.items():
+        without, weight = part.get("mae_without"), f"{name} {100 * part['weight']:.0f}\N{NO-BREAK SPACE}%"
+        brings = "" if without is None else f" (held-out MAE without it {number(without)}"
+        earns = ")" if without is None or without > mae else ": it earns nothing here)"
+        said.append(weight + (brings + earns if brings else ""))
+    return said
 
 
 def exchanged(facts: Facts) -> Listed:
