@@ -33,9 +33,7 @@ class Categories:
         unknown: How many rows of each publisher's category are counted as other.
     """
 
-    def __init__(
-        self, kind: str, mode: str | Mapping[str, str] | None, publisher: str | None, place: str
-    ) -> None:
+    def __init__(self, kind: str, mode: str | Mapping[str, str] | None, publisher: str | None, place: str) -> None:
         self._kind, self._mode, self._publisher, self._place = kind, mode or "shared", publisher, place
         self._vocabulary: Vocabulary | None = None
         self._codes: dict[str | None, tuple[int, ...]] = {}

@@ -83,7 +83,9 @@ class BuildReport:
 
     def __str__(self) -> str:
         lines = [f"{self.city}: {self.regions} regions"]
-        mended = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in self.facts.items() if n and what != "regions")
+        mended = ", ".join(
+            f"{n:,} {what.replace('_', ' ')}" for what, n in self.facts.items() if n and what != "regions"
+        )
         lines.append(f"  {'regions':<22} {mended}")
         for name, tally in self.tallies.items():
             rest = {key: n for key, n in tally.as_dict().items() if key not in ("read", "assigned", "warnings")}
@@ -126,7 +128,7 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
         wkb = geo_library("shapely").to_wkb(regions.published())
         hashed = sha256_bytes(b"\0".join([*(str(i).encode() for i in regions.ids), *wkb]))
         sources = Sources(recipe, out, hashed, _receipt(out), progress)
-        city = _City(recipe, regions, sources)
+        city = CityInMaking(recipe, regions, sources)
         city.read()
         tables = city.tables(wkb)
         report = city.report(out, round(time.monotonic() - began, 2))
@@ -134,7 +136,7 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
     return report
 
 
-class _City:
+class CityInMaking:
     """A city in the making."""
 
     def __init__(self, recipe: Recipe, regions: Regions, sources: Sources) -> None:
@@ -184,9 +186,7 @@ class _City:
         for name, source in _named("flows", self.recipe.flows):
             from .flows import add_up, count_flows
 
-            made = self.sources.make(
-                name, source, self.period, lambda *told, s=source: count_flows(s, self, *told)
-            )
+            made = self.sources.make(name, source, self.period, lambda *told, s=source: count_flows(s, self, *told))
             new = (made.arrays["origin"], made.arrays["dest"], made.arrays["flow"])
             self.flows = new if self.flows is None else add_up([self.flows, new], len(self.regions))
 

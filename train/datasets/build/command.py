@@ -32,7 +32,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--from", "since", metavar="DATE", help="The period's first day, in the city's own time.")
 @click.option("--to", "until", metavar="DATE", help="The day after its last.")
 @click.option("--timezone", help="The city's, such as America/Chicago.")
-@click.option("--on-bad-row", type=click.Choice(["fail", "quarantine"]), help="Rows that cannot be read [default: fail].")
+@click.option(
+    "--on-bad-row", type=click.Choice(["fail", "quarantine"]), help="Rows that cannot be read [default: fail]."
+)
 @click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True, help="Text or JSON.")
 def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_format: str, **options: Any) -> int:
     """Build a city's regions.parquet and mobility.parquet from the files that cities publish.
@@ -53,7 +55,9 @@ def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_
     megabytes = Lines("MB")
     silent = log.json
     report = build(
-        chosen, out, progress=lambda done, total: None if silent or not done else megabytes(done // 10**6 or 1, total // 10**6)
+        chosen,
+        out,
+        progress=lambda done, total: None if silent or not done else megabytes(done // 10**6 or 1, total // 10**6),
     )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True) if log.json else None
@@ -74,7 +78,11 @@ def _recipe(path: Path | None, options: dict[str, Any], out: Path) -> Any:
             raise UsageError("a recipe names its own sources", found=named, fix="write them into the recipe")
         changes = {key: moment(options[key], f"--{name}") for key, name in (("since", "from"), ("until", "to"))}
         return with_option(
-            read_recipe(path), city=options["city"], timezone=options["timezone"], on_bad_row=options["on_bad_row"], **changes
+            read_recipe(path),
+            city=options["city"],
+            timezone=options["timezone"],
+            on_bad_row=options["on_bad_row"],
+            **changes,
         )
     if not options["regions"] and not options["grid"]:
         raise UsageError(

@@ -183,5 +183,3 @@ def _has_all(where: str, columns: Sequence[str]) -> bool:
 
     have = {normal(column) for column in columns}
     return all(normal(column) in have for column in Where(where, "where").columns)
-
-

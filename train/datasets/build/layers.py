@@ -1,6 +1,7 @@
 """Areas from vector files: any format that GDAL reads, and GeoParquet. A reference system is read or given, never guessed."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,20 @@ from topt_deploy.parquet import ParquetFile
 
 Array = np.ndarray[Any, Any]
 
-GIS_SUFFIXES = {".geojson", ".json", ".gpkg", ".shp", ".kml", ".kmz", ".fgb", ".gml", ".zip", ".gdb", ".tab", ".geojsonl"}
+GIS_SUFFIXES = {
+    ".geojson",
+    ".json",
+    ".gpkg",
+    ".shp",
+    ".kml",
+    ".kmz",
+    ".fgb",
+    ".gml",
+    ".zip",
+    ".gdb",
+    ".tab",
+    ".geojsonl",
+}
 FEATURES_AT_ONCE = 20_000
 LONLAT = "OGC:CRS84"
 GEOMETRY = "geometry"
@@ -236,11 +250,23 @@ def _vector(
         )
         with opened as (meta, reader):
             if meta["geometry_type"] is None:
-                raise BadData("has no geometry", file=path, expected="shapes", found=", ".join(map(str, meta["fields"])))
+                raise BadData(
+                    "has no geometry", file=path, expected="shapes", found=", ".join(map(str, meta["fields"]))
+                )
             geometry = meta["geometry_name"] or "wkb_geometry"
-            for batch in reader:
+            while (batch := _next(reader)) is not None:
                 table = pa.Table.from_batches([batch])
                 yield meta["crs"], table.select(list(columns)), table.column(geometry).to_numpy()
+
+
+def _next(reader: Any) -> pa.RecordBatch | None:
+    """The next features. What GDAL says of single shapes is left unsaid: they are repaired, and counted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return reader.read_next_batch()
+        except StopIteration:
+            return None
 
 
 def _primary(metadata: dict[bytes, bytes]) -> str:

@@ -61,7 +61,7 @@ class Locator:
         self.shapes = regions.shapes
         shapely.prepare(self.shapes)
         self._tree = shapely.STRtree(self.shapes)
-        low_x, low_y, high_x, high_y = shapely.total_bounds(self.shapes)
+        low_x, low_y, high_x, high_y = shapely.total_bounds(self.shapes).tolist()
         # One cell of margin on each side: whatever lies beyond is put there, and found outside.
         self._size = cells + 2
         self._scale = np.array([cells / max(high_x - low_x, 1e-9), cells / max(high_y - low_y, 1e-9)])

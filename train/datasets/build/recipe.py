@@ -191,7 +191,9 @@ def recipe_of(raw: Mapping[str, Any], *, folder: Path, name: str) -> Recipe:
         timezone=_text(raw["timezone"], "timezone") if "timezone" in raw else None,
         on_bad_row=_text(raw.get("on_bad_row", "fail"), "on_bad_row"),
         **{
-            kind: {key: _sources(value, kind, f"{kind}.{key}") for key, value in _table(raw.get(kind, {}), kind).items()}
+            kind: {
+                key: _sources(value, kind, f"{kind}.{key}") for key, value in _table(raw.get(kind, {}), kind).items()
+            }
             for kind in ("points", "areas", "labels", "embeddings")
         },
     )
@@ -307,7 +309,10 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.on_bad_row not in ON_BAD_ROW:
         raise BadConfig(
-            "not a way to treat bad rows", column="on_bad_row", expected=" or ".join(ON_BAD_ROW), found=recipe.on_bad_row
+            "not a way to treat bad rows",
+            column="on_bad_row",
+            expected=" or ".join(ON_BAD_ROW),
+            found=recipe.on_bad_row,
         )
     if recipe.since is not None and recipe.until is not None and recipe.since >= recipe.until:
         raise BadConfig("the period is empty", column="to", expected=f"after {recipe.since}", found=recipe.until)
@@ -344,4 +349,6 @@ def zone(name: str) -> Any:
     try:
         return ZoneInfo(name)
     except (OSError, ValueError) as error:
-        raise BadConfig("unknown time zone", column="timezone", expected="such as America/Chicago", found=name) from error
+        raise BadConfig(
+            "unknown time zone", column="timezone", expected="such as America/Chicago", found=name
+        ) from error
