@@ -128,7 +128,7 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
         wkb = geo_library("shapely").to_wkb(regions.published())
         hashed = sha256_bytes(b"\0".join([*(str(i).encode() for i in regions.ids), *wkb]))
         sources = Sources(recipe, out, hashed, _receipt(out), progress)
-        city = CityInMaking(recipe, regions, sources)
+        city = CityInMaking(recipe, regions, sources, out)
         city.read()
         tables = city.tables(wkb)
         report = city.report(out, round(time.monotonic() - began, 2))
@@ -139,8 +139,8 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
 class CityInMaking:
     """A city in the making."""
 
-    def __init__(self, recipe: Recipe, regions: Regions, sources: Sources) -> None:
-        self.recipe, self.regions, self.sources = recipe, regions, sources
+    def __init__(self, recipe: Recipe, regions: Regions, sources: Sources, out: Path) -> None:
+        self.recipe, self.regions, self.sources, self.out = recipe, regions, sources, out
         self.period = Period(since=recipe.since, until=recipe.until, timezone=recipe.timezone)
         self.views: dict[str, dict[str, Array]] = {}
         self.labels: dict[str, Array] = {}

@@ -55,10 +55,11 @@ class Matcher:
         if isinstance(coded, pa.ChunkedArray):
             coded = coded.combine_chunks()
         words = coded.dictionary.to_pylist()
-        found = np.array([*(self._of(word) for word in words), OUTSIDE], np.int64)
+        found = np.array([*(self.place(word) for word in words), OUTSIDE], np.int64)
         return found[coded.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)], text
 
-    def _of(self, word: str) -> int:
+    def place(self, word: str) -> int:
+        """The region of one id, or :data:`OUTSIDE`."""
         if word not in self._known:
             self._known[word] = self._find(word)
         return self._known[word]
