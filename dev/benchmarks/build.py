@@ -3,9 +3,9 @@
     python dev/benchmarks/build.py --points 5000000 --csv 2000000 --geopandas
     python dev/benchmarks/build.py --points 100000000 --csv 20000000 --write-docs
 
-The city has 2,000 regions whose common borders are as crooked as real ones (some hundred corners each). Every figure is a
-process of its own: its time, and the most memory that it held (VmHWM of /proc/self/status). What is compared is measured in
-one run, one after the other; figures are ratios of these.
+The city has 2,000 regions whose common borders are as crooked as real ones (some hundred corners each). Every figure is
+a process of its own: its time, and the most memory that it held (VmHWM of /proc/self/status). What is compared is
+measured in one run, one after the other; figures are ratios of these.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def crooked(shapes: Any) -> Any:
     made = []
     for shape in shapes:
         ring = list(shape.exterior.coords)
-        corners = [p for a, b in zip(ring, ring[1:], strict=False) for p in (a, *border(a, b))]
+        corners = [p for a, b in pairwise(ring) for p in (a, *border(a, b))]
         made.append(shapely.Polygon(corners))
     return shapely.make_valid(np.array(made, dtype=object))
 
@@ -103,6 +104,7 @@ def build_of(file: str) -> Callable[[Path], int]:
         from topt_deploy.train.datasets.build.recipe import recipe_of
 
         raw = {"regions": {"file": "areas.geojson", "id": "id"}, "points": {"poi": file}}
+        pa.set_memory_pool(pa.system_memory_pool())  # as the command does
         with tempfile.TemporaryDirectory() as out:
             report = build(recipe_of(raw, folder=folder, name="city"), Path(out))
         return report.tallies["points.poi"].assigned

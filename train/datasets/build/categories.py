@@ -97,7 +97,8 @@ class Categories:
         return np.repeat(np.arange(len(index)), many), np.array([c for i in index.tolist() for c in sets[i]], np.int64)
 
     def _lists(self, column: pa.ChunkedArray) -> tuple[Array, Array]:
-        owners, codes = [], []
+        owners: list[int] = []
+        codes: list[int] = []
         for row, words in enumerate(column.to_pylist()):
             found = dict.fromkeys(code for word in words or [None] for code in self.of(word))
             if len(found) > 1 and self._mode == "shared":

@@ -1,8 +1,8 @@
 """A grid of cells over regions: most lie wholly in one, and the others know the few edges that run through them.
 
-A point in a cell with edges is compared with the cell's middle, of which it is known once and for all which regions hold
-it. On the way there, first along the parallel and then along the meridian, it changes sides with every edge that it
-crosses. Where a crossing is so close that rounding could matter, the answer is :data:`UNSURE`.
+A point in a cell with edges is compared with the cell's middle, of which it is known once and for all which regions
+hold it. On the way there, first along the parallel and then along the meridian, it changes sides with every edge that
+it crosses. Where a crossing is so close that rounding could matter, the answer is :data:`UNSURE`.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ NEAR = 1e-10
 """Degrees: what is nearer than that is not decided here. Rounding errs by less than a thousandth of it."""
 _NEAR_CELL = 1e-4  # of a cell: the same along a row, whose crossings are kept with less precision
 _PAD = 1e-6  # of a cell: by how much a segment's cells are taken too wide, for its crossings are rounded
-_AT_ONCE = 1 << 16
+_AT_ONCE = 1 << 14
 
 
 class Edges:

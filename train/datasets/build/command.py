@@ -49,8 +49,12 @@ def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_
         return Exit.DONE
     if out is None:
         raise UsageError("where the city goes is not stated", expected="--out FOLDER")
+    import pyarrow as pa
+
     from .city import build
 
+    # Arrow's own allocator keeps what it has freed; here batches come and go.
+    pa.set_memory_pool(pa.system_memory_pool())
     chosen = _recipe(recipe, options, out)
     megabytes = Lines("MB")
     silent = log.json

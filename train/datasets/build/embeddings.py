@@ -1,7 +1,7 @@
-"""Vectors of places as others publish them (PDFM, AlphaEarth, TESSERA): by region id, or by polygon and then area-weighted.
+"""Vectors of places as others publish them (PDFM, AlphaEarth, TESSERA): by region id, or by polygon.
 
-A view holds numbers that are not negative, and a vector's numbers may be. Each becomes two columns, what it is above zero
-and what it is below: ``v = v_up - v_down``. Nothing is lost, and nothing is fitted to one city.
+A view holds numbers that are not negative, and a vector's numbers may be. Each becomes two columns, what it is above
+zero and what it is below: ``v = v_up - v_down``. Nothing is lost, and nothing is fitted to one city.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,8 @@ def read_embedding(
         else:
             raise BadData("has other columns than the source's first file", file=path, expected=names, found=found)
         told(path, 1.0)
-    assert total is not None and weight is not None
+    assert total is not None
+    assert weight is not None
     lacking = weight == 0
     if lacking.any():
         raise BadData(

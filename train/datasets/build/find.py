@@ -69,10 +69,8 @@ def publishers() -> tuple[Publisher, ...]:
     """Those that are known, in the order in which they are tried."""
     raw = tomllib.loads(PUBLISHERS.read_text(encoding="utf-8"))["publisher"]
     known = {f.name for f in fields(Publisher)}
-    return tuple(
-        Publisher(**{key: tuple(v) if isinstance(v, list) else v for key, v in one.items() if key in known})
-        for one in raw
-    )
+    told: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()} for one in raw]
+    return tuple(Publisher(**{key: value for key, value in one.items() if key in known}) for one in told)
 
 
 def recognise(columns: Iterable[str], role: str | None = None) -> Publisher | None:
@@ -120,7 +118,9 @@ def resolve(source: Source, columns: Sequence[str], path: Path, *, role: str, pl
         chosen = _with_positions(chosen, columns, path)
     if role in ("points", "areas") and chosen.category is None and chosen.categories != "none":
         chosen = replace(chosen, category=next((c for c in columns if normal(c) in CATEGORY), None))
-    found = {key: find(getattr(chosen, key), columns, path) for key in COLUMN_KEYS if getattr(chosen, key) is not None}
+    found: dict[str, Any] = {
+        key: find(getattr(chosen, key), columns, path) for key in COLUMN_KEYS if getattr(chosen, key) is not None
+    }
     if chosen.key is not None:
         found["key"] = tuple(find(name, columns, path) for name in chosen.key)
     for key in ("region", "origin", "dest"):

@@ -8,6 +8,8 @@ import numpy as np
 from topt_deploy.errors import BadConfig
 from topt_deploy.geometry import geo_library
 
+from .libraries import library
+
 Array = np.ndarray[Any, Any]
 
 _H3 = re.compile(r"h3:(\d{1,2})\Z")
@@ -37,7 +39,7 @@ def grid_regions(grid: str, outline: Any) -> tuple[Array, Array]:
 
 
 def _hexagons(resolution: int, outline: Any) -> tuple[Array, Array]:
-    h3, shapely = geo_library("h3"), geo_library("shapely")
+    h3, shapely = library("h3"), geo_library("shapely")
     if resolution > 15:
         raise BadConfig("H3 has no such resolution", column="grid", expected="h3:0 to h3:15", found=f"h3:{resolution}")
     area_km2 = h3.average_hexagon_area(resolution, unit="km^2")

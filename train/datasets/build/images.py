@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.geometry import geo_library
 
+from .libraries import library
 from .locate import OUTSIDE
 from .match import Matcher
 from .recipe import Source
@@ -33,8 +33,8 @@ def read_images(
     """The image files of every region, as paths below the city's folder.
 
     Args:
-        source: As the recipe says; ``by`` is ``name`` (the file's name, or its folder's, is a region's id, with anything
-            behind a ``_``, ``-`` or space) or ``position``.
+        source: As the recipe says; ``by`` is ``name`` (the file's name, or its folder's, is a region's id, with
+            anything behind a ``_``, ``-`` or space) or ``position``.
         city: Its regions.
         tally: Where is written down what became of the files.
         files: The images.
@@ -86,7 +86,7 @@ def _by_name(path: Path, matcher: Matcher) -> int:
 
 
 def _by_position(path: Path, city: "CityInMaking") -> tuple[int, str]:
-    image = geo_library("PIL.Image")
+    image = library("PIL.Image", "encoder")
     with image.open(path) as opened:
         gps = opened.getexif().get_ifd(GPS)
     try:

@@ -1,10 +1,14 @@
-"""Areas from vector files: any format that GDAL reads, and GeoParquet. A reference system is read or given, never guessed."""
+"""Areas from vector files: any format that GDAL reads, and GeoParquet.
+
+A reference system is read or given, never guessed.
+"""
 
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +76,7 @@ def layer_columns(path: Path, layer: str | None = None) -> list[str]:
         file = ParquetFile(path)
         return [name for name in file.names if name != _primary(file.metadata)]
     with _gdal(path):
-        about = geo_library("pyogrio").read_info(path, layer=_layer(path, layer))
+        about = geo_library("pyogrio").read_info(path, layer=_layer(path, layer), force_feature_count=False)
     return list(about["fields"])
 
 
@@ -148,7 +152,8 @@ def to_lonlat(path: Path | str, stated: Any, given: str | None) -> _Move:
         if wanted is None:
             raise BadData(
                 "the file states no reference system", file=path, expected="a stated one (a shapefile's .prj)",
-                found="none", fix="name the system of its coordinates: crs = \"EPSG:…\" or --src-crs; it is never guessed",
+                found="none",
+                fix="name the system of its coordinates: crs = \"EPSG:…\" or --src-crs; it is never guessed",
             )  # fmt: skip
         return _Move(wanted)
     move = _Move(stated)
@@ -177,7 +182,14 @@ def polygons(shapes: Array) -> tuple[Array, Array]:
         shapes[place] = _areas_of(shapes[place])
     has_area = np.isin(shapely.get_type_id(shapes), [shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON])
     has_area &= ~shapely.is_empty(shapes)
-    return np.where(has_area, shapes, None), invalid & has_area
+    return only(shapes, has_area), invalid & has_area
+
+
+def only(shapes: Array, kept: Array) -> Array:
+    """Shapes (F,) where bool (F,) says so, and None elsewhere."""
+    shapes = shapes.copy()
+    shapes[~kept] = None
+    return shapes
 
 
 def _areas_of(collection: Any) -> Any:
@@ -226,8 +238,13 @@ def _nothing() -> Iterator[None]:
     yield
 
 
+@cache
+def _layers(path: Path, _changed: int) -> list[str]:
+    return [str(name) for name in geo_library("pyogrio").list_layers(path)[:, 0]]
+
+
 def _layer(path: Path, layer: str | None) -> str:
-    layers = [str(name) for name in geo_library("pyogrio").list_layers(path)[:, 0]]
+    layers = _layers(path, path.stat().st_mtime_ns)
     if not layers:
         raise NoInput("holds no layer", file=path)
     if layer is not None and layer not in layers:

@@ -1,8 +1,8 @@
 """Which region a point lies in, for millions of points: exact, and each point in one region at most.
 
-A grid of cells answers for nearly all points (:mod:`.cells`). Points very near a border are tested by GEOS, whose test is
-robust. Points that lie exactly on a border are decided in rational numbers, by one rule that does not depend on the order
-of anything:
+A grid of cells answers for nearly all points (:mod:`.cells`). Points very near a border are tested by GEOS, whose test
+is robust. Points that lie exactly on a border are decided in rational numbers, by one rule that does not depend on the
+order of anything:
 
 1. A point belongs to the region that holds it once it is moved to the east by less than any distance, and north by
    still less (the half-open rule of ray crossing: each border is part of one of its two sides).

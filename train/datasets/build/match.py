@@ -18,7 +18,7 @@ CENSUS = (2, 5, 11, 12, 15)
 
 
 class Matcher:
-    """Finds regions by id: as it stands, without a float's ``.0``, with leading zeros that were lost, or of a larger area.
+    """Finds regions by id: as it stands, without a float's ``.0``, with zeros that were lost, or of a larger area.
 
     Args:
         ids: str (N,), sorted.

@@ -1,8 +1,8 @@
 """OpenStreetMap: extracts (PBF and XML) by GDAL's driver, and answers of the Overpass API.
 
-Nodes, ways and relations that the vocabulary has a name for count once each. A multipolygon is its relation, not its member
-ways; the corners of a way are no things of their own. An object with several tags, or several values of one, is what each
-of them says: a restaurant that is a hotel too counts once as each.
+Nodes, ways and relations that the vocabulary has a name for count once each. A multipolygon is its relation, not its
+member ways; the corners of a way are no things of their own. An object with several tags, or several values of one, is
+what each of them says: a restaurant that is a hotel too counts once as each.
 """
 
 import json

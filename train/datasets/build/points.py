@@ -259,7 +259,7 @@ class PointCounter:
             category = CATEGORY
         if self._categories is None:
             mode = "none" if category is None else source.categories
-            vocabulary = source.vocabulary or ("osm" if category == CATEGORY else None)
+            vocabulary = source.vocabulary or ("osm" if category == CATEGORY else None)  # Overture is recognised
             self._categories = Categories(self._kind, mode, vocabulary, f"{self._tally.name}.categories")
         wanted = [source.region] if positions is None else positions.columns
         for part in select.read(select.columns([*wanted, category, source.weight])):
@@ -283,6 +283,10 @@ class PointCounter:
             self._tally.reject(path, part.lines[lost], "bad_number", told, source.weight)
             region = np.where(bad, OUTSIDE, region)
         assigned = region != OUTSIDE
+        if part.period is not None and self._period.before is not None:
+            earlier = assigned & (part.period == 0)
+            self._tally.reasons["period_before"] += int(earlier.sum())
+            self._tally.assigned -= int(earlier.sum())
         self._tally.assigned += int(assigned.sum())
         assert self._categories is not None
         column = None if category is None else part.table.column(category)
@@ -400,6 +404,6 @@ class _Looked:
             top = int(np.sort(counts)[-FEW:].sum())
             if len(unique) > FEW and top > MUCH * len(points):
                 self._tally.warnings.append(
-                    f"{top:,} of {len(points):,} rows ({top / len(points):.0%}) lie on {FEW} coordinates: their publisher"
-                    " may put rows without an exact place there, such as at a precinct's station"
+                    f"{top:,} of {len(points):,} rows ({top / len(points):.0%}) lie on {FEW} coordinates: their"
+                    " publisher may put rows without an exact place there, such as at a precinct's station"
                 )

@@ -57,8 +57,8 @@ class Source:
         vocabulary: Whose categories they are, of :data:`topt_deploy.vocabulary.PUBLISHERS`; found where it can be.
         weight: A column of how many each row counts for.
         where: Which rows count, as SQL has it.
-        date, date_format, timezone: The column of dates, their format as ``strptime`` has it, and the zone of dates that
-            name none; the city's by default.
+        date, date_format, timezone: The column of dates, their format as ``strptime`` has it, and the zone of dates
+            that name none; the city's by default.
         key: Columns that are equal in rows that are the same thing told twice.
         history: Of labels: also count the period before, as the view ``history``.
         origin, dest: Of flows: columns of region ids.

@@ -17,7 +17,7 @@ from .recipe import Recipe, RegionsSource, files_of
 Array = np.ndarray[Any, Any]
 
 OVERLAP = 1e-6
-"""What share of the smaller region two may have in common before that is said: files of neighbours differ in the last digits."""
+"""What share of the smaller region two may have in common before that is said: borders differ in the last digits."""
 ID_COLUMNS = ("area_numbe", "area_num_1", "area_number", "locationid", "geoid", "geoid10", "geoid20", "boroct2020",
               "boroct2010", "ct_id", "nta2020", "nta2010", "ntacode", "nhood", "region_id")  # fmt: skip
 """Columns of ids that publishers are known by, in the order in which they are looked for."""
@@ -93,8 +93,8 @@ def read_regions(recipe: Recipe) -> Regions:
         (path,) = files_of(recipe, [source.boundary])
         outline, facts = _areas(path, source, [])
         shapes, west = unwrapped(np.array([shape for shape in outline[1] if shape is not None], dtype=object))
-        ids, cells = grid_regions(source.grid, geo_library("shapely").union_all(shapes))
-        return make_regions(ids, cells, None, west=west, facts=facts)
+        cell_ids, cells = grid_regions(source.grid, geo_library("shapely").union_all(shapes))
+        return make_regions(cell_ids, cells, None, west=west, facts=facts)
     assert source.file is not None
     (path,) = files_of(recipe, [source.file])
     id_col = source.id or _id_column(path, source)
@@ -107,7 +107,8 @@ def read_regions(recipe: Recipe) -> Regions:
         raise BadData("no feature has an id and an area", file=path, column=id_col, found=f"{len(kept)} features")
     names = np.array(table.column(source.name).to_pylist(), dtype=object)[kept] if source.name else None
     shapes, west = unwrapped(shapes[kept])
-    regions = make_regions(np.array(ids, dtype=object)[kept].astype(str), shapes, names, west=west, facts=facts)
+    named = np.array(ids, dtype=object)[kept].astype(str)
+    regions = make_regions(named, shapes, names, west=west, facts=facts)
     if facts["without_id"]:
         regions.warnings.append(f"{path}: {facts['without_id']} features have no {id_col} and are left out")
     return regions

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
@@ -16,8 +17,9 @@ from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.fileio import reading
 from topt_deploy.geometry import geo_library
 from topt_deploy.parquet import ParquetFile
+from topt_deploy.vocabulary import BELOW
 
-from .layers import GEOMETRY, GIS_SUFFIXES, is_parquet, layer_columns, read_features
+from .layers import GEOMETRY, GIS_SUFFIXES, is_parquet, layer_columns, only, read_features
 from .recipe import Source
 
 Array = np.ndarray[Any, Any]
@@ -26,8 +28,10 @@ LON, LAT = "\0lon", "\0lat"
 """Columns of positions that a file's own geometry gives; no file has columns of these names."""
 CATEGORY = "\0category"
 """A column of lists of categories that a reader makes itself."""
+OVERTURE = ("taxonomy.hierarchy", "taxonomy.primary", "categories.primary", "basic_category")
+"""Where Overture's places have their category, the newest first."""
 BLOCK_BYTES = 1 << 23
-ROWS_AT_ONCE = 1 << 19
+ROWS_AT_ONCE = 1 << 17
 PACKED = (".gz", ".bz2", ".zst")
 DELIMITERS = (",", ";", "\t", "|")
 
@@ -192,16 +196,23 @@ class ParquetRows:
         self.malformed: list[tuple[int, str]] = []
         self.done = 0.0
         self._geo = file.metadata.get(b"geo")
+        self._parts = [name for name in OVERTURE if _nested(file.schema, name)]
+        if self._parts:
+            self.names.append(CATEGORY)
         self.placed = GEOMETRY in self.names and self._geo is not None and _is_lonlat(self._geo, path)
 
     def read(self, columns: Sequence[str]) -> Iterator[Rows]:
         """The columns in their own types; text that repeats stays in codes."""
         first = 1
         with reading(self.path):
-            file = pq.ParquetFile(self.path, read_dictionary=[c for c in columns if self._is_text(c)])
-            asked = [*columns, *([GEOMETRY] if self.placed and GEOMETRY not in columns else [])]
+            file = pq.ParquetFile(self.path, read_dictionary=[c for c in columns if c != CATEGORY and self._is_text(c)])
+            asked = [column for column in columns if column != CATEGORY]
+            asked += [GEOMETRY] if self.placed and GEOMETRY not in columns else []
+            asked += self._parts if CATEGORY in columns else []
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=asked):
                 table = pa.Table.from_batches([batch])
+                if CATEGORY in columns:
+                    table = table.append_column(CATEGORY, _overture(table, self._parts))
                 if self.placed:
                     table = _with_positions(table)
                 self.done = min(first / max(file.metadata.num_rows, 1), 1.0)
@@ -211,6 +222,30 @@ class ParquetRows:
     def _is_text(self, column: str) -> bool:
         kind = pq.read_schema(self.path).field(column).type
         return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _nested(schema: pa.Schema, name: str) -> bool:
+    """Whether a schema has a column, or a field of a column, ``column.field``."""
+    column, _, part = name.partition(".")
+    place = schema.get_field_index(column)
+    if place < 0:
+        return False
+    kind = schema.field(place).type
+    return not part or (pa.types.is_struct(kind) and kind.get_field_index(part) >= 0)
+
+
+def _overture(table: pa.Table, parts: Sequence[str]) -> pa.ChunkedArray:
+    """Overture's category of each place, from the newest of its columns; hierarchies are written ``A > B``."""
+    found = []
+    for name in parts:
+        column, _, part = name.partition(".")
+        values = table.column(column)
+        if part:
+            values = pc.struct_field(values, part)
+        if pa.types.is_list(values.type):
+            values = pa.chunked_array([pc.binary_join(chunk, BELOW) for chunk in values.chunks])
+        found.append(values)
+    return pc.coalesce(*found)
 
 
 class FeatureRows:
@@ -235,8 +270,8 @@ class FeatureRows:
 def with_points(table: pa.Table, shapes: Array) -> pa.Table:
     """A table with the positions of shapes: of points themselves, and of others a point that lies on them."""
     shapely = geo_library("shapely")
-    shapes = np.where(shapely.is_empty(shapes), None, shapes)
-    points = np.where(shapely.get_type_id(shapes) == 0, shapes, None)
+    shapes = only(shapes, ~shapely.is_empty(shapes))
+    points = only(shapes, shapely.get_type_id(shapes) == 0)
     other = ~shapely.is_missing(shapes) & shapely.is_missing(points)
     if other.any():
         points[other] = shapely.point_on_surface(shapes[other])

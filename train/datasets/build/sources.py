@@ -189,7 +189,8 @@ class Sources:
 
         about = json.dumps({"key": key, "tally": result.tally.saved(), "names": result.names})
         data = io.BytesIO()
-        np.savez(data, about=np.array(about), **{f"array_{field}": a for field, a in result.arrays.items()})
+        stored: dict[str, Any] = {f"array_{field}": array for field, array in result.arrays.items()}
+        np.savez(data, about=np.array(about), **stored)
         with writing(self._folder):
             self._folder.mkdir(exist_ok=True)
         with atomic_file(self._folder / f"{name}.npz") as temporary:

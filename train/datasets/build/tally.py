@@ -19,8 +19,8 @@ BAD = ("bad_line", "bad_number", "bad_date", "bad_position")
 """Reasons for which a row cannot be read. The others are facts of the data, such as a blank position."""
 LEFT = ("blank", "null_island", "outside", "duplicate", "no_date", "unknown_region", "no_category")
 """Reasons for which a row is read and counts for no region."""
-ASIDE = ("filtered", "other_period")
-"""Rows that the recipe does not ask for; they are counted, and not listed."""
+ASIDE = ("filtered", "other_period", "period_before")
+"""Rows that the recipe does not ask for, or for the period before only; they are counted, and not listed."""
 EXPLAINED = {
     "bad_line": "a line with too many or too few columns",
     "bad_number": "not a number",

@@ -1,7 +1,6 @@
 """Numbers, texts and dates as publishers write them, a column at a time."""
 
 import re
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -92,8 +91,8 @@ class Dates:
     """Reads a column of dates and tells which period each belongs to.
 
     Args:
-        bounds: The periods' ends in order, in the city's own time: period k is from ``bounds[k]`` until ``bounds[k + 1]``,
-            without the latter.
+        bounds: The periods' ends in order, in the city's own time: period k is from ``bounds[k]`` until
+            ``bounds[k + 1]``, without the latter.
         form: The format; found where it is None.
         source_zone: The zone of dates that name none; the city's by default.
         city_zone: The city's zone.
@@ -138,15 +137,14 @@ class Dates:
         if pa.types.is_date(kind):
             return column.cast(pa.timestamp("us")).to_numpy().astype("M8[us]"), False
         text = as_text(column)
-        if self._form is None:
-            self._form = self._found(text)
-        if self._form == ISO:
+        form = self._form = self._form or self._found(text)
+        if form == ISO:
             return _iso(text)
-        if "%z" in self._form:
-            return _with_offset(text, self._form)
-        return _parsed(text, self._form).to_numpy().astype("M8[us]"), False
+        if "%z" in form:
+            return _with_offset(text, form)
+        return _parsed(text, form).to_numpy().astype("M8[us]"), False
 
-    def _found(self, text: pa.ChunkedArray) -> str | None:
+    def _found(self, text: pa.ChunkedArray) -> str:
         """The one format that fits the first dates."""
         sample = pc.drop_null(text).slice(0, _SAMPLE)
         if len(sample) == 0:
@@ -171,7 +169,6 @@ class Dates:
 
 
 def _try(text: pa.ChunkedArray, form: str) -> Array:
-    read: Callable[[], Array]
     if form == ISO:
         return _iso(text)[0]
     if "%z" in form:
