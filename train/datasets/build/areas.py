@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.geometry import geo_library
+from topt_deploy.data.vocabulary import LAND_USE
 from topt_deploy.errors import BadConfig
-from topt_deploy.geometry import geo_library
-from topt_deploy.vocabulary import LAND_USE
 
 from .categories import Categories
 from .find import find, resolve

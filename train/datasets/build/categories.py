@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.vocabulary import OTHER, Vocabulary, load_vocabulary
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.vocabulary import OTHER, Vocabulary, load_vocabulary
 
 from .values import as_text
 
@@ -25,7 +25,7 @@ class Categories:
     Args:
         kind: Whose vocabulary it is: ``poi`` or ``land_use``.
         mode: ``shared``, ``own``, ``none``, or a table from the publisher's categories to others.
-        publisher: Whose categories they are, of :data:`topt_deploy.vocabulary.PUBLISHERS`.
+        publisher: Whose categories they are, of :data:`topt_deploy.data.vocabulary.PUBLISHERS`.
         place: What errors call them.
 
     Attributes:

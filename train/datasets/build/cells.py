@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.geometry import geo_library
+from topt_deploy.data.geometry import geo_library
 
 Array = np.ndarray[Any, Any]
 

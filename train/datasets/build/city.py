@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy import __version__
-from topt_deploy.fileio import atomic_files, json_text, locked, sha256_bytes, sha256_file, sweep, writing
-from topt_deploy.geometry import geo_library, geo_metadata, geometry_types
-from topt_deploy.parquet import save_parquet
+from topt_deploy.data.geometry import geo_library, geo_metadata, geometry_types
+from topt_deploy.data.parquet import save_parquet
+from topt_deploy.storage.atomic import atomic_files, json_text, locked, sha256_bytes, sha256_file, sweep, writing
 
 from .locate import CELLS, CELLS_MOST, Locator
 from .points import Period, PointCounter
@@ -292,7 +292,7 @@ def whole(values: Array) -> Array:
 
 def _ordered(columns: Mapping[str, Array]) -> list[str]:
     """Categories in an order that no order of rows changes."""
-    from topt_deploy.vocabulary import load_vocabulary
+    from topt_deploy.data.vocabulary import load_vocabulary
 
     for kind in load_vocabulary().named:
         if set(columns) == set(load_vocabulary().names(kind)):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.geometry import geo_library
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.geometry import geo_library
 
 from .areas import EqualArea, unwrapped_like
 from .find import find

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from topt_deploy.data.geometry import geo_library
 from topt_deploy.errors import BadConfig
-from topt_deploy.geometry import geo_library
 
 from .libraries import library
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from topt_deploy.data.geometry import geo_library
 from topt_deploy.errors import NoInput, ToptError
-from topt_deploy.geometry import geo_library
 
 from .find import CATEGORY, LAT, LON, Publisher, normal, recognise
 from .layers import GIS_SUFFIXES, is_parquet, layer_columns

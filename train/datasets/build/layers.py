@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from topt_deploy.data.geometry import geo_library, with_geo_key
+from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadConfig, BadData, NoInput
-from topt_deploy.fileio import reading
-from topt_deploy.geometry import geo_library, with_geo_key
-from topt_deploy.parquet import ParquetFile
+from topt_deploy.storage.atomic import reading
 
 Array = np.ndarray[Any, Any]
 

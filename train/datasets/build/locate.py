@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.geometry import geo_library
+from topt_deploy.data.geometry import geo_library
 
 from .cells import MIXED, OUTSIDE, UNSURE, Cells, Edges
 from .regions import Regions

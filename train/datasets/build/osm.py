@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.vocabulary import LAND_USE, OTHER, POI, load_vocabulary
 from topt_deploy.errors import BadData
-from topt_deploy.fileio import reading
-from topt_deploy.vocabulary import LAND_USE, OTHER, POI, load_vocabulary
+from topt_deploy.storage.atomic import reading
 
 from .layers import Features, read_features
 from .rows import CATEGORY, LAT, LON, Rows, with_points

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from topt_deploy.data.geometry import geo_library
 from topt_deploy.errors import BadConfig
-from topt_deploy.geometry import geo_library
 
 from .categories import ALL, Categories
 from .find import find, resolve

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import BadConfig, NoInput
-from topt_deploy.fileio import reading
+from topt_deploy.storage.atomic import reading
 
 ON_BAD_ROW = ("fail", "quarantine")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -54,7 +54,7 @@ class Source:
         category: The column of categories.
         categories: ``shared`` (the vocabulary that cities have in common), ``own`` (the publisher's), or a table from
             the publisher's to others.
-        vocabulary: Whose categories they are, of :data:`topt_deploy.vocabulary.PUBLISHERS`; found where it can be.
+        vocabulary: Whose categories they are, of :data:`topt_deploy.data.vocabulary.PUBLISHERS`; found where it can be.
         weight: A column of how many each row counts for.
         where: Which rows count, as SQL has it.
         date, date_format, timezone: The column of dates, their format as ``strptime`` has it, and the zone of dates

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.data.geometry import geo_library
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.geometry import geo_library
 
 from .layers import layer_columns, polygons, read_features
 from .recipe import Recipe, RegionsSource, files_of

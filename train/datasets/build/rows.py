@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from topt_deploy.data.geometry import geo_library
+from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.vocabulary import BELOW
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.fileio import reading
-from topt_deploy.geometry import geo_library
-from topt_deploy.parquet import ParquetFile
-from topt_deploy.vocabulary import BELOW
+from topt_deploy.storage.atomic import reading
 
 from .layers import GEOMETRY, GIS_SUFFIXES, is_parquet, layer_columns, only, read_features
 from .recipe import Source

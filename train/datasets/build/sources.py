@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from topt_deploy import __version__
-from topt_deploy.fileio import atomic_file, reading, sha256_bytes, sha256_file
-from topt_deploy.vocabulary import FILE as VOCABULARY
+from topt_deploy.data.vocabulary import FILE as VOCABULARY
+from topt_deploy.storage.atomic import atomic_file, reading, sha256_bytes, sha256_file
 
 from .points import Period
 from .recipe import Recipe, Source, files_of
@@ -185,7 +185,7 @@ class Sources:
             return None
 
     def _keep(self, name: str, key: str, result: Result) -> None:
-        from topt_deploy.fileio import writing
+        from topt_deploy.storage.atomic import writing
 
         about = json.dumps({"key": key, "tally": result.tally.saved(), "names": result.names})
         data = io.BytesIO()

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from topt_deploy.commandline import LOG_FORMATS, Lines, Log
+from topt_deploy.console import LOG_FORMATS, Lines, Log
 from topt_deploy.errors import Exit, UsageError
 
 _PATH = click.Path(path_type=Path)
@@ -36,14 +36,14 @@ _PATH = click.Path(path_type=Path)
     "--on-bad-row", type=click.Choice(["fail", "quarantine"]), help="Rows that cannot be read [default: fail]."
 )
 @click.option("--log-format", type=click.Choice(LOG_FORMATS), default="text", show_default=True, help="Text or JSON.")
-def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_format: str, **options: Any) -> int:
+def build(recipe: Path | None, out: Path | None, init: Path | None, log_format: str, **options: Any) -> int:
     """Build a city's regions.parquet and mobility.parquet from the files that cities publish.
 
     By a RECIPE, a TOML file, or by options. Exit code 3: rows that cannot be read were set aside in rejects.parquet.
     """
     log = Log(log_format)
     if init is not None:
-        from .init import write_recipe
+        from ..datasets.build.init import write_recipe
 
         click.echo(write_recipe(init), nl=False)
         return Exit.DONE
@@ -51,14 +51,14 @@ def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_
         raise UsageError("where the city goes is not stated", expected="--out FOLDER")
     import pyarrow as pa
 
-    from .city import build
+    from ..datasets.build.city import build as build_city
 
     # Arrow's own allocator keeps what it has freed; here batches come and go.
     pa.set_memory_pool(pa.system_memory_pool())
     chosen = _recipe(recipe, options, out)
     megabytes = Lines("MB")
     silent = log.json
-    report = build(
+    report = build_city(
         chosen,
         out,
         progress=lambda done, total: None if silent or not done else megabytes(done // 10**6 or 1, total // 10**6),
@@ -71,8 +71,8 @@ def build_command(recipe: Path | None, out: Path | None, init: Path | None, log_
 
 def _recipe(path: Path | None, options: dict[str, Any], out: Path) -> Any:
     """The recipe of a file with what the options change, or that of the options alone."""
-    from .layers import split_layer
-    from .recipe import moment, read_recipe, recipe_of, with_option
+    from ..datasets.build.layers import split_layer
+    from ..datasets.build.recipe import moment, read_recipe, recipe_of, with_option
 
     direct = [name for name in ("regions", "grid", "boundary", "points", "areas", "flows", "labels", "embeddings",
                                 "id_col", "name_col", "src_crs", "history") if options[name]]  # fmt: skip
@@ -124,7 +124,7 @@ def _by_name(given: Sequence[str], form: str, history: bool = False) -> dict[str
 
 
 def _file(given: str) -> dict[str, Any]:
-    from .layers import split_layer
+    from ..datasets.build.layers import split_layer
 
     file, layer = split_layer(given)
     return {"file": file} | ({"layer": layer} if layer else {})
