@@ -51,7 +51,8 @@ class Cells:
         cells: Cells along each side.
 
     Attributes:
-        size: Cells along each side with one of margin on both: what lies beyond is put there, and found outside.
+        size: Cells along each side with two of margin at both ends: what lies beyond, or nowhere, is put into the
+            outermost, which no edge comes near.
         label: Of every cell, the first region that holds it whole, :data:`OUTSIDE` or :data:`MIXED`.
         mixed: The cells with edges, sorted.
         touching: The regions whose edges run through them, cell by cell.
@@ -61,9 +62,9 @@ class Cells:
     def __init__(self, edges: Edges, regions: int, bounds: tuple[float, float, float, float], cells: int) -> None:
         west, south, east, north = bounds
         self._edges, self._many = edges, regions
-        self.size = cells + 2
+        self.size = cells + 4
         self._scale = np.array([cells / max(east - west, 1e-9), cells / max(north - south, 1e-9)])
-        self._origin = np.array([west, south]) - 1 / self._scale
+        self._origin = np.array([west, south]) - 2 / self._scale
         self._middle = self._origin[:, None] + (np.arange(self.size) + 0.5) / self._scale[:, None]  # (2, size)
         cell, edge = self._entries()
         self._index(cell, edge)
