@@ -106,7 +106,6 @@ def resolve(source: Source, columns: Sequence[str], path: Path, *, role: str, pl
             named["where"] = publisher.where
         if role == "points" and publisher.role == "labels" and source.date is None:
             named.pop("date", None)
-        named["timezone"] = publisher.timezone
         named["key"] = tuple(named.get("key", ())) or None
     chosen = source
     placing = {"lon", "lat", "x", "y", "point", "region"}

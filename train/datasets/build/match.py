@@ -76,17 +76,18 @@ class Matcher:
         if not (number.isascii() and number.isdigit()):
             return OUTSIDE
         if self._width:
-            for whole in (number.zfill(length) for length in self._lengths(number)):
+            short = number.lstrip("0") if len(number) > self._width and self._width not in CENSUS[1:] else number
+            for whole in (short.zfill(length) for length in self._lengths(number) if len(short) <= length):
                 if whole[: self._width] in self._place:
-                    self.mended += whole != word
+                    self.mended += whole != number
                     return self._place[whole[: self._width]]
             return OUTSIDE
         return self._bare.get(number.lstrip("0") or "0", OUTSIDE)
 
     def _lengths(self, number: str) -> list[int]:
         """The lengths that a number may have had before it lost its zeros: an id's own, or a smaller area's."""
-        if self._width not in CENSUS:
-            return [self._width] if len(number) <= self._width else []
+        if self._width not in CENSUS or self._width < CENSUS[1]:
+            return [self._width]
         return [length for length in CENSUS if length >= self._width and length - 1 <= len(number) <= length]
 
     def _without_zeros(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ what each of them says: a restaurant that is a hotel too counts once as each.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Array = np.ndarray[Any, Any]
 
 CONFIG = Path(__file__).with_name("osmconf.ini")
 LAND_CATEGORY = "class"
+HEADER_MOST = 64 << 10
+"""Bytes of a block's header, as the format has it."""
 KEYS = ("amenity", "shop", "tourism", "leisure", "office", "healthcare", "historic", "highway", "railway", "aeroway",
         "public_transport", "craft", "man_made", "industrial", "landuse")  # fmt: skip
 LINE_KEYS = tuple(key for key in KEYS if key not in ("highway", "landuse"))
@@ -65,10 +68,48 @@ def read_land(path: Path) -> Iterator[Features]:
 
 
 def _layer(path: Path, layer: str, columns: Sequence[str]) -> Iterator[Features]:
-    with reading(path), path.open("rb") as stream:
-        if not stream.read(1):
-            raise BadData("the file is empty", file=path, expected="an OpenStreetMap extract")
+    if path.suffix.lower() == ".pbf":
+        _check_whole(path)
     return read_features(path, columns, layer=layer, CONFIG_FILE=str(CONFIG))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a PBF file that was cut off, for GDAL takes its first blocks for all of it.
+
+    A file is a row of blocks: four bytes with the length of a header, the header, and as many bytes as that says.
+    """
+    with reading(path), path.open("rb") as stream:
+        size, at = os.fstat(stream.fileno()).st_size, 0
+        while at < size:
+            head = stream.read(4)
+            length = int.from_bytes(head, "big")
+            header = stream.read(length) if len(head) == 4 and length < HEADER_MOST else b""
+            data = _datasize(header)
+            at += 4 + length + data
+            if not header or not data or at > size:
+                raise BadData(
+                    "not a whole OpenStreetMap extract", file=path, expected="PBF, up to its last block",
+                    fix="fetch it again; a download may have been cut off",
+                )  # fmt: skip
+            stream.seek(at)
+    if size == 0:
+        raise BadData("the file is empty", file=path, expected="an OpenStreetMap extract")
+
+
+def _datasize(header: bytes) -> int:
+    """The third field of a block's header, a number; the others are texts. 0 where there is none."""
+    at = 0
+    while at < len(header):
+        key, value, shift, at = header[at], 0, 0, at + 1
+        while at < len(header):
+            value |= (header[at] & 127) << shift
+            shift, at = shift + 7, at + 1
+            if header[at - 1] < 128:
+                break
+        if key == 3 << 3:
+            return value
+        at += value if key & 7 == 2 else 0
+    return 0
 
 
 def _tags(table: pa.Table, keys: Sequence[str], kind: str) -> list[list[str]]:

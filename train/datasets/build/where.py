@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -53,7 +54,7 @@ class Where:
 
     def __call__(self, table: pa.Table) -> Any:
         """bool (P,): which rows of a table it holds for. What is null holds for none."""
-        return pc.fill_null(self._test(table), False).to_numpy()
+        return np.asarray(pc.fill_null(self._test(table), False))
 
     def _split(self) -> list[tuple[str, str]]:
         tokens, at = [], 0

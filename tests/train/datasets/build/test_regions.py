@@ -59,16 +59,18 @@ def test_a_wrong_system_puts_coordinates_beyond_the_earth(tmp_path):
 
 def test_parts_of_one_id_are_dissolved_and_ids_stay_text(tmp_path):
     """As taxi zones 56 (twice) and 103 (three times)."""
-    areas = [("056", 0), ("056", 1), ("103", 5), ("103", 7), ("103", 9), (7.0, 20), ("8", 30)]
+    areas = [("056", 0), ("056", 1), ("103", 5), ("103", 7), ("103", 9), ("07", 20), ("8", 30)]
     file = collection(
         tmp_path / "z.geojson", [({"zone": i}, {"type": "Polygon", "coordinates": [ring(x, 0)]}) for i, x in areas]
     )
     regions = read(file, id="zone")
-    assert regions.ids.tolist() == ["056", "103", "7", "8"]
+    assert regions.ids.tolist() == ["056", "07", "103", "8"]
     assert regions.facts["dissolved"] == 3
-    assert shapely.area(regions.shapes).tolist() == [2, 3, 1, 1]
+    assert shapely.area(regions.shapes).tolist() == [2, 1, 3, 1]
     assert regions.shapes[0].geom_type == "Polygon"
-    assert regions.shapes[1].geom_type == "MultiPolygon"
+    assert regions.shapes[2].geom_type == "MultiPolygon"
+    numbers = [({"zone": float(i)}, {"type": "Polygon", "coordinates": [ring(i, 0)]}) for i in range(2)]
+    assert read(collection(tmp_path / "n.geojson", numbers), id="zone").ids.tolist() == ["0", "1"]
 
 
 def test_invalid_shapes_collections_and_heights_are_mended_and_counted(tmp_path):
