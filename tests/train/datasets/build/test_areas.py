@@ -10,8 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from open_data import chicago, opendata, squares, write
 
-shapely = pytest.importorskip("shapely", reason="needs the geo extra")
-pytest.importorskip("pyogrio", reason="needs the geo extra")
 from topt_deploy.errors import BadData
 from topt_deploy.train.datasets.build import build
 from topt_deploy.train.datasets.build.areas import EqualArea
@@ -19,6 +17,9 @@ from topt_deploy.train.datasets.build.osm import OsmRows
 from topt_deploy.train.datasets.build.recipe import recipe_of
 from topt_deploy.train.datasets.build.regions import read_regions
 from topt_deploy.train.datasets.build.rows import CATEGORY, LAT, LON
+
+shapely = pytest.importorskip("shapely", reason="needs the geo extra")
+pytest.importorskip("pyogrio", reason="needs the geo extra")
 
 CHICAGO = {"id": "AREA_NUMBE", "crs": "EPSG:3435"}
 

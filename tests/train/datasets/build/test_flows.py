@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from open_data import middle, squares, write
 
-pytest.importorskip("shapely", reason="needs the geo extra")
-pytest.importorskip("pyogrio", reason="needs the geo extra")
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train.datasets.build import build
 from topt_deploy.train.datasets.build.recipe import recipe_of
+
+pytest.importorskip("shapely", reason="needs the geo extra")
+pytest.importorskip("pyogrio", reason="needs the geo extra")
 
 TRACTS = [f"360610{number:05d}" for number in range(1, 10)]
 

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_data import opendata
 
-shapely = pytest.importorskip("shapely", reason="needs the geo extra")
-pytest.importorskip("pyogrio", reason="needs the geo extra")
 from topt_deploy.train.datasets.build.locate import OUTSIDE, Locator
 from topt_deploy.train.datasets.build.recipe import Recipe, RegionsSource
 from topt_deploy.train.datasets.build.regions import make_regions, read_regions, unwrapped
+
+shapely = pytest.importorskip("shapely", reason="needs the geo extra")
+pytest.importorskip("pyogrio", reason="needs the geo extra")
 
 
 def city(shapes, ids=None):
@@ -59,7 +60,7 @@ def test_points_close_to_real_borders_are_where_geos_says(tracts):
 
 
 def test_every_point_on_a_border_is_in_exactly_one_region():
-    """On all corners and all middles of edges of a grid, its outer border too; the sum over regions is each point once."""
+    """On all corners and all middles of edges of a grid, its outer border too."""
     regions = city(grid())
     steps = np.arange(0, 4.01, 0.5)
     x, y = (axis.ravel() for axis in np.meshgrid(steps, steps))

@@ -1,4 +1,4 @@
-"""Areas as they are published: without a system, in feet, invalid, in parts, as collections, with heights, on a grid."""
+"""Areas as they are published: without a system, in feet, invalid, in parts, as collections, and on a grid."""
 
 import json
 import zipfile
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from open_data import chicago, opendata, squares
 
-shapely = pytest.importorskip("shapely", reason="needs the geo extra")
-pyogrio = pytest.importorskip("pyogrio", reason="needs the geo extra")
-pyproj = pytest.importorskip("pyproj", reason="needs the geo extra")
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train.datasets.build.recipe import Recipe, RegionsSource
 from topt_deploy.train.datasets.build.regions import read_regions
+
+shapely = pytest.importorskip("shapely", reason="needs the geo extra")
+pyogrio = pytest.importorskip("pyogrio", reason="needs the geo extra")
+pyproj = pytest.importorskip("pyproj", reason="needs the geo extra")
 
 
 def read(file, **more):

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from open_data import middle, squares, write
 
-shapely = pytest.importorskip("shapely", reason="needs the geo extra")
-pytest.importorskip("pyogrio", reason="needs the geo extra")
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train.datasets.build import build
 from topt_deploy.train.datasets.build.recipe import recipe_of
+
+shapely = pytest.importorskip("shapely", reason="needs the geo extra")
+pytest.importorskip("pyogrio", reason="needs the geo extra")
 
 X, Y = middle(1)
 X9, Y9 = middle(9)
@@ -130,8 +131,8 @@ def test_dates_of_each_format_in_the_citys_own_zone(tmp_path, inside):
 
 
 def test_a_period_has_its_beginning_and_not_its_end(tmp_path):
-    text = "when,lon,lat\n" + "\n".join(f"{when},{X},{Y}" for when in (
-        "2018-12-31T23:59:59.999", "2019-01-01T00:00:00", "2019-12-31T23:59:59.999", "2020-01-01T00:00:00"))  # fmt: skip
+    moments = ("2018-12-31T23:59:59.999", "2019-01-01T00:00:00", "2019-12-31T23:59:59.999", "2020-01-01T00:00:00")
+    text = "when,lon,lat\n" + "\n".join(f"{when},{X},{Y}" for when in moments)
     found, tally = labels(tmp_path, text, date="when", period={"from": "2019-01-01", "to": "2020-01-01"})
     assert found[0] == 2
     assert tally.reasons["other_period"] == 2
@@ -185,7 +186,8 @@ def test_history_is_the_period_before_as_a_view(tmp_path):
 @pytest.mark.parametrize(
     ("where", "kept"),
     [
-        ("\"Primary Type\" = 'THEFT'", 2), ("\"Primary Type\" in ('THEFT', 'ARSON')", 3), ("Arrest = 'true' or n > 3", 3),
+        ("\"Primary Type\" = 'THEFT'", 2), ("\"Primary Type\" in ('THEFT', 'ARSON')", 3),
+        ("Arrest = 'true' or n > 3", 3),
         ("not (Arrest = 'true')", 2), ("note is null", 3), ("note is not null and n <= 2", 1),
         ("\"Primary Type\" like 'A%'", 1), ("\"Primary Type\" not in ('THEFT')", 2), ("n <> 1", 3), ("n = 2.0", 1),
     ],
@@ -302,6 +304,7 @@ def test_own_shared_and_tabled_categories(tmp_path):
 
 def test_overture_places(tmp_path):
     """The newest column counts, and the older where that is absent; closed places are left out, doubles once."""
+    hotel = {"hierarchy": ["lodging", "hotel"]}
     wkb = [shapely.to_wkb(shapely.Point(*xy)) for xy in [(X, Y)] * 4 + [(X9, Y9)] * 2]
     table = pa.table(
         {
@@ -310,14 +313,7 @@ def test_overture_places(tmp_path):
             "confidence": [0.9] * 6,
             "operating_status": ["open", "open", "open", "open", "permanently_closed", None],
             "categories": pa.array([{"primary": "cafe"}, {"primary": "italian_restaurant"}, None, None, None, None]),
-            "taxonomy": pa.array(
-                [
-                    {"hierarchy": ["food_and_drink", "restaurant", "unheard_of"]},
-                    None,
-                    {"hierarchy": ["lodging", "hotel"]},
-                ]
-                + [{"hierarchy": ["lodging", "hotel"]}, {"hierarchy": ["lodging", "hotel"]}, None]
-            ),
+            "taxonomy": pa.array([{"hierarchy": ["food_and_drink", "restaurant", "new"]}, None, *[hotel] * 3, None]),
         }
     )
     from topt_deploy.data.geometry import geo_metadata
@@ -335,7 +331,9 @@ def test_foursquare_places(tmp_path):
         {
             "fsq_place_id": ["a", "b", "c"], "latitude": [Y, Y, None], "longitude": [X, X, None],
             "date_closed": pa.array([None, "2024-01-01", None], pa.string()),
-            "fsq_category_labels": pa.array([["Dining and Drinking > Bar > Beer Bar", "Retail > Pharmacy"], ["Retail"], None]),
+            "fsq_category_labels": pa.array(
+                [["Dining and Drinking > Bar > Beer Bar", "Retail > Pharmacy"], ["Retail"], None]
+            ),
         }
     )  # fmt: skip
     pq.write_table(table, tmp_path / "fsq.parquet")
@@ -358,8 +356,8 @@ def test_a_geofabrik_layer(tmp_path):
 
 def test_no_order_of_rows_changes_a_byte(tmp_path):
     rng = np.random.default_rng(0)
-    lines = [f"{kind},{x:.4f},{y:.4f}" for kind, x, y in zip(
-        rng.choice(["b", "a", "c"], 500), rng.uniform(-87.71, -87.66, 500), rng.uniform(41.79, 41.84, 500), strict=True)]  # fmt: skip
+    kinds, x, y = rng.choice(["b", "a", "c"], 500), rng.uniform(-87.71, -87.66, 500), rng.uniform(41.79, 41.84, 500)
+    lines = [f"{kind},{a:.4f},{b:.4f}" for kind, a, b in zip(kinds, x, y, strict=True)]
     points = {"poi": {"file": "p.csv", "category": "kind", "categories": "own"}}
     files = []
     for order in (np.arange(500), rng.permutation(500)):
