@@ -11,7 +11,7 @@ import numpy as np
 from topt_deploy.data.columns import GEOMETRY, REGION_ID, Source, floats, strings
 from topt_deploy.data.geometry import geo_library, read_shapes
 from topt_deploy.drawing.outlines import Outlines, point_outlines, polygon_outlines, project_m
-from topt_deploy.drawing.scales import BLUES, Scale, number, sequential
+from topt_deploy.drawing.scales import BLUES, PURPLES, Scale, number, sequential
 from topt_deploy.errors import BadData, BadRows, NoInput
 from topt_deploy.intended_use import INTENDED_USE
 from topt_deploy.storage.atomic import check_place, write_text
@@ -150,11 +150,8 @@ def _task(name: str, task: Predicted, found: PredictionFile, place: _Place) -> s
     tips = [_tip(place.names[i], task, i) for i in range(len(place.names))]
     hatched = task.status == "extrapolated"
     width = task.upper - task.lower
-    maps = [
-        _map(
-            f"{title}, predicted counts", task.value, place.outlines, tips, hatched, partial(sequential, colours=BLUES)
-        )
-    ]
+    blues, purples = partial(sequential, colours=BLUES), partial(sequential, colours=PURPLES)
+    maps = [_map(f"{title}, predicted counts", task.value, place.outlines, tips, hatched, blues)]
     if not np.isnan(width).all():
         maps.append(_map(f"{title}, width of the interval", width, place.outlines, tips, hatched, purples))
     told = [f"{number(float(task.value[known].sum()))} in all"]
