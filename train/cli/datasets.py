@@ -26,6 +26,8 @@ def import_group() -> None:
     type=click.Choice(["position"]),
     help="Trust that the features of --geometry are in the published order.",
 )
+@click.option("--geometry-name", metavar="COLUMN", help="Column of --geometry with the regions' names.")
+@click.option("--src-crs", metavar="EPSG:…", help="The reference system of a --geometry file that states none.")
 def hafusion(
     directory: Path,
     city: str,
@@ -35,6 +37,8 @@ def hafusion(
     geometry: Path | None,
     geometry_id: str | None,
     geometry_order: str | None,
+    geometry_name: str | None,
+    src_crs: str | None,
 ) -> None:
     """Import a city from DIRECTORY, a clone of HAFusion's repository."""
     from ..datasets.hafusion import import_hafusion
@@ -48,6 +52,8 @@ def hafusion(
         geometry=geometry,
         geometry_id=geometry_id,
         geometry_by_position=geometry_order == "position",
+        geometry_name=geometry_name,
+        src_crs=src_crs,
     )
     click.echo(report)
 
