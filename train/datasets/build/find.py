@@ -16,7 +16,9 @@ from .recipe import Source
 PUBLISHERS = Path(__file__).with_name("publishers.toml")
 LON = ("lon", "lng", "long", "longitude", "point_lng", "decimallongitude", "start_lng")
 LAT = ("lat", "latitude", "point_lat", "decimallatitude", "start_lat")
-CATEGORY = ("category", "type", "class", "kind", "fclass", "land_use", "landuse", "zone_type")
+CATEGORY = (
+    "category", "type", "class", "kind", "fclass", "land_use", "landuse", "zone_type", "zone_class", "zone", "zoning",
+)  # fmt: skip
 COLUMN_KEYS = (
     "lon", "lat", "x", "y", "point", "region", "category", "weight", "date",
     "origin", "dest", "origin_lon", "origin_lat", "dest_lon", "dest_lat", "count", "id",
