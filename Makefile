@@ -51,10 +51,13 @@ $(SERVICES)/opendata/stamp: tests/services/opendata.txt
 
 demo: install
 	rm -rf demo
-	$(BIN)/topt-deploy sample --out demo/
+	$(BIN)/topt-deploy sample --raw --out demo/raw
+	$(BIN)/topt-deploy build demo/raw/city.toml --out demo
 	cd demo && $(BIN)/topt-deploy train --preset quick
 	cd demo && $(BIN)/topt-deploy export --format onnx
 	cd demo && $(BIN)/topt-run predict regions.parquet
+	cd demo && $(BIN)/topt-run map predictions.parquet
+	cd demo && $(BIN)/topt-deploy report
 
 # The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two
 # that each take every core are slower than one. confcutdir: tests/conftest.py may need what only VENV has.

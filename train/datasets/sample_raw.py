@@ -122,7 +122,7 @@ def _zoning(out: Path, drawn: Drawn) -> int:
         edges = [west - 1, *np.interp(cuts[:-1], below, grid), east + 1]
         for name, left, right in zip(LAND_USE, edges[:-1], edges[1:], strict=True):
             strip = shapely.intersection(cell, shapely.box(left, south, right, north))
-            if not shapely.is_empty(strip):
+            if shapely.area(strip) > 0:
                 properties.append({"zone": name})
                 shapes.append(strip)
     _geojson(out / "zoning.geojson", properties, np.array(shapes, dtype=object))

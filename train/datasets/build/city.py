@@ -13,9 +13,19 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy import __version__
+from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.data.geometry import geo_library, geo_metadata, geometry_types
 from topt_deploy.data.parquet import save_parquet
-from topt_deploy.storage.atomic import atomic_files, json_text, locked, sha256_bytes, sha256_file, sweep, writing
+from topt_deploy.storage.atomic import (
+    atomic_files,
+    json_text,
+    locked,
+    sha256_bytes,
+    sha256_file,
+    sweep,
+    write_text,
+    writing,
+)
 
 from .locate import CELLS, CELLS_MOST, Locator
 from .points import Period, PointCounter
@@ -32,7 +42,6 @@ REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 REJECTS, RECEIPT = "rejects.parquet", "build.receipt.json"
 BYTES_PER_CELL = 32
 """Of the files: a finer grid pays where there are many points."""
-DEFAULT_VIEWS, DEFAULT_TASKS = {"poi", "land_use"}, {"crime", "check_in", "service_call"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +79,19 @@ class BuildReport:
         return sum(tally.bad for tally in self.tallies.values())
 
     @property
-    def next_command(self) -> str:
-        """How to train on it."""
-        settings = []
-        if set(self.views) != DEFAULT_VIEWS:
-            settings.append(f"--set 'views={json.dumps(list(self.views))}'")
-        if self.flows is None:
-            settings.append("--set mobility=false")
-        if set(self.tasks) != DEFAULT_TASKS:
-            settings += [f"--task {task}" for task in self.tasks]
-        return " ".join(["topt-deploy train", *settings, "--set prompt4re.enabled=false"])
+    def settings(self) -> str:
+        """Settings for training on it, as ``topt.toml`` has them."""
+        lines = [
+            "# Written by topt-deploy build, which leaves it as it is from now on.",
+            f"views = {json.dumps(list(self.views))}",
+            *([] if self.flows else ["mobility = false"]),
+            "",
+            "[prompt4re]",
+            "enabled = false # until prompts are encoded: topt-deploy encode",
+            "",
+            *(f"[tasks.{task}]" for task in self.tasks),
+        ]
+        return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
         lines = [f"{self.city}: {self.regions} regions"]
@@ -93,7 +105,9 @@ class BuildReport:
             same = ", as before" if name in self.taken else ""
             lines.append(f"  {name:<22} {tally.read:,} read, {tally.assigned:,} assigned{left}{same}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
-        lines.append(f"next: cd {self.out} && {self.next_command}")
+        lines.append(
+            f"next: cd {self.out} && topt-deploy train" if self.tasks else "next: add labels, and train on them"
+        )
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,7 +125,7 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
     Args:
         recipe: What it is made from.
         out: Its folder, made where absent: regions.parquet, mobility.parquet where there are flows, rejects.parquet and
-            build.receipt.json. The receipt is written last.
+            build.receipt.json, which is written last; and topt.toml, the settings for training, where there is none.
         progress: Told how many bytes of how many are read.
 
     Raises:
@@ -133,6 +147,8 @@ def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = l
         tables = city.tables(wkb)
         report = city.report(out, round(time.monotonic() - began, 2))
         _write(out, tables, report, recipe, sources, started)
+        if report.views and report.tasks and not (out / CONFIG_FILE).exists():
+            write_text(out / CONFIG_FILE, report.settings)
     return report
 
 
