@@ -141,10 +141,10 @@ class Check:
         )
         lines = []
         for name, meaning, value in told:
-            lines += [f"# HELP topt_check_{name} {meaning}", f"# TYPE topt_check_{name} gauge"]
-            for one in self.tasks:
-                if (found := value(one)) is not None:
-                    lines.append(f"topt_check_{name}{{task={json.dumps(one.task)}}} {found:.15g}")
+            found = {one.task: value(one) for one in self.tasks if value(one) is not None}
+            if found:
+                lines += [f"# HELP topt_check_{name} {meaning}", f"# TYPE topt_check_{name} gauge"]
+                lines += [f"topt_check_{name}{{task={json.dumps(task)}}} {n:.15g}" for task, n in found.items()]
         return "\n".join(lines) + "\n"
 
 
