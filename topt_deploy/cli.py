@@ -8,6 +8,7 @@ from . import __version__
 from .console import run
 
 _COMMANDS = {
+    "build": ("topt_deploy.train.cli.build:build", "Build a city from the files that cities publish."),
     "sample": ("topt_deploy.train.cli.datasets:sample", "Make up a synthetic city to try everything on."),
     "import": ("topt_deploy.train.cli.datasets:import_group", "Turn published research data into a city."),
     "encode": ("topt_deploy.train.cli.encode:encode", "Turn texts and images into prompt vectors with a frozen model."),

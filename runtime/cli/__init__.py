@@ -8,7 +8,8 @@ from topt_deploy import __version__
 from topt_deploy.console import run
 
 from ..pandas_blocker import without_pandas
-from . import cache, encode, info, predict, selftest
+from . import cache, check, encode, info, predict, selftest
+from . import map as map_
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -17,7 +18,9 @@ def cli() -> None:
     """Predict counts per region of a city from an exported bundle."""
 
 
-for command in (info.info, selftest.selftest, cache.cache, predict.predict, encode.encode):
+for command in (
+    info.info, selftest.selftest, cache.cache, predict.predict, check.check, map_.map_command, encode.encode,
+):  # fmt: skip
     cli.add_command(command)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.errors import BadData, NoInput, UsageError
+from topt_deploy.errors import BadConfig, BadData, NoInput, UsageError
 from topt_deploy.storage.atomic import atomic_file
 from topt_deploy.storage.os_errors import reading
 
@@ -28,21 +28,30 @@ class Places:
         ids: str (N,), the id column as text; None where none was asked for.
         lonlat: float64 (N, 2), centroids in degrees, CRS84.
         wkb: Shapes as WKB, CRS84; None where the file has only points in columns lon and lat.
+        names: Their names for people (N,), None where a feature has no name; None where no column was asked for.
     """
 
     ids: Array | None
     lonlat: Array
     wkb: pa.Array | None
+    names: list[str | None] | None = None
 
 
-def read_geometry(path: Path, id_col: str | None) -> Places:
+def read_geometry(path: Path, id_col: str | None, *, name_col: str | None = None, crs: str | None = None) -> Places:
     """Read the features of a GIS file (GeoJSON, GeoPackage, shapefile), Parquet or CSV table.
 
     A GIS file is reprojected to CRS84 from the system that it states; a table has GeoParquet geometry or
     columns lon and lat in degrees.
 
+    Args:
+        path: The file.
+        id_col: Its column of ids.
+        name_col: Its column of names for people.
+        crs: The system of a GIS file that states none, such as EPSG:3435.
+
     Raises:
         NoInput, BadData: Naming the file and what it lacks.
+        BadConfig: If ``crs`` is given for a file that states its own.
     """
     path = Path(path)
     name = str(path)
@@ -60,8 +69,8 @@ def read_geometry(path: Path, id_col: str | None) -> Places:
             column = check_geo_key(table, name)
             shapes = checked_shapes(table.column(column), name, column, labels)
             lonlat, wkb = lonlat_of(shapes), wkb_of(shapes)
-        return Places(ids=ids, lonlat=lonlat, wkb=wkb)
-    return _read_gis(path, id_col)
+        return Places(ids=ids, lonlat=lonlat, wkb=wkb, names=_names(table, name, name_col))
+    return _read_gis(path, id_col, name_col, crs)
 
 
 def write_geo(path: Path, table: pa.Table, *, layer: str | None = None) -> None:
@@ -132,7 +141,7 @@ def _read_parquet(path: Path) -> pa.Table:
     return with_geo_key(file.read(), file)
 
 
-def _read_gis(path: Path, id_col: str | None) -> Places:
+def _read_gis(path: Path, id_col: str | None, name_col: str | None, crs: str | None) -> Places:
     shapely, pyogrio, pyproj = geo_library("shapely"), geo_library("pyogrio"), geo_library("pyproj")
     name = str(path)
     try:
@@ -149,18 +158,34 @@ def _read_gis(path: Path, id_col: str | None) -> Places:
         raise BadData(
             f"not a readable GIS file ({error})", file=name, expected="GeoJSON, GeoPackage, shapefile"
         ) from error
-    if meta["crs"] is None:
+    if meta["crs"] is None and crs is None:
         raise BadData(
             "the file states no reference system", file=name, expected="a stated one (a shapefile's .prj)",
-            found="none", fix="assign the system that the coordinates are in; it is never guessed",
+            found="none", fix="name the system that the coordinates are in: --src-crs EPSG:…; it is never guessed",
         )  # fmt: skip
+    if meta["crs"] is not None and crs is not None:
+        raise BadConfig(
+            "the file states its reference system, and another is given", file=name, expected=meta["crs"], found=crs,
+            fix="leave --src-crs out",
+        )  # fmt: skip
+    try:
+        to_lonlat = pyproj.Transformer.from_crs(meta["crs"] or crs, "OGC:CRS84", always_xy=True)
+    except pyproj.exceptions.CRSError as error:
+        raise BadConfig("no such reference system", file=name, expected="such as EPSG:3435", found=crs) from error
     ids = _ids(table, name, id_col)
     column = meta["geometry_name"] or "wkb_geometry"
     labels = np.array([f"feature {row}" for row in range(len(table))]) if ids is None else ids
     shapes = shapely.force_2d(checked_shapes(table.column(column), name, column, labels))
-    to_lonlat = pyproj.Transformer.from_crs(meta["crs"], "OGC:CRS84", always_xy=True)
     shapes = shapely.transform(shapes, to_lonlat.transform, interleaved=False)
-    return Places(ids=ids, lonlat=lonlat_of(shapes), wkb=wkb_of(shapes))
+    return Places(ids=ids, lonlat=lonlat_of(shapes), wkb=wkb_of(shapes), names=_names(table, name, name_col))
+
+
+def _names(table: pa.Table, file: str, column: str | None) -> list[str | None] | None:
+    if column is None:
+        return None
+    if column not in table.column_names:
+        raise BadData("the column of names is absent", file=file, column=column, found=", ".join(table.column_names))
+    return [None if value is None else str(value) for value in table.column(column).to_pylist()]
 
 
 def _ids(table: pa.Table, name: str, id_col: str | None) -> Array | None:

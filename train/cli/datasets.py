@@ -26,6 +26,8 @@ def import_group() -> None:
     type=click.Choice(["position"]),
     help="Trust that the features of --geometry are in the published order.",
 )
+@click.option("--geometry-name", metavar="COLUMN", help="Column of --geometry with the regions' names.")
+@click.option("--src-crs", metavar="EPSG:…", help="The reference system of a --geometry file that states none.")
 def hafusion(
     directory: Path,
     city: str,
@@ -35,6 +37,8 @@ def hafusion(
     geometry: Path | None,
     geometry_id: str | None,
     geometry_order: str | None,
+    geometry_name: str | None,
+    src_crs: str | None,
 ) -> None:
     """Import a city from DIRECTORY, a clone of HAFusion's repository."""
     from ..datasets.hafusion import import_hafusion
@@ -48,16 +52,20 @@ def hafusion(
         geometry=geometry,
         geometry_id=geometry_id,
         geometry_by_position=geometry_order == "position",
+        geometry_name=geometry_name,
+        src_crs=src_crs,
     )
     click.echo(report)
 
 
 @click.command("sample")
-@click.option("--out", type=FOLDER, required=True, help="Folder for the two files; it is made if it is missing.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the files; it is made if it is missing.")
 @click.option("--regions", default=120, show_default=True, help="How many regions the city has.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same bytes.")
-def sample(out: Path, regions: int, seed: int) -> None:
+@click.option("--raw", is_flag=True, help="Write what publishers would: GeoJSON, CSV, trip records, and a recipe.")
+def sample(out: Path, regions: int, seed: int, raw: bool) -> None:
     """Make up a synthetic city with known truth, to try the whole chain on."""
     from ..datasets.sample import make_sample
+    from ..datasets.sample_raw import make_raw
 
-    click.echo(make_sample(out, regions=regions, seed=seed))
+    click.echo(make_raw(out, regions=regions, seed=seed) if raw else make_sample(out, regions=regions, seed=seed))

@@ -23,6 +23,8 @@ from .city_files import fixed_lists, flow_table, table, write_city
 
 Array = np.ndarray[Any, Any]
 
+CITIES = {"Chi": "Chicago", "NY": "New York", "SF": "San Francisco"}
+"""What the cities are called whose folders are called so."""
 VIEWS = {"poi": "poi_dist.npy", "land_use": "landUse_dist.npy"}
 LABELS = {"crime": "crime", "check_in": "check", "service_call": "serviceCall"}
 """Our task names and the stems of both repositories' ``*_counts.npy``."""
@@ -93,6 +95,8 @@ def import_hafusion(
     geometry: Path | None = None,
     geometry_id: str | None = None,
     geometry_by_position: bool = False,
+    geometry_name: str | None = None,
+    src_crs: str | None = None,
 ) -> ImportReport:
     """Write ``out``/regions.parquet and mobility.parquet from the published files.
 
@@ -105,6 +109,8 @@ def import_hafusion(
         geometry: GIS file or table with the regions' places; needed where no coordinates are published.
         geometry_id: Its column that holds each region's number, 1 to N.
         geometry_by_position: Its features are in the order of the .npy rows, which nothing can check.
+        geometry_name: Its column of names for people.
+        src_crs: Its reference system, where it states none.
 
     Raises:
         UsageError: If the options do not go together.
@@ -113,8 +119,11 @@ def import_hafusion(
     """
     if encoder is not None and prompt4re is None:
         raise UsageError("--encoder chooses among Prompt4RE's vectors", fix="add --prompt4re DIR")
-    if geometry is None and (geometry_id is not None or geometry_by_position):
-        raise UsageError("--geometry-id and --geometry-order say how to read --geometry", fix="add --geometry")
+    if geometry is None and (geometry_id or geometry_by_position or geometry_name or src_crs):
+        raise UsageError(
+            "--geometry-id, --geometry-order, --geometry-name and --src-crs say how to read --geometry",
+            fix="add --geometry",
+        )
     if geometry is not None and (geometry_id is not None) == geometry_by_position:
         raise UsageError(
             "how features and regions belong together is not stated, or twice",
@@ -142,7 +151,7 @@ def import_hafusion(
     numbers = _numbers(messages, n, notes)
     ids = np.array([f"{number:0{len(str(max(numbers)))}d}" for number in numbers])
     if geometry is not None:
-        places = _places(geometry, geometry_id, numbers)
+        places = _places(geometry, geometry_id, geometry_name, src_crs, numbers)
     elif messages is not None:
         places = Places(ids=None, lonlat=messages.lonlat, wkb=None)
     else:
@@ -154,7 +163,10 @@ def import_hafusion(
             + "--geometry FILE with --geometry-id COLUMN or --geometry-order position",
         )
 
-    columns: dict[str, Any] = {"region_id": ids, "city_id": [city] * n}
+    name = CITIES.get(city, city)
+    columns: dict[str, Any] = {"region_id": ids, "city_id": [name] * n}
+    if places.names is not None:
+        columns["name"] = pa.array(places.names, pa.string())
     columns |= {"lon": places.lonlat[:, 0], "lat": places.lonlat[:, 1]}
     metadata: dict[str, str | bytes] = {
         "source": f"HAFusion data_{city}" + (" and Prompt4RE data" if messages else ""),
@@ -179,14 +191,14 @@ def import_hafusion(
     write_city(
         Path(out),
         table(columns, metadata, fields),
-        flow_table(city, ids, origin, dest, flows).replace_schema_metadata({"source": metadata["source"]}),
+        flow_table(name, ids, origin, dest, flows).replace_schema_metadata({"source": metadata["source"]}),
     )
     zero = ids[labels["check_in"] == 0].tolist()
     if zero:
         notes.append(f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
     return ImportReport(
         out=Path(out),
-        city=city,
+        city=name,
         regions=n,
         categories={view: counts.shape[1] for view, counts in views.items()},
         flow_pairs=len(origin),
@@ -324,9 +336,9 @@ def _prompts(folder: Path, encoder: str, n: int) -> dict[str, Array]:
     return prompts
 
 
-def _places(path: Path, id_col: str | None, numbers: list[int]) -> Places:
+def _places(path: Path, id_col: str | None, name_col: str | None, crs: str | None, numbers: list[int]) -> Places:
     """The places of the regions in the order of ``numbers``."""
-    places = read_geometry(path, id_col)
+    places = read_geometry(path, id_col, name_col=name_col, crs=crs)
     if places.ids is None:
         if len(places.lonlat) != len(numbers):
             raise BadData(
@@ -345,4 +357,5 @@ def _places(path: Path, id_col: str | None, numbers: list[int]) -> Places:
         )  # fmt: skip
     order = np.array([row[number] for number in numbers])
     wkb = None if places.wkb is None else places.wkb.take(pa.array(order))
-    return Places(ids=places.ids[order], lonlat=places.lonlat[order], wkb=wkb)
+    names = None if places.names is None else [places.names[place] for place in order.tolist()]
+    return Places(ids=places.ids[order], lonlat=places.lonlat[order], wkb=wkb, names=names)

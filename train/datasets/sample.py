@@ -189,13 +189,37 @@ class _Land:
     hectares: Array
 
 
-def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport:
-    """Write the synthetic city to ``out``; the same number and seed give the same bytes.
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A city as it was drawn. N regions.
 
-    Args:
-        out: Folder for regions.parquet and mobility.parquet.
-        regions: N, at least 20.
-        seed: Of all that is random.
+    Attributes:
+        ids: str (N,).
+        land: Where they are.
+        poi: int64 (N, C), by the categories of :data:`POI`.
+        land_use: float64 (N, C), hectares by the classes of :data:`LAND_USE`.
+        flows: Origins, destinations (E,) and trips.
+        text: Geo-texts.
+        prompts: Prompt vectors.
+        labels: int64 (N,) by task.
+        best: R² of the true means by task, over the regions with labels.
+        hidden: bool (N,): the regions without labels.
+    """
+
+    ids: Array
+    land: "_Land"
+    poi: Array
+    land_use: Array
+    flows: tuple[Array, Array, Array]
+    text: list[str]
+    prompts: Prompts
+    labels: dict[str, Array]
+    best: dict[str, float]
+    hidden: Array
+
+
+def draw_city(regions: int, seed: int) -> Drawn:
+    """Draw a city; the same number and seed give the same.
 
     Raises:
         UsageError: If there are too few regions to be a city.
@@ -210,14 +234,46 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
     parts = rng.gamma(LAND_USE_SPREAD * _softmax(_respond(fields, LAND_USE)))
     land_use = np.round(land.hectares[:, None] * parts / parts.sum(axis=1, keepdims=True), 2)
     log_poi = dict(zip(POI, _standard(np.log1p(poi)).T, strict=True))
-    origin, dest, flow = _flows(land.km, fields, log_poi, rng)
+    flows = _flows(land.km, fields, log_poi, rng)
     levels = {name: rng.integers(len(words), size=regions) for name, words in ATTRIBUTES.items()}
     templates = load_templates()
     text = _texts(templates.wording, land.lonlat, poi, levels, rng)
     prompts = shipped_prompts(text, {task: templates.sha256(task) for task in TASKS}) or _hashed(text, templates)
-    means = _means(land.km, log_poi, (origin, dest, flow), levels)
+    means = _means(land.km, log_poi, flows, levels)
     hidden = rng.permutation(regions) < round(HIDDEN_SHARE * regions)
+    labels, best = {}, {}
+    for task, mean in means.items():
+        size = TASKS[task].size
+        labels[task] = rng.negative_binomial(size, size / (size + mean))
+        best[task] = _r2(labels[task][~hidden], mean[~hidden])
+    return Drawn(
+        ids=ids,
+        land=land,
+        poi=poi,
+        land_use=land_use,
+        flows=flows,
+        text=text,
+        prompts=prompts,
+        labels=labels,
+        best=best,
+        hidden=hidden,
+    )
 
+
+def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport:
+    """Write the synthetic city to ``out``; the same number and seed give the same bytes.
+
+    Args:
+        out: Folder for regions.parquet and mobility.parquet.
+        regions: N, at least 20.
+        seed: Of all that is random.
+
+    Raises:
+        UsageError: If there are too few regions to be a city.
+    """
+    drawn = draw_city(regions, seed)
+    ids, land, text, prompts = drawn.ids, drawn.land, drawn.text, drawn.prompts
+    origin, dest, flow = drawn.flows
     columns: dict[str, Any] = {"region_id": ids, "city_id": [CITY] * regions}
     columns |= {
         "lon": land.lonlat[:, 0],
@@ -225,20 +281,15 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
         "geometry": _wkb(land.cells),
         "text": text,
     }
-    columns |= {f"poi_{name}": poi[:, k] for k, name in enumerate(POI)}
-    columns |= {f"land_use_{name}": land_use[:, k] for k, name in enumerate(LAND_USE)}
-    best = {}
-    for task, mean in means.items():
-        size = TASKS[task].size
-        label = rng.negative_binomial(size, size / (size + mean))
-        columns[task] = pa.array(label, mask=hidden)
-        best[task] = _r2(label[~hidden], mean[~hidden])
+    columns |= {f"poi_{name}": drawn.poi[:, k] for k, name in enumerate(POI)}
+    columns |= {f"land_use_{name}": drawn.land_use[:, k] for k, name in enumerate(LAND_USE)}
+    columns |= {task: pa.array(label, mask=drawn.hidden) for task, label in drawn.labels.items()}
     columns |= {f"prompt_{task}": fixed_lists(vectors) for task, vectors in prompts.vectors.items()}
     metadata: dict[str, str | bytes] = {
         "synthetic": "true",
         "source": f"topt-deploy sample --regions {regions} --seed {seed}",
         "encoder": prompts.encoder,
-        "best_r2": json.dumps({task: round(value, 4) for task, value in best.items()}),
+        "best_r2": json.dumps({task: round(value, 4) for task, value in drawn.best.items()}),
         "geo": geo_metadata(geometry_types(columns["geometry"])),
     }
     described = {f"prompt_{task}": fields for task, fields in prompts.fields.items()}
@@ -252,9 +303,9 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
         out=Path(out),
         seed=seed,
         regions=regions,
-        hidden=int(hidden.sum()),
+        hidden=int(drawn.hidden.sum()),
         flow_pairs=len(flow),
-        best_r2=best,
+        best_r2=drawn.best,
         encoder=prompts.encoder,
     )
 

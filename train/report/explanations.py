@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from topt_deploy.drawing.scales import GREENS, number, sequential
+
 from .attention import Attention, attended_most, received, spread
 from .contributions import Contributions
 from .figures import Choropleth, choropleth
 from .flow_partners import partners
 from .plain_words import scale_name, title_of, view_name
 from .run_facts import Facts
-from .scales import GREENS, number, sequential
 
 Array = np.ndarray[Any, Any]
 

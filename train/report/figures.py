@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .scales import Scale, number, root_ticks
+from topt_deploy.drawing.scales import Scale, number, root_ticks
 
 Array = np.ndarray[Any, Any]
 

@@ -11,12 +11,12 @@ from topt_deploy.data.city import City, Schema, read_city
 from topt_deploy.data.columns import GEOMETRY
 from topt_deploy.data.flows import Flows
 from topt_deploy.data.geometry import geo_library, read_shapes
+from topt_deploy.drawing.outlines import Outlines, east_north_m, point_outlines, polygon_outlines, project_m
 from topt_deploy.errors import BadData, NoInput
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.hashed_file import sha256_file
 
 from ..datasets.city_files import MOBILITY, REGIONS
-from .outlines import Outlines, east_north_m, point_outlines, polygon_outlines, project_m
 from .plain_words import sentence_case
 
 Array = np.ndarray[Any, Any]

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from topt_deploy.config.settings import DEFAULT_PRESET
 from topt_deploy.console import decimal
+from topt_deploy.drawing.scales import BLUES, PURPLES, diverging, number, sequential
 from topt_deploy.intended_use import INTENDED_USE
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.os_errors import check_place
@@ -22,7 +23,6 @@ from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
 from .plain_words import sentence_case, title_of, view_name
 from .run_facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
-from .scales import BLUES, PURPLES, diverging, number, sequential
 
 TEMPLATES = Path(__file__).parent / "templates"
 COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"

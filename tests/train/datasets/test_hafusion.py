@@ -253,7 +253,7 @@ def test_command_prints_the_report(clone, places, tmp_path):
     result = CliRunner().invoke(import_group, [*command, "--geometry", str(places), "--geometry-id", "number"])
     assert result.exit_code == 0
     for part in (
-        "NY: 12 regions",
+        "New York: 12 regions",
         "26 poi, 23 land_use",
         "named by position",
         f"cd {out} && topt-deploy train",

@@ -13,10 +13,10 @@ from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.features import local_position_m
 from topt_deploy.data.geometry import geo_metadata
 from topt_deploy.data.parquet import write_parquet
+from topt_deploy.drawing.outlines import point_outlines, project_m
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.hashed_file import sha256_file
 from topt_deploy.train.report.geography import read_place
-from topt_deploy.train.report.outlines import point_outlines, project_m
 
 N = 9
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from topt_deploy.train.report.scales import BLUES, TEAL_TO_BROWN, diverging, number, root_ticks, sequential
+from topt_deploy.drawing.scales import BLUES, TEAL_TO_BROWN, diverging, number, root_ticks, sequential
 
 
 @pytest.mark.parametrize("high", [0.4, 7.0, 1900.0, 3.2e6])

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from topt_deploy.data.features import EARTH_RADIUS_M
 from topt_deploy.data.geometry import geo_library
@@ -19,6 +18,8 @@ TOLERANCE = 0.5
 """The tolerance of simplified outlines, in the map's units: about half a pixel of a screen."""
 RADIUS = (1.5, 9.0)
 """Smallest and largest disc."""
+LOOKED_AT = 512
+"""Points whose nearest neighbours are looked for, to know how large discs may be."""
 FLATTEST = 1e-6
 """Height over length of the flattest cap whose curvature float32 positions still tell: a city of some 100 m."""
 
@@ -66,11 +67,21 @@ def point_outlines(points: Array) -> Outlines:
     """
     fit = _Fit(points, margin=MARGIN + RADIUS[1])
     drawn = fit(points)
-    gaps, _ = NearestNeighbors(n_neighbors=1).fit(drawn).kneighbors()
-    radius = float(np.clip(0.6 * np.median(gaps), *RADIUS))
+    radius = float(np.clip(0.6 * np.median(_gaps(drawn)), *RADIUS))
     arc = f"a{radius:.1f} {radius:.1f} 0 1 0"
     discs = [f"M{x - radius:.1f} {y:.1f}{arc} {2 * radius:.1f} 0{arc} {-2 * radius:.1f} 0z" for x, y in drawn]
     return fit.outlines(discs, points=True)
+
+
+def _gaps(points: Array) -> Array:
+    """How far it is to the nearest other point, from up to :data:`LOOKED_AT` of them, evenly spread over the rows."""
+    looked = np.unique(np.linspace(0, len(points) - 1, min(len(points), LOOKED_AT)).round().astype(int))
+    gaps = np.full(len(looked), np.inf)
+    for place, row in enumerate(looked):
+        distance = np.hypot(*(points - points[row]).T)
+        distance[row] = np.inf
+        gaps[place] = distance.min()
+    return gaps
 
 
 def project_m(lonlat: Array, centre: Array) -> Array:

@@ -7,7 +7,7 @@ import pytest
 import shapely
 
 from topt_deploy.data.features import local_position_m
-from topt_deploy.train.report.outlines import HEIGHT, WIDTH, east_north_m, point_outlines, polygon_outlines, project_m
+from topt_deploy.drawing.outlines import HEIGHT, WIDTH, east_north_m, point_outlines, polygon_outlines, project_m
 
 CITIES = [(-87.65, 41.85), (151.2, -33.9), (0.0, 0.0), (-0.01, 64.1), (179.99, -17.7), (-78.5, -0.2)]
 
