@@ -1,9 +1,44 @@
-"""ToPT made deployable: train with PyTorch, export one checked bundle, predict without PyTorch."""
+"""ToPT made deployable: train with PyTorch, export one checked bundle, predict without PyTorch.
+
+    import topt_deploy as topt
+
+    run = topt.train("chicago/", tasks=["crime"])
+    run.export("model.topt")
+    predictions = topt.load("model.topt").predict("chicago/")
+
+Importing this package imports nothing else: each name is imported when it is first used. ``__init__.pyi`` gives type
+checkers the same names.
+"""
 
 import os
+from typing import Any
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Inputs": "runtime.model",
+    "Model": "runtime.model",
+    "RowsSetAside": "runtime.model",
+    "load": "runtime.model",
+}
+"""Each public name, and the module that it is in. Stages are named as text: the core imports none of them."""
+
+__all__ = ["__version__", *_PUBLIC]
 
 # From 1.29 on, ONNX Runtime tells its maker of every session, unless this is set before it is imported. It is set here
 # because nothing of ours is imported before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported now."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,222 @@
+"""``import topt_deploy as topt``: each public function once, with the tables that users hold in Python."""
+
+import os
+import pickle
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import geopandas
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from commands import Desk, shell
+
+import topt_deploy as topt
+from topt_deploy.errors import BadBundle, BadData, NoInput, UsageError
+
+
+@pytest.fixture(scope="module")
+def model(demo_bundle: Path) -> topt.Model:
+    return topt.load(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def tables(demo_city: Path) -> tuple[pa.Table, pa.Table]:
+    regions, mobility = (pq.ParquetFile(demo_city / f"{name}.parquet").read() for name in ("regions", "mobility"))
+    return regions, mobility
+
+
+@pytest.fixture(scope="module")
+def expected(demo_city: Path, demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """What the command line predicts."""
+    out = tmp_path_factory.mktemp("expected") / "predictions.parquet"
+    said = shell(f"topt-run predict {demo_city} --bundle {demo_bundle} --out {out}", demo_city)
+    assert said.code == 0, said
+    return pq.ParquetFile(out).read()
+
+
+def without_geometry(table: pa.Table) -> dict[str, list]:
+    return {name: table.column(name).to_pylist() for name in table.column_names if name != "geometry"}
+
+
+def same(found: pd.DataFrame | pl.DataFrame | pa.Table, expected: pa.Table) -> bool:
+    if isinstance(found, pd.DataFrame):
+        found = pa.Table.from_pandas(pd.DataFrame(found).drop(columns="geometry", errors="ignore"))
+    elif isinstance(found, pl.DataFrame):
+        found = found.to_arrow()
+    return without_geometry(found) == without_geometry(expected)
+
+
+class TestPredict:
+    def test_paths_are_what_the_command_line_predicts(self, model, demo_city, expected):
+        regions, mobility = demo_city / "regions.parquet", demo_city / "mobility.parquet"
+        for given in ((regions, mobility), (str(regions), str(mobility)), (str(regions),), (demo_city,)):
+            found = model.predict(*given)
+            assert isinstance(found, pa.Table)
+            assert found.equals(expected, check_metadata=True)
+
+    def test_arrow_tables_batches_datasets_and_streams(self, model, tables, expected):
+        regions, mobility = tables
+        assert model.predict(regions, mobility).equals(expected, check_metadata=True)
+        (batch,) = regions.combine_chunks().to_batches()
+        found = model.predict(batch, mobility)
+        assert isinstance(found, pa.RecordBatch)
+        assert same(pa.Table.from_batches([found]), expected)
+        assert same(model.predict(ds.dataset(regions), ds.dataset(mobility)), expected)
+        assert same(model.predict(pa.RecordBatchReader.from_batches(regions.schema, [batch]), mobility), expected)
+
+    def test_pandas(self, model, tables, expected):
+        regions, mobility = (table.to_pandas() for table in tables)
+        found = model.predict(regions, mobility)
+        assert type(found) is pd.DataFrame
+        assert same(found, expected)
+        assert same(model.predict(regions.set_index("region_id"), mobility), expected)
+        assert same(model.predict(regions.astype({"region_id": "category"}), mobility), expected)
+
+    def test_polars(self, model, tables, expected):
+        regions, mobility = (pl.from_arrow(table) for table in tables)
+        found = model.predict(regions, mobility)
+        assert type(found) is pl.DataFrame
+        assert same(found, expected)
+
+    def test_geopandas(self, model, tables, expected):
+        frame, mobility = tables[0].to_pandas(), tables[1].to_pandas()
+        points = geopandas.points_from_xy(frame["lon"], frame["lat"])
+        frame = frame.drop(columns=["lon", "lat", "geometry"], errors="ignore")
+        regions = geopandas.GeoDataFrame(frame, geometry=points, crs="EPSG:4326")
+        found = model.predict(regions, mobility)
+        assert type(found) is geopandas.GeoDataFrame
+        assert found.crs == regions.crs
+        assert same(found, expected)
+        wide = model.predict(regions.rename_geometry("shape"), mobility, wide=True)
+        assert wide.active_geometry_name == "shape"
+        assert wide.geometry.geom_equals(regions.geometry).all()
+        with pytest.raises(BadData, match="another reference system"):
+            model.predict(regions.to_crs(3857), mobility)
+        with pytest.raises(BadData):
+            model.predict(regions.set_crs(None, allow_override=True), mobility)
+
+    def test_any_table_that_streams_arrow(self, model, tables, expected):
+        class Stream:
+            def __init__(self, table: pa.Table) -> None:
+                self.table = table
+
+            def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+                return self.table.__arrow_c_stream__(requested_schema)
+
+        regions, mobility = tables
+        place = regions.schema.get_field_index("region_id")
+        views = regions.set_column(place, "region_id", regions.column("region_id").cast(pa.string_view()))
+        found = model.predict(Stream(views), Stream(mobility))
+        assert isinstance(found, pa.Table)
+        assert same(found, expected)
+
+    def test_options_have_the_command_lines_names(self, model, tables, expected):
+        regions, mobility = tables
+        one = model.predict(regions, mobility, tasks="crime")
+        assert one.equals(model.predict(regions, mobility, tasks=["crime"]))
+        assert set(one.column("task").to_pylist()) == {"crime"}
+        renamed = regions.rename_columns(["area" if n == "region_id" else n for n in regions.column_names])
+        assert same(model.predict(renamed, mobility, id_col="area"), expected)
+        narrow, wide = (model.predict(regions, mobility, coverage=c, wide=True) for c in (0.5, 0.9))
+        assert narrow.column("crime_upper")[0].as_py() < wide.column("crime_upper")[0].as_py()
+
+    def test_bad_rows_are_refused_masked_or_left_out_with_a_warning(self, model, tables):
+        regions, mobility = (table.to_pandas() for table in tables)
+        column = next(name for name in regions if name.startswith("poi_"))
+        regions[column] = regions[column].astype(float)
+        regions.loc[3, column] = -1
+        with pytest.raises(BadData, match="counts must be finite"):
+            model.predict(regions, mobility)
+        with pytest.warns(topt.RowsSetAside, match="masked: 1 bad_count"):
+            masked = model.predict(regions, mobility, wide=True, on_bad_row="mask")
+        assert masked.loc[3, "status"] == "masked"
+        gone = mobility[~mobility[["origin_id", "dest_id"]].isin([regions["region_id"][3]]).any(axis=1)]
+        with pytest.warns(topt.RowsSetAside, match="left out: 1 bad_count"):
+            rest = model.predict(regions, gone, wide=True, on_bad_row="quarantine")
+        assert len(rest) == len(regions) - 1
+
+    def test_what_is_no_table_is_refused_by_name(self, model, tables, tmp_path):
+        regions, mobility = tables
+        for wrong in (3, None, [{"region_id": "a"}], pd.Series(["a"]), pl.LazyFrame({"region_id": ["a"]})):
+            with pytest.raises(UsageError, match="the regions are not a table"):
+                model.predict(wrong, mobility)
+        with pytest.raises(UsageError, match="the mobility are not a table"):
+            model.predict(regions, 3)
+        with pytest.raises(BadData, match="regions table: a column cannot be read as Arrow"):
+            model.predict(pd.DataFrame({"region_id": ["a", 3]}), mobility)
+        with pytest.raises(BadData, match="the table is empty"):
+            model.predict(regions.to_pandas()[:0], mobility)
+        with pytest.raises(NoInput):
+            model.predict(str(tmp_path / "nowhere.parquet"))
+        with pytest.raises(UsageError, match="no such on_bad_row"):
+            model.predict(regions, mobility, on_bad_row="ignore")
+        with pytest.raises(UsageError, match="does not predict 'noise'"):
+            model.predict(regions, mobility, tasks="noise")
+
+
+class TestModel:
+    def test_it_says_what_it_predicts_and_reads(self, model, tables, demo_bundle):
+        regions = tables[0]
+        assert model.tasks == ("crime", "check_in", "service_call")
+        assert set(model.inputs.regions) <= set(regions.column_names)
+        assert list(model.inputs.mobility) == ["origin_id", "dest_id", "flow"]
+        assert (model.path, model.device) == (demo_bundle, "cpu")
+        shown = repr(model)
+        for part in ("crime, check_in, service_call", "77 regions", "flows", "cpu", str(demo_bundle)):
+            assert part in shown
+        assert {check.city for check in model.selftest()} == {"golden-7", "golden-31"}
+
+    def test_wrong_arguments_are_refused_by_name(self, demo_bundle, tmp_path):
+        with pytest.raises(UsageError, match="no such device"):
+            topt.load(demo_bundle, device="gpu")
+        with pytest.raises(UsageError, match="threads of 1 or more"):
+            topt.load(demo_bundle, threads=0)
+        with pytest.raises(NoInput, match="no such bundle"):
+            topt.load(tmp_path / "nowhere.topt")
+        with pytest.raises(NoInput, match="no such key"):
+            topt.load(str(demo_bundle), require_signature=str(tmp_path / "key.pem"))
+
+    def test_it_is_pickled_by_path_and_hash(self, desk: Desk, tables, expected, monkeypatch):
+        monkeypatch.chdir(desk.folder)
+        model = topt.load("model.topt")
+        packed = pickle.dumps(model)
+        assert len(packed) < 1000
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            assert same(pool.submit(model.predict, *tables).result(), expected)
+        card = desk.bundle / "manifest.json"
+        card.write_text(card.read_text() + " ")
+        with pytest.raises(BadBundle):
+            pickle.loads(packed)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    def test_a_forked_process_opens_it_again(self, demo_bundle, tables, expected):
+        model = topt.load(demo_bundle, threads=2)  # ONNX Runtime's threads are not forked along
+        assert same(model.predict(*tables), expected)
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            assert same(pool.submit(_predict_in_child, model, tables).result(timeout=120), expected)
+
+
+def _predict_in_child(model: topt.Model, tables: tuple[pa.Table, pa.Table]) -> pa.Table:
+    return model.predict(*tables)
+
+
+def test_importing_it_imports_nothing_else():
+    heavy = "{'numpy', 'pyarrow', 'click', 'onnxruntime', 'torch', 'pandas', 'polars', 'geopandas'}"
+    code = f"import sys, topt_deploy; dir(topt_deploy); print({heavy} & set(sys.modules))"
+    assert shell(f'{sys.executable} -c "{code}"', Path.cwd()).out == "set()\n"
+
+
+def test_predicting_from_files_imports_no_library_of_tables(demo_city, demo_bundle):
+    """pandas is not among them: pyarrow itself imports it where it is installed."""
+    code = (
+        "import sys, topt_deploy as topt; topt.load('model.topt').predict('.');"
+        "print({'polars', 'geopandas', 'torch', 'pyarrow.dataset', 'pyarrow.parquet'} & set(sys.modules))"
+    )
+    said = shell(f'{sys.executable} -c "{code}"', demo_city)
+    assert (said.code, said.out) == (0, "set()\n"), said
