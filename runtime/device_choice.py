@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from topt_deploy.arguments import check_choice
 from topt_deploy.errors import NoDevice, ToptError, UsageError
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ def choose(asked: str, ways: Mapping[str, Callable[[], T]], *, what: str) -> tup
         NoDevice: If the device that was asked for is not there; ``auto`` ends with the CPU.
         UsageError: If there is no such device.
     """
-    if asked not in DEVICES:
-        raise UsageError("no such device", expected=f"one of {', '.join(DEVICES)}", found=repr(asked))
+    check_choice("device", asked, DEVICES)
     if asked != AUTO:
         opened = ways[asked]()
         chosen = Chosen(asked=asked, used=asked, how=_how(opened))

@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import pyarrow as pa
 
+from topt_deploy.arguments import check_choice, check_least, several
 from topt_deploy.data.columns import FLOW_COLUMNS, REGION_ID
 from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_kind_of
-from topt_deploy.errors import BadBundle, BadRows, UsageError
+from topt_deploy.errors import BadBundle, BadRows
 
 from .bad_rows import POLICIES
 from .predictor import Check, Predictor, open_predictor
@@ -209,8 +210,7 @@ class Model:
             BadData, NoInput: If the tables are not what the model reads.
             UsageError: If the model lacks a task, or an argument is not one of its choices.
         """
-        if on_bad_row not in POLICIES:
-            raise UsageError("no such on_bad_row", expected=f"one of {', '.join(POLICIES)}", found=repr(on_bad_row))
+        check_choice("on_bad_row", on_bad_row, POLICIES)
         predictor = self._predictor
         given = as_given(regions, BadRows.REGIONS)
         flows = None if mobility is None else as_given(mobility, BadRows.MOBILITY)
@@ -260,16 +260,10 @@ def load(
     Raises:
         NoInput, BadBundle, NoDevice, UsageError: Saying what is wrong, and what to do.
     """
-    if threads < 1:
-        raise UsageError("too few threads", expected="threads of 1 or more", found=threads)
+    check_least("threads", threads)
     encoder, key = (None if place is None else Path(place).absolute() for place in (encoder_bundle, require_signature))
     opening = _Opening(
         bundle=Path(bundle).absolute(), device=device, threads=threads, encoder_bundle=encoder,
         encoder_engine=encoder_engine, require_signature=key,
     )  # fmt: skip
     return Model(opening)
-
-
-def several(tasks: str | Iterable[str]) -> tuple[str, ...]:
-    """Tasks as they are given: one name, or several."""
-    return (tasks,) if isinstance(tasks, str) else tuple(tasks)

@@ -4,7 +4,8 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
 from topt_deploy.bundle.sealed import blamed, open_sealed, well_formed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.errors import BadBundle, NoInput, UsageError
-from topt_deploy.prompts.encode import PooledEncoder
+from topt_deploy.prompts.encode import Encoder, PooledEncoder
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.graph_backend import (
     DECODER,
@@ -304,6 +305,22 @@ def find_encoder(path: Path, key: Path | None = None) -> EncoderBundle:
     city = open_bundle(path)
     check_signature(city, key)
     return encoder_of(city)
+
+
+@contextmanager
+def encoder_for(
+    bundle: str | os.PathLike[str],
+    *,
+    device: str,
+    threads: int,
+    encoder_engine: str,
+    require_signature: str | os.PathLike[str] | None,
+) -> Iterator[tuple[Encoder, Templates]]:
+    """A bundle's encoder and its templates (:func:`topt_deploy.prompts.encode_regions.encode`)."""
+    check_engine(encoder_engine, device)
+    found = find_encoder(Path(bundle), None if require_signature is None else Path(require_signature))
+    opened = load_encoder(found, engine=encoder_engine, device=device, threads=threads)
+    yield opened.encoder, opened.templates
 
 
 def open_encoder(

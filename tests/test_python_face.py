@@ -1,5 +1,7 @@
 """``import topt_deploy as topt``: each public function once, with the tables that users hold in Python."""
 
+import ast
+import inspect
 import os
 import pickle
 import sys
@@ -7,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import click
 import geopandas
 import pandas as pd
 import polars as pl
@@ -17,7 +20,14 @@ import pytest
 from commands import Desk, shell
 
 import topt_deploy as topt
-from topt_deploy.errors import BadBundle, BadData, NoInput, UsageError
+from topt_deploy.errors import BadBundle, BadConfig, BadData, NoInput, UsageError
+from topt_deploy.export.cli.export import export as export_command
+from topt_deploy.export.export_run import export_run
+from topt_deploy.runtime.cli.encode import encode as encode_command
+from topt_deploy.runtime.cli.predict import predict as predict_command
+from topt_deploy.train.cli.encode import encode as encode_with_pytorch
+from topt_deploy.train.cli.report import report as report_command
+from topt_deploy.train.cli.train import train as train_command
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +185,7 @@ class TestModel:
     def test_wrong_arguments_are_refused_by_name(self, demo_bundle, tmp_path):
         with pytest.raises(UsageError, match="no such device"):
             topt.load(demo_bundle, device="gpu")
-        with pytest.raises(UsageError, match="threads of 1 or more"):
+        with pytest.raises(UsageError, match="threads is too small"):
             topt.load(demo_bundle, threads=0)
         with pytest.raises(NoInput, match="no such bundle"):
             topt.load(tmp_path / "nowhere.topt")
@@ -220,3 +230,151 @@ def test_predicting_from_files_imports_no_library_of_tables(demo_city, demo_bund
     )
     said = shell(f'{sys.executable} -c "{code}"', demo_city)
     assert (said.code, said.out) == (0, "set()\n"), said
+
+
+@pytest.fixture(scope="module")
+def small_city(demo_city: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's city, with settings that train in a second."""
+    city = tmp_path_factory.mktemp("small") / "city"
+    city.mkdir()
+    for name in ("regions.parquet", "mobility.parquet"):
+        (city / name).write_bytes((demo_city / name).read_bytes())
+    (city / "topt.toml").write_text((demo_city / "topt.toml").read_text().replace("folds = 3", "folds = 2"))
+    return city
+
+
+@pytest.fixture(scope="module")
+def trained(small_city: Path) -> topt.TrainedRun:
+    return topt.train(small_city, tasks="crime", set={"srel.epochs": 2, "prompt4re.epochs": 2}, seed=3)
+
+
+class TestTrain:
+    def test_a_run_has_metrics_and_held_out_predictions(self, trained, small_city):
+        assert trained.path.parent == small_city / "runs"
+        assert (trained.tasks, trained.config.seed, trained.config.tasks["crime"].srel.epochs) == (("crime",), 3, 2)
+        found = trained.metrics["crime"].held_out
+        table = trained.held_out.to_pandas().dropna()
+        assert found.regions == len(table)
+        assert found.mae == pytest.approx((table["held_out"] - table["label"]).abs().mean())
+        assert f"MAE {found.mae:.1f}" in repr(trained)
+        assert topt.TrainedRun(str(trained.path)).metrics == trained.metrics
+
+    def test_it_is_exported_and_reported(self, trained, small_city):
+        bundle = trained.export(str(small_city / "named.topt"), zip=True)
+        assert bundle == small_city / "named.topt"
+        assert topt.load(bundle).predict(small_city).column("task").unique().to_pylist() == ["crime"]
+        page = trained.report()
+        assert page == trained.path / "report.html"
+        assert "crime" in page.read_text().lower()
+
+    def test_what_does_not_go_is_refused_by_name(self, trained, small_city, tmp_path):
+        with pytest.raises(NoInput, match="no city in this folder"):
+            topt.train(tmp_path)
+        for wrong in ({"device": "gpu"}, {"precision": "fp8"}, {"preset": "best"}, {"threads": 0}):
+            with pytest.raises(UsageError, match=f"{next(iter(wrong))}"):
+                topt.train(small_city, **wrong)
+        with pytest.raises(UsageError, match="cannot change with --resume"):
+            topt.train(small_city, resume=True, seed=1)
+        with pytest.raises(BadConfig, match="nothing"):
+            topt.train(small_city, set={"srel.nothing": 1})
+        with pytest.raises(NoInput, match="no training run here"):
+            topt.TrainedRun(tmp_path)
+        for wrong in ({"format": "tflite"}, {"encoder_precision": "int2"}, {"flavour": "plain"}):
+            with pytest.raises(UsageError, match=f"no such {next(iter(wrong))}"):
+                trained.export(small_city / "other.topt", **wrong)
+        with pytest.raises(UsageError, match="apply to engines only"):
+            trained.export(small_city / "other.topt", precision="fp16")
+
+    def test_the_package_of_training_can_be_called(self):
+        import topt_deploy.train
+
+        assert topt.train is topt_deploy.train
+        assert list(inspect.signature(topt.train).parameters)[:3] == ["city", "out", "preset"]
+
+
+class TestEncode:
+    def test_files_are_encoded_as_the_command_does(self, prompted, tmp_path):
+        city = tmp_path / "bare.parquet"
+        city.write_bytes((prompted / "bare.parquet").read_bytes())
+        said = shell(f"topt-run encode {city} --bundle {prompted / 'encoder.topt'} --out command.parquet", tmp_path)
+        assert said.code == 0, said
+        found = topt.encode(city, bundle=prompted / "encoder.topt")
+        written = tmp_path / "prompts.parquet"
+        assert written.read_bytes() == (tmp_path / "command.parquet").read_bytes()
+        expected = pq.ParquetFile(written).read()
+        assert found.to_pydict() == expected.to_pydict()
+        assert found.field("prompt_crime").metadata == expected.field("prompt_crime").metadata
+        one = topt.encode(city, bundle=prompted / "encoder.topt", tasks="crime", update_regions=True)
+        assert "prompt_crime" in one.column_names
+        assert pq.ParquetFile(city).read().equals(one, check_metadata=True)
+
+    def test_tables_in_memory_come_back_in_their_kind(self, prompted):
+        regions = pl.from_arrow(pq.ParquetFile(prompted / "bare.parquet").read())
+        found = topt.encode(regions, bundle=prompted / "encoder.topt", tasks=["crime"], update_regions=True)
+        assert type(found) is pl.DataFrame
+        assert set(found.columns) == {*regions.columns, "prompt_crime"}
+        assert found["prompt_crime"].null_count() == 0
+
+    def test_a_model_in_pytorch_gives_its_vectors(self, prompted, tiny_models):
+        regions = pq.ParquetFile(prompted / "bare.parquet").read().slice(0, 3)
+        found = topt.encode(regions, model=tiny_models("text"), tasks="crime")
+        assert found.column("status").to_pylist() == ["ok"] * 3
+
+    def test_what_does_not_go_is_refused_by_name(self, prompted):
+        regions = pq.ParquetFile(prompted / "bare.parquet").read()
+        bundle = prompted / "encoder.topt"
+        with pytest.raises(UsageError, match="one encoder is needed"):
+            topt.encode(regions)
+        with pytest.raises(UsageError, match="one encoder is needed"):
+            topt.encode(regions, bundle=bundle, model="somewhere")
+        with pytest.raises(UsageError, match="has no files"):
+            topt.encode(regions, bundle=bundle, out="prompts.parquet")
+        with pytest.raises(UsageError, match="no such device"):
+            topt.encode(regions, bundle=bundle, device="gpu")
+        pictured = regions.append_column("images", pa.array([["a.png"]] * len(regions)))
+        with pytest.raises(UsageError, match="images_root"):
+            topt.encode(pictured, bundle=bundle)
+
+
+def options(command: click.Command, *left_out: str) -> set[str]:
+    """The names of a command's options, as they are typed."""
+    names = {
+        max(o.opts, key=len).removeprefix("--").replace("-", "_")
+        for o in command.params
+        if o.param_type_name == "option"
+    }
+    return ({"tasks" if name == "task" else name for name in names}) - set(left_out)
+
+
+def parameters(*functions: object) -> set[str]:
+    return {
+        p.name
+        for function in functions
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY
+    }
+
+
+class TestNames:
+    def test_options_are_named_as_on_the_command_line(self):
+        files = {"out", "geo", "resume", "workers", "engine", "metrics_file", "log_format"}  # of topt-run predict alone
+        asked = options(predict_command, *files, "bundle", "mobility")
+        assert parameters(topt.load, topt.Model.predict) - {"progress"} == asked
+        assert parameters(topt.train) == options(train_command)
+        assert parameters(topt.TrainedRun.export) == options(export_command, "out", "encoder_only")
+        assert parameters(topt.TrainedRun.report) == options(report_command, "out")
+        both = options(encode_command, "log_format") | options(encode_with_pytorch, "processes", "shared_cache")
+        assert parameters(topt.encode) - {"progress"} == both
+
+    def test_the_run_exports_with_the_exporters_own_options(self):
+        assert parameters(topt.TrainedRun.export) == parameters(export_run)
+
+    def test_the_stub_names_what_there_is(self):
+        stub = ast.parse(Path(topt.__file__).with_suffix(".pyi").read_text())
+        named = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert named == {*topt._PUBLIC, "train"}
+        for name in named:
+            assert getattr(topt, name).__doc__
+        assert named <= set(dir(topt))
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = topt.nothing

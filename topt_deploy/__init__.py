@@ -6,8 +6,8 @@
     run.export("model.topt")
     predictions = topt.load("model.topt").predict("chicago/")
 
-Importing this package imports nothing else: each name is imported when it is first used. ``__init__.pyi`` gives type
-checkers the same names.
+Importing this package imports nothing else: each name is imported when it is first used. ``__init__.pyi`` has the same
+names for type checkers.
 """
 
 import os
@@ -19,11 +19,13 @@ _PUBLIC = {
     "Inputs": "runtime.model",
     "Model": "runtime.model",
     "RowsSetAside": "runtime.model",
+    "ToptError": "errors",
+    "TrainedRun": "train.trained_run",
+    "encode": "prompts.encode_regions",
     "load": "runtime.model",
 }
-"""Each public name, and the module that it is in. Stages are named as text: the core imports none of them."""
-
-__all__ = ["__version__", *_PUBLIC]
+"""Each public name, and the module that it is in. Stages are named as text: the core imports none of them. ``train`` is
+a package that can be called."""
 
 # From 1.29 on, ONNX Runtime tells its maker of every session, unless this is set before it is imported. It is set here
 # because nothing of ours is imported before.
@@ -32,13 +34,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 def __getattr__(name: str) -> Any:
     """A public name, imported now."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "train":
+        return import_module(f"{__name__}.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *_PUBLIC, "train"})

@@ -18,6 +18,24 @@ class Metrics:
     regions: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """A run's figures for one task.
+
+    Attributes:
+        held_out: Over the regions' own held-out folds, weights of the last epoch: what to expect on regions whose
+            label is unknown.
+        in_sample: The deployed model on regions it was trained on: how closely it fits, not how well it predicts.
+        mean: Predicting the training folds' mean, under the same folds.
+        trees: :func:`topt_deploy.train.boosted_trees.boosted_trees`, under the same folds.
+    """
+
+    held_out: Metrics
+    in_sample: Metrics
+    mean: Metrics
+    trees: Metrics
+
+
 def metrics(truth: Array, prediction: Array) -> Metrics:
     """Metrics over the regions whose truth is not NaN.
 

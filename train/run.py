@@ -32,14 +32,14 @@ from topt_deploy.storage.os_errors import writing
 from .boosted_trees import boosted_trees
 from .ensemble import train_ensemble
 from .loop import Engine, Workplace
-from .metrics import Metrics, metrics
+from .metrics import TaskReport, metrics
 from .progress import Reporter
 from .prompt4re import HeadResult, fold_of, train_head, training_sets
 from .srel import embed, train_embedding
+from .trained_run import HELD_OUT_FILE
 
 Array = np.ndarray[Any, Any]
 
-HELD_OUT_FILE = "held_out.parquet"
 METRICS_FILE = "metrics.jsonl"
 COVERAGE = 0.9
 """Of the intervals whose coverage a run tells."""
@@ -47,24 +47,6 @@ PROTOCOL = (
     "held out = every labelled region predicted by the fold that did not train on it (KFold, shuffled, fixed seed),"
     " last epoch, nothing selected; stage 1 and the prompt basis see the features of all regions and no label"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskReport:
-    """A run's figures for one task.
-
-    Attributes:
-        held_out: Over the regions' own held-out folds, weights of the last epoch: what to expect on regions whose
-            label is unknown.
-        in_sample: The deployed model on regions it was trained on: how closely it fits, not how well it predicts.
-        mean: Predicting the training folds' mean, under the same folds.
-        trees: :func:`topt_deploy.train.boosted_trees.boosted_trees`, under the same folds.
-    """
-
-    held_out: Metrics
-    in_sample: Metrics
-    mean: Metrics
-    trees: Metrics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

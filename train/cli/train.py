@@ -1,20 +1,18 @@
 """``topt-deploy train``."""
 
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from topt_deploy.config.load import load_config, presets
+from topt_deploy.config.load import presets
 from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.console import decimal
-from topt_deploy.errors import NoInput, UsageError
-from topt_deploy.run_folder import RUNS_DIR, newest_run, open_run
+from topt_deploy.run_folder import RUNS_DIR, open_run
 
 if TYPE_CHECKING:
-    from ..run import TaskReport
+    from ..metrics import TaskReport
 
 
 @click.command("train")
@@ -55,84 +53,20 @@ def train(
 
     Regions whose label is null are the ones to predict. At the end, held-out figures say what to expect there.
     """
-    regions, mobility = city / "regions.parquet", city / "mobility.parquet"
-    if not regions.exists():
-        raise NoInput(
-            "no city in this folder",
-            file=regions,
-            expected="a folder with regions.parquet and mobility.parquet",
-            fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",
-        )
-    if resume:
-        given = {
-            "--preset": preset is not None,
-            "--config": file is not None,
-            "--task": bool(tasks),
-            "--set": bool(overrides),
-            "--seed": seed is not None,
-        }
-        changed = [option for option, there in given.items() if there]
-        if changed:
-            raise UsageError(
-                f"{changed[0]} cannot change with --resume", fix="a run keeps its settings; start a new one"
-            )
-        run = open_run(out) if out else newest_run(city, finished=False)
-        if run.finished:
-            raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
-        said: list[str] = []
-    else:
-        from ..settle import settle
+    from ..trained_run import train_city
 
-        if file is None and (city / CONFIG_FILE).exists():
-            file = city / CONFIG_FILE
-        settings = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
-        config = load_config(preset=preset, file=file, tasks=tasks, overrides=settings)
-        config, said = settle(config, regions, mobility, file=file, overrides=overrides)
-        out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
-
-    import torch
-
-    from ..loop import Engine
-    from ..progress import Reporter
-    from ..run import METRICS_FILE, start_run, train_run
-
-    engine = Engine.choose(device, precision, compile_)
-    torch.set_num_threads(threads or _threads(regions))
-    if not resume:
-        assert out is not None
-        run = start_run(out, city, config, regions=regions, mobility=mobility if config.mobility else None)
-    with Reporter(run.path / METRICS_FILE) as reporter:
-        reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
-        for sentence in said:
-            reporter.say(sentence)
-        try:
-            reports = train_run(
-                run,
-                regions=regions,
-                mobility=mobility if run.config.mobility else None,
-                engine=engine,
-                reporter=reporter,
-            )
-        except KeyboardInterrupt:
-            reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
-            raise
-    click.echo(summary(reports))
-    click.echo(made_of(open_run(run.path).facts, reports))
-    click.echo(f"run  {run.path}")
-    named = "" if run.path.parent == Path(RUNS_DIR) else f" {run.path}"
+    done = train_city(
+        city, out=out, preset=preset, config=file, tasks=tasks, overrides=overrides, seed=seed, resume=resume,
+        device=device, precision=precision, compile_=compile_, threads=threads,
+    )  # fmt: skip
+    click.echo(summary(done.metrics))
+    click.echo(made_of(open_run(done.path).facts, done.metrics))
+    click.echo(f"run  {done.path}")
+    named = "" if done.path.parent == Path(RUNS_DIR) else f" {done.path}"
     click.echo(f"next: topt-deploy export --format onnx{named}")
 
 
-def _threads(regions: Path) -> int:
-    """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
-    import os
-
-    from topt_deploy.data.parquet import ParquetFile
-
-    return 1 if ParquetFile(regions).rows <= 500 else os.cpu_count() or 1
-
-
-def summary(reports: "dict[str, TaskReport]") -> str:
+def summary(reports: "Mapping[str, TaskReport]") -> str:
     """The table that a run ends with, and what it means for each task."""
     lines = [
         "Held out: each region is predicted by a fold that did not train on it; nothing is selected on these labels.",

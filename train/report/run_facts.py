@@ -13,8 +13,8 @@ from topt_deploy.intervals import carries, interval
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 
-from ..metrics import Metrics
-from ..run import HELD_OUT_FILE, TaskReport
+from ..metrics import Metrics, TaskReport
+from ..trained_run import HELD_OUT_FILE
 from .attention import Attention, read_attention
 from .contributions import Contributions, read_contributions
 from .geography import Place, read_place

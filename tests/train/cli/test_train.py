@@ -1,8 +1,7 @@
 import pytest
 
 from topt_deploy.train.cli.train import summary, verdict
-from topt_deploy.train.metrics import Metrics
-from topt_deploy.train.run import TaskReport
+from topt_deploy.train.metrics import Metrics, TaskReport
 
 
 def report(model, trees, mean):
