@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 MADE = "<!-- Made by dev/reference_pages.py (make docs); do not edit. -->"
 HELP_WIDTH, SIGNATURE_WIDTH = 92, 80
-PUBLIC = ("topt_deploy", "topt_deploy.runtime", "topt_deploy.errors")
+PUBLIC = ("topt_deploy", "topt_deploy.errors")
 """The public modules. Their public names are those of ``__all__``, or else all classes that they define."""
 
 
@@ -157,7 +157,8 @@ def _toml(value: Any) -> str:
 
 
 def public_objects() -> Iterator[tuple[str, griffe.Object]]:
-    """Every public object, under the name by which it is imported. Sources are read, not imported."""
+    """Every public object, under the first name by which it is imported. Sources are read, not imported."""
+    seen: set[int] = set()
     for module_name in PUBLIC:
         module = importlib.import_module(module_name)
         own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module_name]
@@ -165,6 +166,9 @@ def public_objects() -> Iterator[tuple[str, griffe.Object]]:
         listed = [name for name in getattr(module, "__all__", classes) if not name.startswith("_")]
         for name in listed:
             value = inspect.unwrap(getattr(module, name))
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
             file = Path(inspect.getsourcefile(value) or "")
             source = griffe.visit(value.__module__, filepath=file, code=file.read_text(encoding="utf-8"))
             yield f"{module_name}.{name}", source[value.__qualname__]

@@ -3,15 +3,14 @@
 ``topt-deploy export`` and ``TrainedRun.export`` are both :func:`export_run`.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from topt_deploy.arguments import check_choice, check_least, several
+from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.bundle.manifest import SUFFIX
 from topt_deploy.errors import UsageError
 from topt_deploy.run_folder import RUNS_DIR, Run
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from .city_bundle import Exported
     from .tensorrt_engines import Target
 
-Location: TypeAlias = str | os.PathLike[str]
 
 DEFAULT_OUT = f"model{SUFFIX}"
 ONNX, TRT = FORMATS = ("onnx", "trt")

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import pyarrow as pa
 
-from topt_deploy.arguments import check_choice, check_least, several
+from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.data.columns import FLOW_COLUMNS, REGION_ID
 from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_kind_of
 from topt_deploy.errors import BadBundle, BadRows
@@ -23,7 +23,6 @@ from .predictor import Check, Predictor, open_predictor
 Device: TypeAlias = Literal["cpu", "cuda", "tensorrt", "auto"]
 EncoderEngine: TypeAlias = Literal["onnxruntime", "openvino"]
 OnBadRow: TypeAlias = Literal["fail", "mask", "quarantine"]
-Location: TypeAlias = str | os.PathLike[str]
 Frame = TypeVar("Frame", bound=ArrowStream)
 
 REGIONS_FILE, MOBILITY_FILE = "regions.parquet", "mobility.parquet"
@@ -35,7 +34,7 @@ class RowsSetAside(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The columns that a model reads, each with what it holds (docs/contracts.md).
+    """The columns that a model reads, each with what it holds (docs/reference/files.md).
 
     Attributes:
         regions: Of the regions table.
@@ -188,8 +187,8 @@ class Model:
         """Predict one city.
 
         Args:
-            regions: One row per region (docs/contracts.md): the path of a ``regions.parquet`` or of its folder, or a
-                table of pyarrow, pandas, geopandas or polars.
+            regions: One row per region (docs/reference/files.md): the path of a ``regions.parquet`` or of its folder,
+                or a table of pyarrow, pandas, geopandas or polars.
             mobility: The flows between the regions, of any of these kinds. Where ``regions`` is a path, the
                 ``mobility.parquet`` beside it is the default.
             tasks: One task or several; all of the model's by default.
@@ -203,7 +202,7 @@ class Model:
             progress: Called with how many regions have prompts, and of how many, while prompts are made.
 
         Returns:
-            The predictions (docs/contracts.md), in the order of the rows: a DataFrame of the same library as
+            The predictions (docs/reference/files.md), in the order of the rows: a DataFrame of the same library as
             ``regions``, or a ``pyarrow.Table`` for paths and datasets. Regions with a geometry keep it.
 
         Raises:
@@ -250,12 +249,12 @@ def load(
 
     Args:
         bundle: The bundle, a folder or a zip file.
-        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/devices.md). One that is not there is an error;
-            ``auto`` takes the best that works, and the log of ``topt_deploy`` says which and why.
+        device: ``cpu``, ``cuda``, ``tensorrt`` or ``auto`` (docs/background/devices.md). One that is not there is an
+            error; ``auto`` takes the best that works, and the log of ``topt_deploy`` says which and why.
         threads: Threads for the model.
         encoder_bundle: The prompt encoder's bundle, where it is neither inside nor beside this one.
         encoder_engine: ``onnxruntime`` or ``openvino``, which runs the prompt encoder.
-        require_signature: The public key (PEM) whose holder must have signed the bundle (docs/security.md).
+        require_signature: The public key (PEM) whose holder must have signed the bundle (docs/background/security.md).
 
     Raises:
         NoInput, BadBundle, NoDevice, UsageError: Saying what is wrong, and what to do.

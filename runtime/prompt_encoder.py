@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from topt_deploy.arguments import Location
 from topt_deploy.bundle.encoder_manifest import EMBEDDING, SCHEMA_VERSION, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
 from topt_deploy.bundle.sealed import blamed, open_sealed, well_formed
@@ -309,12 +310,12 @@ def find_encoder(path: Path, key: Path | None = None) -> EncoderBundle:
 
 @contextmanager
 def encoder_for(
-    bundle: str | os.PathLike[str],
+    bundle: Location,
     *,
     device: str,
     threads: int,
     encoder_engine: str,
-    require_signature: str | os.PathLike[str] | None,
+    require_signature: Location | None,
 ) -> Iterator[tuple[Encoder, Templates]]:
     """A bundle's encoder and its templates (:func:`topt_deploy.prompts.encode_regions.encode`)."""
     check_engine(encoder_engine, device)

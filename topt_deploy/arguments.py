@@ -1,8 +1,13 @@
 """Arguments of the Python functions, checked as the commands' own parser checks the command line's."""
 
+import os
 from collections.abc import Iterable
+from typing import TypeAlias
 
 from .errors import UsageError
+
+Location: TypeAlias = str | os.PathLike[str]
+"""A file or a folder."""
 
 
 def several(values: str | Iterable[str]) -> tuple[str, ...]:

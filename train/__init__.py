@@ -17,13 +17,11 @@ class _Callable(ModuleType):
         return train(*arguments, **options)
 
     @property
-    def __signature__(self) -> Any:
-        """What help and editors show."""
-        from inspect import signature
-
+    def __wrapped__(self) -> Any:
+        """The function, whose signature and text help() and editors show."""
         from .trained_run import train
 
-        return signature(train)
+        return train
 
 
 sys.modules[__name__].__class__ = _Callable

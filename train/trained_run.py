@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import pyarrow as pa
 
-from topt_deploy.arguments import check_choice, check_least, several
+from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.config.load import load_config, presets
 from topt_deploy.config.settings import CONFIG_FILE, Config
 from topt_deploy.data.parquet import ParquetFile, read_parquet
@@ -24,7 +24,6 @@ from topt_deploy.run_folder import RUNS_DIR, Run, newest_run, open_run
 
 from .metrics import Metrics, TaskReport
 
-Location: TypeAlias = str | os.PathLike[str]
 Format: TypeAlias = Literal["onnx", "trt"]
 WeightPrecision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
 
@@ -113,7 +112,7 @@ class TrainedRun:
 
         Args:
             out: The bundle, ``model.topt`` beside ``runs/`` by default. An older bundle there is replaced.
-            format: ``onnx``, or ``trt``, which adds what TensorRT builds engines of (docs/tensorrt.md).
+            format: ``onnx``, or ``trt``, which adds what TensorRT builds engines of (docs/how-to/tensorrt.md).
             flavour, precision, profile, capability: Of ``trt``: ``tensorrt`` or ``rtx``; the model's precision; sizes
                 that engines are made for, as ``MIN,OPT,MAX``; GPUs that engines are built for now, as ``8.9``.
             zip: Write the bundle as one zip file.
@@ -174,8 +173,8 @@ def train(
     """Train both stages on a city, as ``topt-deploy train`` does; progress goes to standard error.
 
     Args:
-        city: A folder with ``regions.parquet`` and ``mobility.parquet`` (docs/contracts.md). Regions whose label is
-            null are the ones to predict.
+        city: A folder with ``regions.parquet`` and ``mobility.parquet`` (docs/reference/files.md). Regions whose label
+            is null are the ones to predict.
         out: The run's folder; ``runs/<time>`` in the city by default.
         preset: Settings to start from; the file's own, or ``default``.
         config: A TOML file of settings; ``topt.toml`` in the city by default.

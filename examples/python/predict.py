@@ -1,4 +1,4 @@
-"""From Python: open a bundle once and predict city after city, Arrow tables in and out.
+"""From Python: open a bundle once and predict city after city.
 
     python predict.py BUNDLE OUT CITY...
 
@@ -11,19 +11,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from topt_deploy.errors import Exit, ToptError
-from topt_deploy.runtime import load
+import topt_deploy as topt
+from topt_deploy.errors import Exit
 
 
 def main(bundle: str, out: str, *cities: str) -> int:
     """Predict every city into OUT/NAME.parquet, one row per region."""
-    predictor = load(bundle)
+    model = topt.load(bundle)
     code = done = 0
     for city in map(Path, cities):
         try:
-            regions, mobility = (pq.ParquetFile(city / f"{name}.parquet").read() for name in ("regions", "mobility"))
-            table = predictor.predict(regions, mobility, wide=True)
-        except ToptError as error:
+            table = model.predict(city, wide=True)
+        except topt.ToptError as error:
             print(f"{city}: {error}", file=sys.stderr)
             code = int(error.exit_code)
             continue

@@ -85,8 +85,8 @@ def test_errors_need_no_more_than_success(desk):
 def test_the_python_face_works_too(desk):
     code = """
 import pyarrow.parquet as pq
-from topt_deploy.runtime import load
-table = load("model.topt").predict(pq.read_table("regions.parquet"), pq.read_table("mobility.parquet"))
+import topt_deploy as topt
+table = topt.load("model.topt").predict(pq.read_table("regions.parquet"), pq.read_table("mobility.parquet"))
 print(len(table))
 """
     # Blocking pandas with an error is harsher than its absence, which pyarrow.parquet copes with.

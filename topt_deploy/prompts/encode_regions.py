@@ -1,6 +1,5 @@
 """``topt_deploy.encode``: prompt vectors in one call, of files or of tables in memory, with either kind of encoder."""
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib import import_module
@@ -9,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import pyarrow as pa
 
-from topt_deploy.arguments import check_choice, check_least, several
+from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_kind_of
 from topt_deploy.data.parquet import read_parquet
 from topt_deploy.errors import BadRows, UsageError
@@ -21,7 +20,6 @@ from .options import TASKS
 from .table import merge_prompts, read_regions
 from .templates import Templates, load_templates
 
-Location: TypeAlias = str | os.PathLike[str]
 Frame = TypeVar("Frame", bound=ArrowStream)
 Opened: TypeAlias = AbstractContextManager[tuple[Encoder, Templates]]
 
@@ -106,7 +104,7 @@ def encode(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """Encode texts and images of regions to prompt vectors with a frozen language model (docs/encoder.md).
+    """Encode texts and images of regions to prompt vectors with a frozen language model (docs/how-to/encode.md).
 
     Args:
         regions: A path, of a ``regions.parquet`` or its folder, is encoded as the commands do it: ``prompts.parquet``
