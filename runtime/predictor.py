@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from topt_deploy.arguments import several
 from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
 from topt_deploy.bundle.sealed import blamed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
-from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, as_given, file_of
+from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, file_of
+from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
@@ -189,9 +191,9 @@ class Predictor:
             BadData, NoInput: If the input is not what the bundle reads.
             UsageError: If the bundle lacks a task, or has too few scores for the coverage.
         """
-        tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
-        flows = None if mobility is None else as_given(mobility)
-        predictions = self.predictions(as_given(regions), flows, tasks=tasks, id_col=id_col, coverage=coverage)
+        flows = None if mobility is None else as_given(mobility, BadRows.MOBILITY)
+        given = as_given(regions, BadRows.REGIONS)
+        predictions = self.predictions(given, flows, tasks=several(tasks), id_col=id_col, coverage=coverage)
         return predictions.wide() if wide else predictions.long()
 
     def predictions(

@@ -158,7 +158,7 @@ class TestPredict:
                 model.predict(wrong, mobility)
         with pytest.raises(UsageError, match="the mobility are not a table"):
             model.predict(regions, 3)
-        with pytest.raises(BadData, match="regions table: a column cannot be read as Arrow"):
+        with pytest.raises(BadData, match="regions table: a column holds several kinds"):
             model.predict(pd.DataFrame({"region_id": ["a", 3]}), mobility)
         with pytest.raises(BadData, match="the table is empty"):
             model.predict(regions.to_pandas()[:0], mobility)

@@ -13,7 +13,7 @@ from builders import LAND_USE, POI, replaced, tiny_city_tables
 
 from topt_deploy.config.load import load_config
 from topt_deploy.data.city import Schema, read_city
-from topt_deploy.data.columns import as_given
+from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadConfig, BadData, UsageError
 from topt_deploy.runtime.predictor import load
@@ -204,7 +204,7 @@ class TestPython:
     def test_a_frame_of_several_kinds(self):
         pandas = pytest.importorskip("pandas")
         with pytest.raises(BadData, match="several kinds"):
-            as_given(pandas.DataFrame({"region_id": ["a", 3, b"x"]}))
+            as_given(pandas.DataFrame({"region_id": ["a", 3, b"x"]}), "regions")
 
     def test_mlflow_without_rows(self, demo_bundle):
         pandas = pytest.importorskip("pandas")

@@ -5,7 +5,6 @@ The names of columns are the data contract (docs/reference/files.md). Of pyarrow
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.errors import BadData, BadRows, UsageError
+from topt_deploy.errors import BadData, BadRows
 from topt_deploy.storage.hashed_file import Held
 
 from .parquet import ParquetFile
@@ -40,37 +39,6 @@ Given: TypeAlias = pa.Table | Path | Held
 def file_of(table: Given) -> Path | None:
     """The file of a table, where it is one."""
     return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
-
-
-def as_given(table: Any) -> Given:
-    """A table in whatever form a program has it.
-
-    Args:
-        table: Of pyarrow, of pandas, whatever else has Arrow's interface (polars, DuckDB), a dataset, or a path.
-
-    Raises:
-        UsageError: If it is nothing of that.
-        BadData: If a column holds several kinds of values.
-    """
-    if isinstance(table, pa.Table | Held | Path):
-        return table
-    if isinstance(table, str | os.PathLike):
-        return Path(table)
-    try:
-        if type(table).__module__.partition(".")[0] == "pandas" and hasattr(table, "columns"):
-            return pa.Table.from_pandas(table, preserve_index=False)
-        if hasattr(table, "__arrow_c_stream__"):
-            return pa.table(table)
-        if hasattr(table, "to_table"):  # a dataset
-            found = table.to_table()
-            if isinstance(found, pa.Table):
-                return found
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise BadData(f"a column holds several kinds of values ({error})", file="table") from error
-    raise UsageError(
-        "not a table", expected="a pyarrow.Table, a DataFrame, a dataset, or the path of a Parquet file",
-        found=f"{type(table).__module__}.{type(table).__qualname__}",
-    )  # fmt: skip
 
 
 class Source:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from topt_deploy.errors import BadData, UsageError
+from topt_deploy.storage.hashed_file import Held
 
-from .columns import GEOMETRY
+from .columns import GEOMETRY, Given
 
 KINDS = "a path, or a table of pyarrow, pandas, geopandas or polars"
 GEOPARQUET = "1.1.0"
@@ -36,7 +37,7 @@ class ArrowDataset(Protocol):
         """All of it in memory."""
 
 
-def as_given(table: object, role: str) -> Path | pa.Table:
+def as_given(table: object, role: str) -> Given:
     """A table as the readers take it: the path of a Parquet file, or Arrow.
 
     Args:
@@ -46,17 +47,17 @@ def as_given(table: object, role: str) -> Path | pa.Table:
 
     Raises:
         UsageError: If it is none of these.
-        BadData: If a column cannot be Arrow, such as one that holds texts and numbers.
+        BadData: If a column holds several kinds of values, such as texts and numbers, and cannot be Arrow.
     """
     if isinstance(table, str | os.PathLike):
         return Path(table)
-    if isinstance(table, pa.Table):
+    if isinstance(table, pa.Table | Held):
         return table
     try:
         found = _as_arrow(table)
     except (pa.ArrowException, TypeError, OverflowError, UnicodeError) as error:
         raise BadData(
-            f"a column cannot be read as Arrow ({error})", file=f"{role} table", found=_kind(table),
+            f"a column holds several kinds of values ({error})", file=f"{role} table", found=_kind(table),
             fix="give every column one type: ids as text, counts as numbers",
         ) from error  # fmt: skip
     if found is None:

@@ -197,4 +197,4 @@ def _in_memory(
         raise UsageError(
             "a table in memory names images, and has no folder that they may lie in", fix="name it: images_root=…"
         )
-    return encode_texts_and_images(regions, encoder, templates, tasks, root=root or Path(), **how)
+    return encode_texts_and_images(regions, encoder, templates, tasks, root=root, **how)
