@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.data.city import City, Schema, read_city
+from topt_deploy.data.city import City, Schema, add_prompts, read_city
 from topt_deploy.data.columns import Given
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadData, BadRows
@@ -70,6 +70,18 @@ class Sieve:
                 return read_city(self.regions, self.mobility, schema, id_col=id_col, city_id=self.city_id)
             except BadRows as error:
                 self.take(error)
+
+    def read_prompts(self, city: City, schema: Schema, *, id_col: str) -> City:
+        """:func:`topt_deploy.data.city.add_prompts` of what is sound; the whole city again where a row is not.
+
+        Raises:
+            BadData: As :meth:`read`.
+        """
+        try:
+            return add_prompts(city, self.regions, schema)
+        except BadRows as error:
+            self.take(error)
+        return self.read(schema, id_col=id_col)
 
     def take(self, error: BadRows) -> None:
         """Set the rows of an error aside, or raise it where the policy does not allow that."""

@@ -16,7 +16,8 @@ from topt_deploy.prompts.options import CACHE
 from topt_deploy.prompts.table import REASON, merge_prompts, read_regions
 
 from .bad_rows import in_memory
-from .prompt_encoder import encoder_of, load_encoder
+from .encoder_bundles import encoder_of
+from .prompt_encoder import load_encoder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

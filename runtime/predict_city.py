@@ -28,9 +28,10 @@ from topt_deploy.storage.os_errors import check_place, reading, writing
 from topt_deploy.storage.outputs import TABLES, check_outputs, check_outside, check_suffix
 from topt_deploy.storage.text_files import json_text
 
-from .bad_rows import FAIL
-from .predictor import COVERAGE, Predictions, Predictor
+from .predictions import Predictions
+from .predictor import COVERAGE, Predictor
 from .receipt import Stopwatch, aside_path, make_receipt, read_receipt, receipt_path
+from .settings import Options
 
 DONE, PARTIAL, SKIPPED = "done", "partial", "skipped"
 
@@ -53,25 +54,6 @@ class Job:
     out: str
     size: int = 0
     given: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options that shape the output.
-
-    Attributes:
-        tasks: Tasks to predict; all of the bundle's if none is named.
-        id_col: The column of region ids.
-        wide: One row per region.
-        coverage: Of the intervals; None for the default.
-        on_bad_row: One of :data:`topt_deploy.runtime.bad_rows.POLICIES`.
-    """
-
-    tasks: tuple[str, ...] = ()
-    id_col: str = REGION_ID
-    wide: bool = False
-    coverage: float | None = None
-    on_bad_row: str = FAIL
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,37 +124,49 @@ def predict_city(
             table = predictions.wide() if options.wide else predictions.long()
         if {role: _stamp(file) for role, file in inputs.items()} != stamps:
             raise BadData("changed while it was read", file=regions, fix="run again when nothing writes to it")
-        aside = {aside_path(out, name): rows for name, rows in predictions.sieve.tables().items()}
-        maps = [] if geo is None else [geo]
-        with atomic_files([*aside, *maps, out, receipt_path(out)]) as temporaries:
-            place = dict(zip([*aside, *maps, out, receipt_path(out)], temporaries, strict=True))
-            with watch.step("write"):
-                for file, rows in {**aside, out: table}.items():
-                    with writing(file):
-                        save_parquet(place[file], rows)
-                for file in maps:
-                    _write_map(file, place[file], predictions)
-            receipt = make_receipt(
-                out,
-                sha256_file(place[out]),
-                key=key,
-                inputs={role: (job.given.get(str(file), str(file)), hashes[role]) for role, file in inputs.items()},
-                predictor=predictor,
-                predictions=table,
-                aside={
-                    name: (aside_path(out, name), sha256_file(place[aside_path(out, name)]), codes)
-                    for name, codes in predictions.sieve.counts().items()
-                },
-                options=_told(predictor, options),
-                watch=watch,
-            )
-            with writing(receipt_path(out)):
-                place[receipt_path(out)].write_text(json_text(receipt), encoding="utf-8")
-        for file in _asides(out):
-            if file not in aside:
+        facts = {
+            "key": key,
+            "inputs": {role: (job.given.get(str(file), str(file)), hashes[role]) for role, file in inputs.items()},
+            "predictor": predictor,
+            "options": _told(predictor, options),
+        }
+        receipt = _write(out, table, predictions, geo, facts, watch)
+    return Outcome(status=PARTIAL if receipt["set_aside"] else DONE, receipt=receipt, table=table)
+
+
+def _write(
+    out: Path, table: pa.Table, predictions: Predictions, geo: Path | None, facts: Mapping[str, Any], watch: Stopwatch
+) -> dict[str, Any]:
+    """Write the predictions, what was set aside, the map and, last, the receipt, which is returned."""
+    aside = {aside_path(out, name): rows for name, rows in predictions.sieve.tables().items()}
+    files = [*aside, *([] if geo is None else [geo]), out, receipt_path(out)]
+    with atomic_files(files) as temporaries:
+        place = dict(zip(files, temporaries, strict=True))
+        with watch.step("write"):
+            for file, rows in {**aside, out: table}.items():
                 with writing(file):
-                    file.unlink(missing_ok=True)
-    return Outcome(status=PARTIAL if aside else DONE, receipt=receipt, table=table)
+                    save_parquet(place[file], rows)
+            if geo is not None:
+                _write_map(geo, place[geo], predictions)
+        receipt = make_receipt(
+            out,
+            sha256_file(place[out]),
+            **facts,
+            predictions=table,
+            encoded=predictions.encoded,
+            aside={
+                name: (aside_path(out, name), sha256_file(place[aside_path(out, name)]), codes)
+                for name, codes in predictions.sieve.counts().items()
+            },
+            watch=watch,
+        )
+        with writing(receipt_path(out)):
+            place[receipt_path(out)].write_text(json_text(receipt), encoding="utf-8")
+    for file in _asides(out):
+        if file not in aside:
+            with writing(file):
+                file.unlink(missing_ok=True)
+    return receipt
 
 
 def _asides(out: Path) -> list[Path]:

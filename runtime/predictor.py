@@ -1,7 +1,7 @@
 """The Python face of the runtime: a loaded bundle that turns a city's tables into predictions, Arrow to Arrow."""
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
 from topt_deploy.bundle.sealed import blamed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
-from topt_deploy.data.columns import GEOMETRY, REGION_ID, Given, file_of
+from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import ParquetFile
@@ -27,18 +27,15 @@ from topt_deploy.storage.hashed_file import sha256_file
 from .backends.onnxruntime import PROVIDERS, Session, check_device
 from .bad_rows import FAIL, Sieve
 from .device_choice import CPU, CUDA, TENSORRT, choose
+from .predictions import Predictions, TaskPrediction
 
 if TYPE_CHECKING:
     from .backends.tensorrt import HostSession
     from .missing_prompts import PromptEncoder
 
 Array = np.ndarray[Any, Any]
-
 PRECISION = "fp32"
 COVERAGE = 0.9
-OK = "ok"
-EXTRAPOLATED = "extrapolated"
-MASKED = "masked"
 REASONS_SHOWN = 3
 RANGE_BEYOND = 0.5
 """How far outside the training range a single quantity is a reason for doubt: half of the range's own width, in
@@ -69,7 +66,6 @@ class Predictor:
 
     Attributes:
         chosen: Where the model runs, and why there.
-        encoded: The encoder of the last city's prompts, if they were made here.
         signed_by: SHA-256 of the public key whose signature was asked for and found; None if none was asked for.
     """
 
@@ -99,7 +95,6 @@ class Predictor:
         ways = {CPU: lambda: check_device(CPU), CUDA: lambda: self._open(CUDA), TENSORRT: self._open_engine}
         self._session, self.chosen = choose(device, ways, what="the city's model")
         self._encoder: PromptEncoder | None = None
-        self.encoded: dict[str, Any] | None = None
         self.signed_by: str | None = None
 
     @cached_property
@@ -227,8 +222,7 @@ class Predictor:
                 )
         file = file_of(regions)
         sieve = Sieve(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
-        self._add_prompts(sieve, None if file is None else file.parent, id_col, cache, progress)
-        city = sieve.read(manifest.schema, id_col=id_col)
+        city, encoded = self._read(sieve, None if file is None else file.parent, id_col, cache, progress)
         self._check_encoders(city, regions)
         arrays = features(city, manifest.inputs)
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
@@ -249,17 +243,17 @@ class Predictor:
                     ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, predicted, coverage) for task in chosen}
-        return Predictions(city, results, self._extrapolated(city, predicted.get(LEVERAGE)), sieve)
+        return Predictions(city, results, self._extrapolated(city, predicted.get(LEVERAGE)), sieve, encoded)
 
-    def _result(self, task: str, predicted: Mapping[str, Array], coverage: float | None) -> "_Result":
+    def _result(self, task: str, predicted: Mapping[str, Array], coverage: float | None) -> "TaskPrediction":
         values, facts = predicted[task], self.bundle.manifest.tasks[task]
         if coverage is None and (coverage := self.coverage(task)) is None:
-            return _Result(values, None, None)
+            return TaskPrediction(values, None, None)
         if "fold_scores" in facts:
-            return _Result(
+            return TaskPrediction(
                 values, *cv_plus(values, predicted[task + FOLDS], facts["fold_scores"], predicted[LEVERAGE], coverage)
             )
-        return _Result(values, *interval(values, facts["scores"], coverage))
+        return TaskPrediction(values, *interval(values, facts["scores"], coverage))
 
     def coverage(self, task: str, coverage: float = COVERAGE) -> float | None:
         """The coverage of a task's intervals; None where its labels are too few for them."""
@@ -298,32 +292,23 @@ class Predictor:
         name = f"golden/{city}.{part}.parquet"
         return ParquetFile(self.bundle.read(name), name).read()
 
-    def _add_prompts(
+    def _read(
         self, sieve: Sieve, home: Path | None, id_col: str, cache: bool, progress: Callable[[int, int], None]
-    ) -> None:
-        """Make prompts of the regions' texts and images, where they lack them and there is an encoder."""
-        self.encoded = None
-        manifest, regions = self.bundle.manifest, sieve.regions
-        if manifest.encoder is None:
-            return  # the reader says what is absent
-        names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
-        missing = [column for column in manifest.prompts if column not in names]
+    ) -> tuple[City, Mapping[str, Any] | None]:
+        """The city of sound rows, and what its prompts were made with, where it lacks them and there is an encoder."""
+        schema = self.bundle.manifest.schema
+        missing = self._missing_prompts(sieve.regions)
         if not missing:
-            return
+            return sieve.read(schema, id_col=id_col), None
+        sound: City | None = None
         if sieve.policy != FAIL:  # what cannot be used need not be encoded, and could stop the encoder
-            sieve.read(replace(manifest.schema, prompts={}), id_col=id_col)
+            sound = sieve.read(replace(schema, prompts={}), id_col=id_col)
         with self._lock:
-            if self._encoder is None:
-                from .missing_prompts import PromptEncoder
-
-                self._encoder = PromptEncoder(
-                    self.bundle, self._place, engine=self._engine, device=self._asked, threads=self._threads
-                )
-            made = self._encoder.add(
+            made = self._prompt_encoder().add(
                 sieve.regions, missing, home=home, id_col=id_col,
                 on_bad_image="fail" if sieve.policy == FAIL else "skip", cache=cache, progress=progress,
             )  # fmt: skip
-        self.encoded, sieve.regions = dict(made.facts), made.table
+        sieve.regions = made.table
         if made.skipped:
             rows = np.array([region in made.skipped for region in made.table.column(id_col).to_pylist()])
             error = BadRows(
@@ -331,6 +316,27 @@ class Predictor:
                 column="images", ids=list(made.skipped), found=next(iter(made.skipped.values())),
             )  # fmt: skip
             sieve.take(error)
+        if sound is None or made.skipped:
+            return sieve.read(schema, id_col=id_col), made.facts
+        return sieve.read_prompts(sound, schema, id_col=id_col), made.facts
+
+    def _missing_prompts(self, regions: Given) -> list[str]:
+        """The prompt columns that a table lacks and that this bundle's encoder makes; none where it has no encoder."""
+        manifest = self.bundle.manifest
+        if manifest.encoder is None:
+            return []  # the reader says what is absent
+        names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
+        return [column for column in manifest.prompts if column not in names]
+
+    def _prompt_encoder(self) -> "PromptEncoder":
+        """The encoder, opened on first use; the lock must be held."""
+        if self._encoder is None:
+            from .missing_prompts import PromptEncoder
+
+            self._encoder = PromptEncoder(
+                self.bundle, self._place, engine=self._engine, device=self._asked, threads=self._threads
+            )
+        return self._encoder
 
     def _check_encoders(self, city: City, regions: Given) -> None:
         for column, facts in self.bundle.manifest.prompts.items():
@@ -432,89 +438,4 @@ def _name(regions: Given) -> str:
     return str(file_of(regions) or "regions table")
 
 
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """A task's predictions and the ends of their intervals, if any, each (N,) in canonical order."""
-
-    prediction: Array
-    lower: Array | None
-    upper: Array | None
-
-
-_ABOUT, _VALUES, _QUALITY = ("city_id", "region_id"), ("prediction", "lower", "upper"), ("status", "reason")
-
-
 # Columns are built from lists: given numpy arrays, pyarrow imports numpy.ma, which takes as long as the model.
-
-
-class Predictions:
-    """A city's predictions, in the order of the input's rows.
-
-    Args:
-        city: The city.
-        results: By task, in canonical order.
-        reasons: Per region in canonical order, why it is extrapolated; empty where it is not.
-        sieve: The rows that were set aside.
-
-    Attributes:
-        lonlat: float64 (N, 2), degrees.
-    """
-
-    def __init__(self, city: City, results: dict[str, _Result], reasons: list[str], sieve: Sieve) -> None:
-        back = np.argsort(city.input_row)
-        masked = sieve.masked
-        ordered = [masked.get(row) or reasons[i] or None for row, i in enumerate(back)]
-        self._city = city
-        self.sieve = sieve
-        self.lonlat = city.lonlat[back]
-        self._about: dict[str, list[Any]] = {
-            "city_id": [city.city_id] * len(city),
-            "region_id": city.region_id[back].tolist(),
-            "status": [
-                MASKED if row in masked else EXTRAPOLATED if reason else OK for row, reason in enumerate(ordered)
-            ],
-            "reason": ordered,
-        }
-        self._values = {
-            task: {name: _in_order(getattr(result, name), back, masked) for name in _VALUES}
-            for task, result in results.items()
-        }
-
-    def long(self) -> pa.Table:
-        """One row per task and region, task by task."""
-        repeat = len(self._values)
-        columns = {name: self._about[name] * repeat for name in _ABOUT}
-        columns["task"] = [task for task in self._values for _ in range(len(self._city))]
-        columns |= {name: [v for values in self._values.values() for v in values[name]] for name in _VALUES}
-        columns |= {name: self._about[name] * repeat for name in _QUALITY}
-        return _table(self._city, columns, set(_VALUES), repeat)
-
-    def wide(self) -> pa.Table:
-        """One row per region; a task has its prediction under its own name, and the ends beside it."""
-        numbers = {
-            task if name == "prediction" else f"{task}_{name}": values[name]
-            for task, values in self._values.items()
-            for name in _VALUES
-        }
-        about, quality = ({name: self._about[name] for name in names} for names in (_ABOUT, _QUALITY))
-        return _table(self._city, about | numbers | quality, set(numbers), 1)
-
-
-def _in_order(values: Array | None, back: Array, masked: Collection[int]) -> list[float | None]:
-    """Numbers in the order of the input's rows; None where there is none, and in masked rows."""
-    numbers: list[float | None] = [None] * len(back) if values is None else values[back].astype(np.float64).tolist()
-    for row in masked:
-        numbers[row] = None
-    return numbers
-
-
-def _table(city: City, columns: dict[str, list[Any]], numbers: set[str], repeat: int) -> pa.Table:
-    """The columns as Arrow, with the city's geometry passed through."""
-    arrays = {
-        name: pa.array(values, pa.float64() if name in numbers else pa.string()) for name, values in columns.items()
-    }
-    if city.geometry is None:
-        return pa.table(arrays)
-    shapes, geo = city.geometry
-    table = pa.table(arrays | {GEOMETRY: pa.chunked_array(shapes.chunks * repeat, shapes.type)})
-    return table.replace_schema_metadata({b"geo": geo}) if geo else table

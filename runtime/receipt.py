@@ -92,6 +92,7 @@ def make_receipt(
     inputs: Mapping[str, tuple[Path | str, str]],
     predictor: Predictor,
     predictions: pa.Table,
+    encoded: Mapping[str, Any] | None,
     aside: Mapping[str, tuple[Path, str, Mapping[str, int]]],
     options: Mapping[str, Any],
     watch: Stopwatch,
@@ -102,6 +103,7 @@ def make_receipt(
         output, sha256: The predictions file and its hash.
         key: The hash of everything that the output's bytes depend on.
         inputs: The input files and their hashes, by role.
+        encoded: What prompts were made with here, if any were.
         aside: The file that rows of a table went to that were set aside, its hash, and how many by reason code.
         options: The options that shaped the output.
     """
@@ -120,7 +122,7 @@ def make_receipt(
             for table, (path, hashed, codes) in aside.items()
         },
         "status": dict(sorted(Counter(predictions.column("status").to_pylist()).items())),
-        "encoder": predictor.encoded,
+        "encoder": None if encoded is None else dict(encoded),
         "provider": predictor.provider,
         "device": predictor.chosen.as_dict(),
         "precision": predictor.precision,

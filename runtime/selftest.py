@@ -12,8 +12,9 @@ from topt_deploy.bundle.manifest import SCHEMA_VERSION
 from topt_deploy.bundle.sealed import open_sealed
 from topt_deploy.prompts.golden_regions import read_golden, reproduce
 
+from .encoder_bundles import encoder_of, find_encoder, locate
 from .predictor import load
-from .prompt_encoder import check_engine, encoder_of, find_encoder, load_encoder, locate
+from .prompt_encoder import check_engine, load_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

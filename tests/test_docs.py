@@ -287,7 +287,7 @@ def test_the_page_on_bad_rows_lists_every_reason_code() -> None:
 
 def test_alerts_are_on_metrics_that_there_are() -> None:
     yaml = pytest.importorskip("yaml")
-    from topt_deploy.runtime.batch.summary import Summary
+    from topt_deploy.runtime.summary import Summary
 
     page = (ROOT / "docs/how-to/monitoring.md").read_text(encoding="utf-8")
     (block,) = blocks("docs/how-to/monitoring.md", "yaml")

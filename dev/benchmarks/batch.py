@@ -206,8 +206,9 @@ def steps(bundle: Path, cities: Path, out: Path, count: int) -> dict[str, float]
     from topt_deploy.runtime import bad_rows, predictor
     from topt_deploy.runtime import predict_city as city
     from topt_deploy.runtime.backends import onnxruntime
-    from topt_deploy.runtime.batch.city_task import Setting, work
+    from topt_deploy.runtime.batch.city_task import work
     from topt_deploy.runtime.batch.plan import plan
+    from topt_deploy.runtime.settings import Setting
 
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as topt-run has it
     setting = Setting(bundle=str(bundle))

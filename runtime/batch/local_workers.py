@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..predict_city import Job
-from .city_task import ATTEMPTS, Result, crashed_result, failed, lost_result, too_long
+from ..summary import Result, too_long
+from .city_task import ATTEMPTS, crashed_result, failed, lost_result
 
 PR_SET_PDEATHSIG = 1
 """Of Linux' prctl.h."""

@@ -5,7 +5,6 @@ uploads, receipt last, is what renaming is on a disk. Nothing locks an object.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -21,11 +20,10 @@ from topt_deploy.storage.atomic import atomic_file
 from topt_deploy.storage.os_errors import writing
 from topt_deploy.storage.scratch import scratch_folder
 
+from ..addresses import is_uri, joined, parted, shown
 from ..predict_city import Job
 from ..receipt import aside_path, receipt_path
 
-SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
-"""``az://CONTAINER/…`` is Azure's; the account comes from the environment, as everyone's credentials do."""
 ACCOUNT, KEY, SAS_TOKEN = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
 DENIED = (
     "ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "PERMISSION_DENIED", "UNAUTHENTICATED",
@@ -35,25 +33,6 @@ DENIED = (
 ABSENT = ("NO_SUCH_BUCKET", "ContainerNotFound", "No such file or directory")
 CHUNK_BYTES = 1 << 22
 PATIENCE_S = 60
-
-
-def is_uri(place: str) -> bool:
-    """True if a place is a URI of one of :data:`SCHEMES`."""
-    scheme, found, _ = place.partition("://")
-    if found and scheme not in SCHEMES and scheme.isalnum():
-        raise UsageError("unknown kind of address", file=place, expected=", ".join(f"{s}://" for s in SCHEMES))
-    return bool(found)
-
-
-def parted(place: str) -> tuple[str, str]:
-    """A URI without its settings, and these: ``?region=…``, or nothing. A path has none, whatever is in it."""
-    uri, mark, settings = place.partition("?") if is_uri(place) else (place, "", "")
-    return uri, mark + settings
-
-
-def shown(place: str) -> str:
-    """A place as it may be told and kept: a URI without its settings, and without a password before its host."""
-    return re.sub(r"(?<=://)([^/@:]*):[^/@]*@", r"\1@", parted(place)[0]) if is_uri(place) else place
 
 
 def listing(uri: str) -> dict[str, int]:
@@ -85,12 +64,6 @@ def sizes(uris: Sequence[str], settings: str) -> dict[str, int]:
     with _answers(uris[0]):
         infos = system.get_file_info([_system(uri + settings)[1] for uri in uris])
     return {uri: info.size for uri, info in zip(uris, infos, strict=True) if info.is_file}
-
-
-def joined(place: str, name: str) -> str:
-    """A file below a folder: a path below a path, or a URI, escaped, below a URI."""
-    uri, settings = parted(place)
-    return f"{uri.rstrip('/')}/{quote(os.fsencode(name), safe='/=') if is_uri(place) else name}{settings}"
 
 
 def _hidden(path: str) -> bool:

@@ -9,14 +9,15 @@ from urllib.parse import unquote
 
 from topt_deploy.bundle.manifest import SUFFIX
 from topt_deploy.data.city import hive_city
-from topt_deploy.data.parquet import is_part, one_file
+from topt_deploy.data.parquet import is_part
 from topt_deploy.errors import BadData, NoInput, UsageError
 from topt_deploy.storage.os_errors import reading
 
+from ..addresses import is_uri, joined, parted, shown
+from ..inputs import MOBILITY, PREDICTIONS, REGIONS
 from ..predict_city import Job
-from .object_stores import is_uri, joined, listing, parted, shown, sizes
+from .object_stores import listing, sizes
 
-REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
 OURS = ("predictions", "prompts", "mobility")
 """The names, up to the first dot, of files that are not regions tables."""
 
@@ -57,22 +58,6 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
                 size=size,
             )
     return sorted(jobs.values(), key=lambda job: (-job.size, job.name))
-
-
-def alone(inputs: Sequence[str], out: str | None) -> Path | None:
-    """The regions table, where a command line names just one and its output is to be a file; else None."""
-    if len(inputs) != 1 or is_uri(inputs[0]) or (out is not None and (out.endswith("/") or is_uri(out))):
-        return None
-    given = Path(inputs[0])
-    if os.path.isdir(given):  # unlike pathlib's, no error for a name that is too long
-        if (given / REGIONS).is_dir() or any(is_part(name) for name in os.listdir(given)):
-            return one_file(given / REGIONS if (given / REGIONS).is_dir() else given)
-        given /= REGIONS
-        if not os.path.exists(given):
-            return None
-    elif not os.path.exists(given) and glob.has_magic(inputs[0]):
-        return None
-    return None if out is not None and os.path.isdir(out) else given
 
 
 def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:

@@ -12,7 +12,9 @@ from topt_deploy.errors import NoDevice, ToptError
 
 from ..predict_city import Job
 from ..predictor import Predictor
-from .city_task import ATTEMPTS, Result, Setting, lost_result, unopened, work
+from ..settings import Setting
+from ..summary import Result
+from .city_task import ATTEMPTS, lost_result, unopened, work
 from .silenced_output import only_this_thread, quiet
 
 

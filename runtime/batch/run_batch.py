@@ -11,15 +11,16 @@ from typing import overload
 from topt_deploy.errors import UsageError
 from topt_deploy.storage.outputs import check_outside
 
+from ..addresses import is_uri
 from ..device_choice import CPU
 from ..pandas_blocker import with_pandas
 from ..predict_city import Job
-from .city_task import Result, Setting, work
+from ..settings import Setting
+from ..summary import Result, Summary
+from .city_task import work
 from .local_workers import run_local, workers_for
-from .object_stores import is_uri
 from .plan import plan
 from .separate_process import apart
-from .summary import Summary
 
 ENGINES = LOCAL, RAY, SPARK = "local", "ray", "spark"
 
@@ -76,7 +77,9 @@ def run_batch(
         todo = partial(work, predictor=predictor, setting=setting)
         results = run_local(jobs, todo, workers=workers or workers_for(jobs), timeout=timeout)
     else:
-        everywhere = replace(setting, bundle=_absolute(setting.bundle), encoder=_absolute(setting.encoder))
+        everywhere = replace(
+            setting, bundle=_absolute(setting.bundle), encoder_bundle=_absolute(setting.encoder_bundle)
+        )
         results = _cluster(engine)([_anywhere(job) for job in jobs], everywhere, workers=workers)
     with closing(results):
         for done, result in enumerate(results, start=1):

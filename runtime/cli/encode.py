@@ -37,7 +37,8 @@ def encode(
     from topt_deploy.prompts.encode_job import Job
     from topt_deploy.prompts.templates import load_templates
 
-    from ..prompt_encoder import check_engine, find_encoder, load_encoder
+    from ..encoder_bundles import find_encoder
+    from ..prompt_encoder import check_engine, load_encoder
 
     log = Log(log_format)
     log.listen()

@@ -24,9 +24,7 @@ def info(bundle: Path, require_signature: Path | None, log_format: str) -> None:
     from topt_deploy.bundle.sealed import open_sealed
 
     if open_sealed(bundle, SCHEMA_VERSION).is_encoder:
-        from ..prompt_encoder import info as encoder_info
-
-        lines, about = encoder_info(bundle, require_signature)
+        lines, about = _encoder(bundle, require_signature)
     else:
         lines, about = _city(bundle, require_signature)
     Log(log_format).result("\n".join(lines), event="info", **about)
@@ -83,3 +81,24 @@ def _built(variant: Mapping[str, Any]) -> str:
         return ""
     built = ", ".join(variant["engines"])
     return f", engines for {built} by {variant['library']}" if built else ", engines are built on the target"
+
+
+def _encoder(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
+    """A description of an encoder's bundle, for people and for machines; every byte and the signature are checked."""
+    from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
+    from topt_deploy.bundle.signature import check_signature
+
+    bundle = open_encoder_bundle(path)
+    check_signature(bundle, key)
+    bundle.verify()
+    m, spec = bundle.manifest, bundle.spec
+    worst = min(measured["cosine"] for measured in m.parity)
+    lines = [
+        f"bundle     {path}, a prompt encoder (schema {m.schema_version}, topt-deploy {m.version})",
+        f"sha256     {bundle.sha256}",
+        f"encoder    {spec.identity}, family {spec.family}, {spec.width} wide",
+        f"precision  {m.precision}; {len(m.kept)} linear maps in another one",
+        f"templates  {', '.join(bundle.templates.questions)} (version {bundle.templates.version})",
+        f"parity     smallest cosine {worst:.6f}, against {m.source['reference']}",
+    ]
+    return lines, {"sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity}

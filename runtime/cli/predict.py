@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,17 +12,16 @@ from topt_deploy.console import Lines, Log, say
 from topt_deploy.errors import NoInput, UsageError, printable
 from topt_deploy.storage.outputs import METRICS, check_outputs, check_suffix
 
+from ..inputs import MOBILITY, PREDICTIONS
 from .options import PATH, device_option, encoder_engine_option, log_format_option, signature_option, threads_option
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from ..batch.city_task import Result, Setting
-    from ..batch.summary import Summary
+    from ..settings import Setting
+    from ..summary import Result, Summary
 
 DEFAULT_BUNDLE = "model.topt"
-DEFAULT_MOBILITY = "mobility.parquet"
-DEFAULT_OUT = "predictions.parquet"
 BUNDLE_VARIABLE = "TOPT_BUNDLE"
 ROWS_SHOWN = 5
 
@@ -30,8 +29,8 @@ ROWS_SHOWN = 5
 @click.command("predict")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--bundle", type=PATH, help=f"[default: ${BUNDLE_VARIABLE}, else {DEFAULT_BUNDLE} beside the regions]")
-@click.option("--mobility", type=PATH, help=f"One city's flows [default: {DEFAULT_MOBILITY} beside the regions].")
-@click.option("--out", help=f"A file, or a folder for many cities [default: {DEFAULT_OUT} beside the regions].")
+@click.option("--mobility", type=PATH, help=f"One city's flows [default: {MOBILITY} beside the regions].")
+@click.option("--out", help=f"A file, or a folder for many cities [default: {PREDICTIONS} beside the regions].")
 @click.option("--task", "tasks", multiple=True, help="Predict this task only (repeatable).")
 @click.option("--wide", is_flag=True, help="One row per region, one column per task.")
 @click.option(
@@ -66,27 +65,15 @@ ROWS_SHOWN = 5
 @log_format_option
 def predict(
     inputs: tuple[str, ...],
-    bundle: Path | None,
     mobility: Path | None,
     out: str | None,
-    tasks: tuple[str, ...],
-    wide: bool,
-    coverage: float | None,
     geo: Path | None,
-    id_col: str,
-    on_bad_row: str,
-    resume: bool,
     workers: int | None,
     engine: str,
     timeout: float | None,
     metrics_file: Path | None,
-    threads: int,
-    encoder_bundle: Path | None,
-    encoder_engine: str,
-    no_cache: bool,
-    require_signature: Path | None,
-    device: str,
     log_format: str,
+    **shared: Any,
 ) -> int:
     """Predict every task of a bundle for the city in INPUT, a regions.parquet or its folder.
 
@@ -95,34 +82,22 @@ def predict(
     """
     from topt_deploy.storage.os_errors import check_file
 
-    from ..batch.city_task import Setting
-    from ..batch.plan import alone
-    from ..predict_city import Options
+    from ..inputs import one_city
 
     log = Log(log_format)
     log.listen()
     if metrics_file is not None:
         check_suffix(metrics_file, METRICS, "--metrics-file")
-        check_outputs([metrics_file], bundles=[] if bundle is None else [bundle])
-    with _measured(metrics_file) as measure:
-        regions = alone(inputs, out)
+        check_outputs([metrics_file], bundles=[] if shared["bundle"] is None else [shared["bundle"]])
+    with _measured(metrics_file) as summary:
+        regions = one_city(inputs, out)
         if regions is not None:
             check_file(regions)
-        setting = Setting(
-            bundle=str(bundle or _default_bundle(regions or Path(inputs[0]))),
-            device=device,
-            threads=threads,
-            encoder=None if encoder_bundle is None else str(encoder_bundle),
-            engine=encoder_engine,
-            key=None if require_signature is None else str(require_signature),
-            options=Options(tasks=tasks, id_col=id_col, wide=wide, coverage=coverage, on_bad_row=on_bad_row),
-            resume=resume,
-            cache=not no_cache,
-        )
+        setting = _setting(regions or Path(inputs[0]), **shared)
         if regions is not None:
             if timeout is not None:
-                _end_after(timeout, regions, measure, metrics_file, log)
-            return _predict_one(regions, setting, measure, log, mobility=mobility, out=out, geo=geo)
+                _end_after(timeout, regions, summary, metrics_file, log)
+            return _predict_one(regions, setting, summary, log, mobility=mobility, out=out, geo=geo)
         for option, given in (("--mobility", mobility), ("--geo", geo)):
             if given is not None:
                 raise UsageError(
@@ -134,30 +109,59 @@ def predict(
             raise UsageError(
                 "several cities need an output folder", expected="--out FOLDER", fix="name one; it is made"
             )
-        return _predict_many(inputs, out, setting, measure, log, engine=engine, workers=workers, timeout=timeout)
+        return _predict_many(inputs, out, setting, summary, log, engine=engine, workers=workers, timeout=timeout)
+
+
+def _setting(
+    near: Path,
+    *,
+    bundle: Path | None,
+    encoder_bundle: Path | None,
+    require_signature: Path | None,
+    resume: bool,
+    no_cache: bool,
+    device: str,
+    threads: int,
+    encoder_engine: str,
+    **shaping: Any,
+) -> "Setting":
+    """The command line's options that hold for every city; ``shaping`` are those that shape the output."""
+    from ..settings import Options, Setting
+
+    return Setting(
+        bundle=str(bundle or _default_bundle(near)),
+        encoder_bundle=None if encoder_bundle is None else str(encoder_bundle),
+        require_signature=None if require_signature is None else str(require_signature),
+        resume=resume,
+        cache=not no_cache,
+        device=device,
+        threads=threads,
+        encoder_engine=encoder_engine,
+        options=Options(**shaping),
+    )
 
 
 def _predict_one(
     regions: Path,
     setting: "Setting",
-    measure: "Summary",
+    summary: "Summary",
     log: Log,
     *,
     mobility: Path | None,
     out: str | None,
     geo: Path | None,
 ) -> int:
-    from ..batch.city_task import result_of
     from ..predict_city import SKIPPED, Job, check_map, predict_city
     from ..receipt import Stopwatch, receipt_path
+    from ..summary import result_of
 
-    beside = regions.with_name(DEFAULT_MOBILITY)
+    beside = regions.with_name(MOBILITY)
     mobility = mobility or (beside if beside.exists() else None)
     job = Job(
         name=regions.parent.name,
         regions=str(regions),
         mobility=None if mobility is None else str(mobility),
-        out=out if out is not None else str(regions.with_name(DEFAULT_OUT)),
+        out=out if out is not None else str(regions.with_name(PREDICTIONS)),
     )
     if geo is not None:
         check_map(geo)
@@ -169,7 +173,7 @@ def _predict_one(
         predictor, job, setting.options,
         resume=setting.resume, cache=setting.cache, geo=geo, progress=progress, watch=watch,
     )  # fmt: skip
-    measure.add(result_of(job, done))
+    summary.add(result_of(job, done))
     place, receipt = Path(job.out), done.receipt
     lines = [f"{_preview(done.table)}\n"] if done.table is not None else []
     lines += [f"predictions {place}" + (", as they were" if done.status == SKIPPED else "")]
@@ -179,23 +183,23 @@ def _predict_one(
     lines += [f"receipt     {receipt_path(place)}"]
     said = {key: receipt[key] for key in ("status", "set_aside", "seconds")}
     log.result("\n".join(lines), event="skipped" if done.status == SKIPPED else "predicted", file=job.out, **said)
-    return measure.exit_code
+    return summary.exit_code
 
 
 def _predict_many(
     inputs: Sequence[str],
     out: str,
     setting: "Setting",
-    measure: "Summary",
+    summary: "Summary",
     log: Log,
     *,
     engine: str,
     workers: int | None,
     timeout: float | None,
 ) -> int:
-    from ..batch.city_task import FAILED
-    from ..batch.object_stores import shown
+    from ..addresses import shown
     from ..batch.run_batch import run_batch
+    from ..summary import FAILED
 
     lines = Lines("cities")
 
@@ -207,18 +211,18 @@ def _predict_many(
             say(f"{printable(result.city)}: error: {result.told}", err=True)
         lines(done, total)
 
-    with measure.recorded(out):
-        run_batch(inputs, out, setting, measure, engine=engine, workers=workers, told=told, timeout=timeout)
-        text = f"{measure.text()}\npredictions {shown(out).rstrip('/')}/city=…/{DEFAULT_OUT}"
-        measure.write(out)
-        log.result(text, event="batch", **measure.record())
-    return measure.exit_code
+    with summary.recorded(out):
+        run_batch(inputs, out, setting, summary, engine=engine, workers=workers, told=told, timeout=timeout)
+        text = f"{summary.text()}\npredictions {shown(out).rstrip('/')}/city=…/{PREDICTIONS}"
+        summary.write(out)
+        log.result(text, event="batch", **summary.record())
+    return summary.exit_code
 
 
 @contextmanager
 def _measured(file: Path | None) -> Iterator["Summary"]:
     """A summary whose figures are written in the end, also where the run fails as a whole, or is ended."""
-    from ..batch.summary import Summary, write_metrics
+    from ..summary import Summary, write_metrics
 
     summary = Summary()
     try:
@@ -231,19 +235,18 @@ def _measured(file: Path | None) -> Iterator["Summary"]:
             write_metrics(file, summary.metrics())
 
 
-def _end_after(seconds: float, regions: Path, measure: "Summary", metrics: Path | None, log: Log) -> None:
+def _end_after(seconds: float, regions: Path, summary: "Summary", metrics: Path | None, log: Log) -> None:
     """End the process once it has taken so long, whatever it is in: what computes does not look at clocks."""
     import threading
 
-    from ..batch.city_task import too_long
-    from ..batch.summary import write_metrics
+    from ..summary import too_long, write_metrics
 
     def end() -> None:
         error = too_long(str(regions), seconds)
         try:
-            measure.end(error)
+            summary.end(error)
             if metrics is not None:
-                write_metrics(metrics, measure.metrics())
+                write_metrics(metrics, summary.metrics())
             log.error(error)
         finally:
             os._exit(error.exit_code)

@@ -17,7 +17,7 @@ def test_the_table_has_every_code_and_no_other(told_codes):
 
 
 def test_the_table_agrees_with_what_a_batch_takes_for_the_machines_fault(told_codes):
-    from topt_deploy.runtime.batch.summary import AGAIN
+    from topt_deploy.runtime.summary import AGAIN
 
     assert told_codes["try again"] == set(AGAIN)
 

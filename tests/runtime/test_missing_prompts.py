@@ -96,8 +96,9 @@ def test_on_openvino(desk, predicted):
 def test_tables_of_a_program(desk, bundle):
     predictor = load(desk.folder / bundle)
     regions, mobility = pq.read_table(desk.regions), pq.read_table(desk.mobility)
-    table = predictor.predict(regions, mobility)
-    assert predictor.encoded["encoded"] == 20
+    predictions = predictor.predictions(regions, mobility)
+    assert predictions.encoded["encoded"] == 20
+    table = predictions.long()
     assert table.equals(predictor.predict(desk.regions, desk.mobility))
     renamed = regions.rename_columns(["id" if name == "region_id" else name for name in regions.column_names])
     assert table.equals(predictor.predict(renamed, mobility, id_col="id"))

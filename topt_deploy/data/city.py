@@ -8,7 +8,7 @@ training and for serving.
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,29 @@ def read_city(
         labels={task: _label(source, ids, task)[order] for task in labels},
         geometry=_geometry(source),
         synthetic=source.metadata.get(b"synthetic") == b"true",
+    )
+
+
+def add_prompts(city: City, regions: Given, schema: Schema) -> City:
+    """A city with the prompt columns of its regions table, where all else of the table has been read already.
+
+    Args:
+        city: The city, read from the same rows.
+        regions: The table with the prompt columns.
+        schema: The inputs of the model.
+
+    Raises:
+        BadData: If a prompt column is absent, or holds something else than vectors of its width.
+    """
+    source = Source(regions, BadRows.REGIONS, lambda column: column in schema.prompts)
+    ids, order = np.empty_like(city.region_id), city.input_row
+    ids[order] = city.region_id
+    return replace(
+        city,
+        prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
+        encoders=_made_with(source, schema, b"encoder"),
+        templates=_made_with(source, schema, b"template"),
+        precisions=_made_with(source, schema, b"precision"),
     )
 
 

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from topt_deploy.errors import NoInput, UsageError
-from topt_deploy.runtime.batch.object_stores import joined, shown
-from topt_deploy.runtime.batch.plan import alone, plan
+from topt_deploy.runtime.addresses import joined, shown
+from topt_deploy.runtime.batch.plan import plan
+from topt_deploy.runtime.inputs import one_city
 
 REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 
@@ -249,14 +250,14 @@ class TestAlone:
     def test_one_table(self, here):
         here("d/regions.parquet", "Oslo.parquet")
         for given in ("d", "d/", "d/regions.parquet"):
-            assert alone([given], None) == alone([given], "new.parquet") == Path("d/regions.parquet")
-        assert alone(["Oslo.parquet"], None) == Path("Oslo.parquet")
-        assert alone(["nowhere.parquet"], None) == Path("nowhere.parquet"), "which is then said not to be there"
-        assert alone(["x" * 300], "y" * 300) == Path("x" * 300)
+            assert one_city([given], None) == one_city([given], "new.parquet") == Path("d/regions.parquet")
+        assert one_city(["Oslo.parquet"], None) == Path("Oslo.parquet")
+        assert one_city(["nowhere.parquet"], None) == Path("nowhere.parquet"), "which is then said not to be there"
+        assert one_city(["x" * 300], "y" * 300) == Path("x" * 300)
 
     def test_many(self, here):
         here("d/city=A/regions.parquet", "d/city=B/regions.parquet", "Oslo.parquet")
         for inputs in (["d"], ["d/*"], ["d/city=A", "d/city=B"], ["Oslo.parquet", "d"], ["file:///Oslo.parquet"]):
-            assert alone(inputs, None) is None
+            assert one_city(inputs, None) is None
         for out in ("d", "new/", "s3://bucket"):
-            assert alone(["Oslo.parquet"], out) is None
+            assert one_city(["Oslo.parquet"], out) is None

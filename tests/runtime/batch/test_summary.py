@@ -8,8 +8,7 @@ import pytest
 from batch import NAMES, spoil
 from commands import shell
 
-from topt_deploy.runtime.batch.city_task import Result
-from topt_deploy.runtime.batch.summary import Summary
+from topt_deploy.runtime.summary import Result, Summary
 
 DONE, PARTIAL, BAD_DATA, NO_INPUT, BUG, IO_ERROR, TRY_AGAIN, BAD_BUNDLE = 0, 3, 65, 66, 70, 74, 75, 76
 

@@ -1,22 +1,65 @@
-"""The summary of a batch: its exit code, its record ``_run.json``, and metrics for Prometheus."""
+"""Results of cities, one or many: their statuses, exit codes, the record of a batch, and metrics."""
 
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import Exit, ToptError, exit_code
+from topt_deploy.errors import Exit, ToptError, TryAgain, exit_code
 from topt_deploy.storage.text_files import write_text
 
-from ..predict_city import DONE, PARTIAL, SKIPPED
-from .city_task import FAILED, Result
-from .object_stores import is_uri, joined, put_text
+from .addresses import is_uri, joined, shown
+from .predict_city import DONE, PARTIAL, SKIPPED, Job, Outcome
 
-RECORD = "_run.json"
-"""Beside the cities' folders; readers of Hive partitions pass over names with an underscore."""
+FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of a city, in plain values.
+
+    Attributes:
+        city, file: The city and its output.
+        status: A status of :mod:`topt_deploy.runtime.predict_city`, or :data:`FAILED`.
+        regions: How many regions there are by status.
+        set_aside: How many rows of each table were set aside, by reason code.
+        seconds: It took.
+        error: The facts of :meth:`topt_deploy.errors.ToptError.as_dict`; None without an error.
+        told: The same for people.
+    """
+
+    city: str
+    file: str
+    status: str
+    regions: Mapping[str, int] = field(default_factory=dict)
+    set_aside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: Mapping[str, Any] | None = None
+    told: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        facts = {name: value for name, value in vars(self).items() if name != "told"}
+        return facts if self.error is not None else {k: v for k, v in facts.items() if k != "error"}
+
+
+def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
+    """The result of a city that was predicted, or had been before."""
+    receipt = outcome.receipt
+    return Result(
+        city=job.name,
+        file=shown(job.out),
+        status=outcome.status,
+        regions=receipt["status"],
+        set_aside={table: facts["rows"] for table, facts in receipt["set_aside"].items()},
+        seconds=round(seconds, 4),
+    )
+
+
 AGAIN = (Exit.IO_ERROR, Exit.TRY_AGAIN)
 """Codes of failures that are the machine's and not the data's: the same command with ``--resume`` may succeed."""
 
@@ -119,18 +162,32 @@ def _label(value: str) -> str:
     return value.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
+def write_metrics(path: Path, text: str) -> None:
+    """Write the metrics whole: a collector that comes in between sees the old ones."""
+    write_text(path, text)
+
+
+def too_long(regions: str, seconds: float) -> TryAgain:
+    """The error of a city that took longer than it may."""
+    return TryAgain(
+        f"took longer than {seconds:g} s", file=shown(regions),
+        fix="give it more with --timeout, or look what is so large in it",
+    )  # fmt: skip
+
+
+RECORD = "_run.json"
+"""Beside the cities' folders; readers of Hive partitions pass over names with an underscore."""
+
+
 def write_record(out: str, summary: Summary) -> None:
     """Write :data:`RECORD` into the batch's folder."""
     text = json.dumps(summary.record(), indent=2) + "\n"
     place = joined(out, RECORD)
     if is_uri(out):
+        from .batch.object_stores import put_text
+
         put_text(place, text)
     else:
         with suppress(OSError):  # said by the next line, with its code
             Path(out).mkdir(parents=True, exist_ok=True)
         write_text(Path(place), text)
-
-
-def write_metrics(path: Path, text: str) -> None:
-    """Write the metrics whole: a collector that comes in between sees the old ones."""
-    write_text(path, text)
