@@ -14,7 +14,8 @@ from topt_deploy.drawing.outlines import Outlines, point_outlines, polygon_outli
 from topt_deploy.drawing.scales import BLUES, PURPLES, Scale, number, sequential
 from topt_deploy.errors import BadData, BadRows, NoInput
 from topt_deploy.intended_use import INTENDED_USE
-from topt_deploy.storage.atomic import check_place, write_text
+from topt_deploy.storage.os_errors import check_place
+from topt_deploy.storage.text_files import write_text
 
 from .read_predictions import Predicted, PredictionFile, read_predictions
 

@@ -34,7 +34,7 @@ def check(
 
     Exit code 0: that holds. 3: it does not, so tell someone, and train again.
     """
-    from topt_deploy.storage.atomic import write_json, write_text
+    from topt_deploy.storage.text_files import write_json, write_text
 
     from ..check_predictions import check_predictions
 

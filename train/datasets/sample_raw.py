@@ -16,7 +16,9 @@ import pyarrow.csv as pacsv
 
 from topt_deploy.data.geometry import geo_library
 from topt_deploy.data.parquet import write_parquet
-from topt_deploy.storage.atomic import atomic_file, write_text, writing
+from topt_deploy.storage.atomic import atomic_file
+from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.text_files import write_text
 
 from .sample import CITY, LAND_USE, POI, Drawn, draw_city
 

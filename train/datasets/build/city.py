@@ -16,16 +16,11 @@ from topt_deploy import __version__
 from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.data.geometry import geo_library, geo_metadata, geometry_types
 from topt_deploy.data.parquet import save_parquet
-from topt_deploy.storage.atomic import (
-    atomic_files,
-    json_text,
-    locked,
-    sha256_bytes,
-    sha256_file,
-    sweep,
-    write_text,
-    writing,
-)
+from topt_deploy.storage.atomic import atomic_files, sweep
+from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.locks import locked
+from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.text_files import json_text, write_text
 
 from .locate import CELLS, CELLS_MOST, Locator
 from .points import Period, PointCounter

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from topt_deploy.data.geometry import geo_library, with_geo_key
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadConfig, BadData, NoInput
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 Array = np.ndarray[Any, Any]
 

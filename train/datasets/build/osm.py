@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from topt_deploy.data.vocabulary import LAND_USE, OTHER, POI, load_vocabulary
 from topt_deploy.errors import BadData
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 from .layers import Features, read_features
 from .rows import CATEGORY, LAT, LON, Rows, with_points

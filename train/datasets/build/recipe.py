@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.errors import BadConfig, NoInput
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 ON_BAD_ROW = ("fail", "quarantine")
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")

@@ -17,7 +17,7 @@ from topt_deploy.data.geometry import geo_library
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.data.vocabulary import BELOW
 from topt_deploy.errors import BadConfig, BadData
-from topt_deploy.storage.atomic import reading
+from topt_deploy.storage.os_errors import reading
 
 from .layers import GEOMETRY, GIS_SUFFIXES, is_parquet, layer_columns, only, read_features
 from .recipe import Source

@@ -11,7 +11,9 @@ import numpy as np
 
 from topt_deploy import __version__
 from topt_deploy.data.vocabulary import FILE as VOCABULARY
-from topt_deploy.storage.atomic import atomic_file, reading, sha256_bytes, sha256_file
+from topt_deploy.storage.atomic import atomic_file
+from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.os_errors import reading
 
 from .points import Period
 from .recipe import Recipe, Source, files_of
@@ -185,7 +187,7 @@ class Sources:
             return None
 
     def _keep(self, name: str, key: str, result: Result) -> None:
-        from topt_deploy.storage.atomic import writing
+        from topt_deploy.storage.os_errors import writing
 
         about = json.dumps({"key": key, "tally": result.tally.saved(), "names": result.names})
         data = io.BytesIO()
