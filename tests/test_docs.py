@@ -41,6 +41,7 @@ CHECKS = {
 """What holds after each snippet of a page that makes predictions."""
 NEEDS = {
     "docs/how-to/python.md": ("pandas", "tokenizers"),
+    "docs/how-to/build.md": ("pyogrio", "shapely"),
     "docs/how-to/mlflow.md": ("mlflow", "pandas"),
     "docs/how-to/sign.md": ("cryptography",),
     "docs/how-to/encode.md": ("tokenizers",),
