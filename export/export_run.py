@@ -106,7 +106,7 @@ def export_encoder(model: str | None, place: Path, **made_with: Any) -> "Encoder
 def encoder_options(
     precision: str, templates: Location | None, max_pixels: int | None, target: "Target | None"
 ) -> dict[str, Any]:
-    """What an encoder is made with (:func:`.prompts.encoder_bundle.make_encoder`), checked.
+    """The parts that an encoder is made with (:func:`.prompts.encoder_bundle.make_encoder`), checked.
 
     Raises:
         UsageError: If the precision does not exist, or there are too few pixels.
@@ -134,7 +134,7 @@ def targets(
     encoded: bool,
     only: bool,
 ) -> tuple["Target | None", "Target | None"]:
-    """What TensorRT engines of the model and of the encoder are made for; None where none are.
+    """The targets of TensorRT engines of the model and of the encoder; None if none are made.
 
     Args:
         form: One of :data:`FORMATS`.

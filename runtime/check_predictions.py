@@ -43,7 +43,7 @@ class Missed:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCheck:
-    """What came of one task's predictions.
+    """The check of one task's predictions.
 
     Attributes:
         task: Its name.
@@ -79,7 +79,7 @@ class TaskCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What came of a file of predictions.
+    """The check of a file of predictions.
 
     Attributes:
         predictions, labels, bundle: The files; ``bundle`` is None where there is none to promise anything.
@@ -95,7 +95,7 @@ class Check:
 
     @property
     def broken(self) -> list[str]:
-        """What does not hold, of all tasks."""
+        """The broken promises of all tasks."""
         return [f"{one.task}: {told}" for one in self.tasks for told in one.broken]
 
     def as_dict(self) -> dict[str, Any]:

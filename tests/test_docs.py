@@ -41,6 +41,7 @@ CHECKS = {
 """What holds after each snippet of a page that makes predictions."""
 NEEDS = {
     "docs/how-to/python.md": ("pandas", "tokenizers"),
+    "docs/how-to/build.md": ("pyogrio", "shapely"),
     "docs/how-to/mlflow.md": ("mlflow", "pandas"),
     "docs/how-to/sign.md": ("cryptography",),
     "docs/how-to/encode.md": ("tokenizers",),
@@ -91,6 +92,7 @@ def form(printed: str | list[str]) -> list[str]:
     split = printed.splitlines() if isinstance(printed, str) else printed
     plain = (re.sub(r"[0-9a-f]{12,}|[+−-]?\d[\d,.]*(?:e-?\d+)?|–", "#", line) for line in split)
     told = (re.sub(r"(\w+): .*plain baseline.*", r"\1: verdict", line) for line in plain)
+    told = (line.removesuffix("earns nothing here") for line in told)
     return [" ".join(line.split()) for line in told if line.strip()]
 
 

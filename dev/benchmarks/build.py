@@ -124,7 +124,7 @@ def geopandas(folder: Path) -> int:
 
 
 def regions_alone(folder: Path) -> int:
-    """What a build takes that has no points: reading 2,000 areas."""
+    """The cost of a build without points: reading 2,000 areas."""
     from topt_deploy.train.datasets.build.recipe import recipe_of
     from topt_deploy.train.datasets.build.regions import read_regions
 

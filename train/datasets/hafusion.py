@@ -24,7 +24,7 @@ from .city_files import fixed_lists, flow_table, table, write_city
 Array = np.ndarray[Any, Any]
 
 CITIES = {"Chi": "Chicago", "NY": "New York", "SF": "San Francisco"}
-"""What the cities are called whose folders are called so."""
+"""The names of the cities, by their folders."""
 VIEWS = {"poi": "poi_dist.npy", "land_use": "landUse_dist.npy"}
 LABELS = {"crime": "crime", "check_in": "check", "service_call": "serviceCall"}
 """Our task names and the stems of both repositories' ``*_counts.npy``."""

@@ -68,7 +68,7 @@ key = "case"
 
 @dataclass(frozen=True, kw_only=True)
 class RawReport:
-    """What was written: rows by file."""
+    """The written rows, by file."""
 
     out: Path
     rows: dict[str, int]

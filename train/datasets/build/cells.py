@@ -114,7 +114,7 @@ class Cells:
         return found
 
     def _entries(self) -> tuple[Array, Array]:
-        """Which cells edges run through, rather too many than too few: pairs of a cell and an edge."""
+        """The cells that edges run through, rather too many than too few: pairs of a cell and an edge."""
         cells, edges = [], []
         for start in range(0, len(self._edges.region), _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
@@ -208,7 +208,7 @@ class Cells:
 def _crossed(
     px: Array, py: Array, qx: Array, qy: Array, ax: Array, ay: Array, bx: Array, by: Array
 ) -> tuple[Array, Array]:
-    """Which edges a-b are crossed on the way from p along the parallel to q's meridian and along that to q.
+    """Find the edges a-b that are crossed on the way from p along the parallel to q's meridian and along that to q.
 
     *Shape:* (K,) each → places of an odd number of crossings, bool (K,): too close to tell
     """

@@ -41,7 +41,7 @@ BYTES_PER_CELL = 32
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What was built.
+    """A summary of what was built.
 
     Attributes:
         out: The city's folder.
@@ -267,7 +267,7 @@ class CityInMaking:
         return tables | ({REJECTS: rejects} if len(rejects) else {})
 
     def report(self, out: Path, seconds: float) -> BuildReport:
-        """What was built."""
+        """A summary of what was built."""
         tallies = {name: made.tally for name, made in self.sources.results.items()}
         warnings = [*self.regions.warnings, *(f"{n}: {told}" for n, t in tallies.items() for told in t.warnings)]
         return BuildReport(

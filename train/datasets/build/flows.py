@@ -193,5 +193,5 @@ class _Place:
 
 
 def _has_dates(source: Source) -> bool:
-    """Whether a table is of single trips, which have dates; one of counts need not have any."""
+    """True if a table holds single trips, which have dates; a table of counts need not have any."""
     return source.count is None

@@ -93,7 +93,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _look(path: Path, folder: Path) -> _Found:
-    """What a file seems to be."""
+    """The likely content of a file."""
     given = str(folder / path.relative_to(folder))
     try:
         columns = _columns(path)
@@ -133,7 +133,7 @@ def _is_tsmc(columns: list[str]) -> bool:
 
 
 def _kind(path: Path) -> str:
-    """Whether a vector file holds areas or points; empty for tables."""
+    """The content of a vector file, areas or points; empty for tables."""
     if is_parquet(path) or path.suffix.lower() not in GIS_SUFFIXES:
         return ""
     try:

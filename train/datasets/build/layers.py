@@ -66,7 +66,7 @@ def split_layer(given: str) -> tuple[str, str | None]:
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a file's name says that it is Parquet."""
+    """True if a file's name says that it is Parquet."""
     return path.suffix.lower() in {".parquet", ".geoparquet", ".pq"}
 
 
@@ -193,7 +193,7 @@ def only(shapes: Array, kept: Array) -> Array:
 
 
 def _areas_of(collection: Any) -> Any:
-    """What of a collection has an area, as one shape."""
+    """The parts of a collection that have an area, as one shape."""
     shapely = geo_library("shapely")
     parts = shapely.get_parts(collection)
     while (nested := shapely.get_type_id(parts) == shapely.GeometryType.GEOMETRYCOLLECTION).any():

@@ -1,4 +1,4 @@
-"""Which region a point lies in, for millions of points: exact, and each point in one region at most.
+"""The region of each of millions of points: exact, and each point in one region at most.
 
 A grid of cells answers for nearly all points (:mod:`.cells`). Points very near a border are tested by GEOS, whose test
 is robust. Points that lie exactly on a border are decided in rational numbers, by one rule that does not depend on the
@@ -128,7 +128,7 @@ class Locator:
         return min(inside) if inside else int(touching.min())
 
     def _holds(self, region: int, x: float, y: float) -> bool:
-        """Whether a region holds the point, moved to the east and, by far less, to the north; in exact arithmetic."""
+        """True if a region holds the point, moved to the east and, by far less, to the north; in exact arithmetic."""
         part = slice(self._edges.begin[region], self._edges.begin[region + 1])
         a, b = self._edges.a[part], self._edges.b[part]
         across = (a[:, 1] > y) != (b[:, 1] > y)

@@ -56,7 +56,7 @@ class Period:
 
     @property
     def given(self) -> bool:
-        """Whether there is one."""
+        """True if there is one."""
         return self.since is not None or self.until is not None
 
 
@@ -173,7 +173,7 @@ class Positions:
 
     @property
     def columns(self) -> list[str | None]:
-        """Which columns it reads."""
+        """The columns that it reads."""
         return [self._source.point] if self._source.point else [c for c in self._pair if c not in (LON, LAT)]
 
     def read(self, table: pa.Table) -> tuple[Array, Array, Array]:
@@ -372,7 +372,7 @@ class _Pairs:
 
 
 class _Looked:
-    """What looks wrong in positions: swapped axes, many things on few coordinates."""
+    """Signs of wrong positions: swapped axes, many things on few coordinates."""
 
     def __init__(self, locator: Locator, tally: Tally) -> None:
         self._locator, self._tally = locator, tally

@@ -115,12 +115,12 @@ KEYS = {
     "embeddings": _FILES | {"id", "columns"},
     "images": _FILES | {"by", "lon", "lat"},
 }
-"""Which keys a source of each kind has."""
+"""The keys of a source, by its kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a city is made from.
+    """The sources that a city is made from.
 
     Attributes:
         city: Its name.
@@ -299,7 +299,7 @@ def _text(value: object, place: str) -> str:
 
 
 def _check(recipe: Recipe) -> None:
-    """What single keys cannot tell: that they go together."""
+    """Check that keys go together, which single keys cannot tell."""
     regions = recipe.regions
     if (regions.file is None) == (regions.grid is None):
         raise BadConfig("regions come from a file or from a grid", column="regions", expected="one of file and grid")

@@ -17,7 +17,7 @@ from .recipe import Recipe, RegionsSource, files_of
 Array = np.ndarray[Any, Any]
 
 OVERLAP = 1e-6
-"""What share of the smaller region two may have in common before that is said: borders differ in the last digits."""
+"""The share of the smaller region that two may have in common without a warning: borders differ in the last digits."""
 ID_COLUMNS = ("area_numbe", "area_num_1", "area_number", "locationid", "geoid", "geoid10", "geoid20", "boroct2020",
               "boroct2010", "ct_id", "nta2020", "nta2010", "ntacode", "nhood", "region_id")  # fmt: skip
 """Columns of ids that publishers are known by, in the order in which they are looked for."""
@@ -200,7 +200,7 @@ def _id_column(path: Path, source: RegionsSource) -> str:
 
 
 def _overlaps(ids: Array, shapes: Array) -> tuple[bool, list[str]]:
-    """Whether regions lie on each other: a point there belongs to the first by id, and that is said."""
+    """Warn if regions overlap: a point there belongs to the first by id."""
     shapely = geo_library("shapely")
     if shapely.coverage_is_valid(shapes):  # much the faster question
         return False, []

@@ -225,7 +225,7 @@ class ParquetRows:
 
 
 def _nested(schema: pa.Schema, name: str) -> bool:
-    """Whether a schema has a column, or a field of a column, ``column.field``."""
+    """True if a schema has a column, or a field of a column, ``column.field``."""
     column, _, part = name.partition(".")
     place = schema.get_field_index(column)
     if place < 0:
@@ -290,7 +290,7 @@ def _with_positions(table: pa.Table) -> pa.Table:
 
 
 def _is_lonlat(geo: bytes, path: Path) -> bool:
-    """Whether GeoParquet's positions are degrees; another system is refused."""
+    """True if GeoParquet's positions are degrees; another system is refused."""
     try:
         columns = json.loads(geo)["columns"]
         crs = columns[GEOMETRY].get("crs", "OGC:CRS84")
@@ -309,7 +309,7 @@ def _is_lonlat(geo: bytes, path: Path) -> bool:
 
 
 def _is_overpass(path: Path) -> bool:
-    """Whether a JSON file is an answer of the Overpass API, which has ``elements`` where GeoJSON has ``features``."""
+    """True if a JSON file is an answer of the Overpass API, which has ``elements`` where GeoJSON has ``features``."""
     with reading(path), path.open("rb") as stream:
         head = stream.read(4096)
     return b'"elements"' in head and b'"FeatureCollection"' not in head

@@ -1,4 +1,4 @@
-"""Which keys have been seen before, in eight bytes a key.
+"""A set of the keys that have been seen before, in eight bytes a key.
 
 Keys are hashed to 64 bits: among ten million, the chance that any two are taken for each other is 3 in a million.
 """

@@ -29,7 +29,7 @@ COMPANIONS = (".dbf", ".shx", ".prj", ".cpg")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Result:
-    """What was made of a source.
+    """The result of reading a source.
 
     Attributes:
         tally: What became of its rows.
@@ -130,7 +130,7 @@ class Sources:
         period: Period,
         make: Callable[[Tally, list[Path], Callable[[Path, float], None]], tuple[dict[str, Array], dict[str, Any]]],
     ) -> Result:
-        """What a source gives.
+        """The rows that a source gives.
 
         Args:
             name: What it is called, such as ``points.poi``.

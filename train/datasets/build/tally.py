@@ -1,4 +1,4 @@
-"""What became of every row: counts by reason, a few rows of each reason, and warnings with their figures."""
+"""The fate of every row: counts by reason, a few rows of each reason, and warnings with their figures."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ COLUMNS = {"source": pa.string(), "file": pa.string(), "line": pa.int64(), "reas
 
 @dataclass
 class Tally:
-    """What became of a source's rows.
+    """The fate of a source's rows.
 
     Attributes:
         name: The source, such as ``points.poi``.

@@ -80,7 +80,7 @@ def numbers(column: pa.ChunkedArray, decimal: str | None = None) -> tuple[Array,
 
 
 def decimal_of(column: pa.ChunkedArray) -> str:
-    """Which decimal separator positions have: a comma in degrees is never one of thousands."""
+    """The decimal separator of positions: a comma in degrees never separates thousands."""
     column = plain(column)
     if pa.types.is_string(column.type) and pc.any(pc.match_substring_regex(column, r"^\s*-?\d{1,3},\d+\s*$")).as_py():
         return ","

@@ -1,4 +1,4 @@
-"""Which rows count, as SQL says it: ``"Primary Type" in ('THEFT', 'BATTERY') and Arrest = 'true'``.
+"""Conditions on rows, in the form of SQL: ``"Primary Type" in ('THEFT', 'BATTERY') and Arrest = 'true'``.
 
 The part of SQL's WHERE that filters need: comparisons of a column with values, ``in``, ``like``, ``is null``, ``and``,
 ``or``, ``not`` and parentheses. Texts are compared as they stand; where a value is a number, the column is read as one.
