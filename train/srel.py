@@ -46,9 +46,9 @@ def flow_target(city: City, device: torch.device | str = "cpu") -> Matrix | None
 
 def some_targets(
     city: City, flows: csr_array | None, some: Array, device: torch.device | str
-) -> tuple[dict[str, Tensor], Tensor | None]:
+) -> tuple[dict[str, Matrix], Tensor | None]:
     """:func:`similarity_targets` and :func:`flow_target` between some of the regions, (n, n)."""
-    similar: dict[str, Tensor] = {}
+    similar: dict[str, Matrix] = {}
     for view, counts in city.views.items():
         own = counts[some]
         norm = np.linalg.norm(own, axis=1, keepdims=True)

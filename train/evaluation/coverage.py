@@ -73,9 +73,9 @@ def nested_intervals(
         mine = outer.fold[0] == k
         if fitted is not None:
             own, fold = splits.held_out(prediction)[0], splits.fold[0]
-            score = fold_scores(splits.labels, own, fold, fitted[k])
+            by_fold = fold_scores(splits.labels, own, fold, fitted[k])
             lower[mine], upper[mine] = cv_plus(
-                held_out.prediction[0, mine], prediction[:, mine].T, score, fitted[k][mine], nominal
+                held_out.prediction[0, mine], prediction[:, mine].T, by_fold, fitted[k][mine], nominal
             )
             continue
         pooled = scores(splits.labels, splits.held_out(prediction)[0])
