@@ -123,7 +123,11 @@ def _without_views(table: pa.Table) -> pa.Table:
 def _geo_table(frame: Any) -> pa.Table:
     """A GeoDataFrame as a table with GeoParquet's metadata, its reference system as it is."""
     crs = frame.crs
-    shape = {"encoding": "WKB", "geometry_types": [], "crs": None if crs is None else crs.to_json_dict()}
+    shape: dict[str, Any] = {
+        "encoding": "WKB",
+        "geometry_types": [],
+        "crs": None if crs is None else crs.to_json_dict(),
+    }
     described = {"version": GEOPARQUET, "primary_column": GEOMETRY, "columns": {GEOMETRY: shape}}
     table = pa.Table.from_pandas(frame.select_dtypes(exclude="geometry"))
     if GEOMETRY in table.column_names:
