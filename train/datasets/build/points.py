@@ -21,17 +21,12 @@ from .match import Matcher
 from .recipe import Source
 from .rows import CATEGORY, LAT, LON, RowFile, Rows, open_rows
 from .seen import Seen
+from .suspicions import Suspicions
 from .tally import Tally
 from .values import Dates, as_text, decimal_of, numbers
 from .where import Where
 
 Array = np.ndarray[Any, Any]
-
-SAMPLE = 200_000
-"""Positions that are looked at for what looks wrong in them."""
-FEW = 10
-MUCH = 0.2
-"""That much of all on :data:`FEW` coordinates is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +240,7 @@ class PointCounter:
         self._categories: Categories | None = None
         self._cells: dict[int, Array] = {}
         self._n = len(locator.regions)
-        self._looked = _Looked(locator, tally)
+        self._looked = Suspicions(locator, tally)
 
     def add(self, path: Path) -> Iterator[float]:
         """Count a file's rows, and yield the share of it that is done now and then."""
@@ -369,41 +364,3 @@ class _Pairs:
     def of(self, rows: Array) -> list[str]:
         rows = rows[:1000]
         return [f"{x!r}, {y!r}" for x, y in zip(self._x[rows].tolist(), self._y[rows].tolist(), strict=True)]
-
-
-class _Looked:
-    """Signs of wrong positions: swapped axes, many things on few coordinates."""
-
-    def __init__(self, locator: Locator, tally: Tally) -> None:
-        self._locator, self._tally = locator, tally
-        self._seen: list[Array] = []
-        self._rows = self._swapped = self._outside = 0
-
-    def at(self, lon: Array, lat: Array, region: Array) -> None:
-        """Look at the first positions."""
-        room = SAMPLE - self._rows
-        if room <= 0 or len(lon) == 0:
-            return
-        lon, lat, region = lon[:room], lat[:room], region[:room]
-        self._rows += len(lon)
-        out = region == OUTSIDE
-        self._outside += int(out.sum())
-        self._swapped += int((self._locator.locate(lat[out], lon[out]).region != OUTSIDE).sum())
-        self._seen.append(np.stack([lon[~out], lat[~out]], axis=1))
-
-    def say(self) -> None:
-        """Warn of it, with figures."""
-        if self._swapped > self._outside / 2 > 0:
-            self._tally.warnings.append(
-                f"{self._swapped:,} of {self._outside:,} positions outside lie inside once longitude and latitude are"
-                " swapped: name the columns the other way round"
-            )
-        points = np.concatenate(self._seen) if self._seen else np.empty((0, 2))
-        if len(points) >= 10 * FEW:
-            unique, counts = np.unique(points.view("c16").ravel(), return_counts=True)
-            top = int(np.sort(counts)[-FEW:].sum())
-            if len(unique) > FEW and top > MUCH * len(points):
-                self._tally.warnings.append(
-                    f"{top:,} of {len(points):,} rows ({top / len(points):.0%}) lie on {FEW} coordinates: their"
-                    " publisher may put rows without an exact place there, such as at a precinct's station"
-                )
