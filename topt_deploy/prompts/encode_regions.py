@@ -27,7 +27,8 @@ OPENERS = {
     "bundle": "topt_deploy.runtime.prompt_encoder",
     "model": "topt_deploy.prompts.pytorch.load",
 }
-"""The function that opens an encoder, ``encoder_for``, by how it is given. PyTorch and ONNX Runtime are imported then alone."""
+"""The function that opens an encoder, ``encoder_for``, by how it is given. PyTorch and ONNX Runtime are imported
+then alone."""
 
 
 @overload
