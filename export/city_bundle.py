@@ -1,17 +1,18 @@
 """Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
 
 import errno
-import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
@@ -37,6 +38,8 @@ from .model_card import model_card
 from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
 from .parity import Parity, parity_gate, run_model
 from .tensorrt_engines import Target, make_engines
+
+Array = np.ndarray[Any, Any]
 
 GRAPH = "models/topt.onnx"
 WEIGHTS_FILE = f"models/{WEIGHTS}"
@@ -104,7 +107,7 @@ def export_bundle(
         out: The bundle's folder, or file with ``as_zip``. An older bundle there is replaced.
         say: Told what is being done.
         encoder: The prompt encoder that goes with it.
-        inside: True if a copy of that goes into the bundle; its own is referred to otherwise.
+        inside: True if its folder is moved into the bundle, from the same file system; referred to otherwise.
         target: The target of TensorRT's engines; they are one more variant, beside the portable one.
 
     Raises:
@@ -121,36 +124,100 @@ def export_bundle(
         raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
     check_place(out, as_zip)
     model = load_model(run.path / MODEL_FILE)
-    inputs, facts = load_tensors(run.path / INPUTS_FILE)
-    named = ("encoder", "template", "precision")
-    prompts: dict[str, dict[str, Any]] = {
-        column: {"width": width} | {what: facts[f"{what}s"].get(column) for what in named}
-        for column, width in model.spec.schema.prompts.items()
-    }
+    inputs, made_with = load_tensors(run.path / INPUTS_FILE)
+    prompts = _prompts(model, made_with)
     if encoder is not None:
-        _check_encoder(run, encoder, prompts)
-        served = encoder.manifest.precision
-        for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
-            say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/how-to/encode.md")
+        _check_encoder(run, encoder, prompts, say)
     say("exporting the graph")
     graph = export_graph(model, inputs)
     say("parity gate: PyTorch against ONNX Runtime")
-    ranges = {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
-    position_m = inputs[POSITION].numpy()
-    cities = {f"golden-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GOLDEN_SIZES}
-    others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
-    schema = model.spec.schema
-    arrays = {
-        name: features(read_city(city.regions, city.mobility, schema), model.input_names())
-        for name, city in (cities | others).items()
-    }
-    arrays = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}} | arrays
+    golden, arrays = _cities(run, model, inputs)
     parity = tuple(parity_gate(model, graph, arrays))
     for measured in parity:
         say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
     variant = None if target is None else _variant(target, profile, model, inputs, arrays, say)
-    config = run.config
-    manifest = Manifest(
+    manifest = _manifest(run, model, prompts, graph, parity, tuple(golden), _named(encoder, inside))
+    with atomic_folder(out) if not as_zip else _zipped(out) as folder:
+        (folder / "models").mkdir()
+        (folder / GRAPH).write_bytes(graph.model)
+        (folder / WEIGHTS_FILE).write_bytes(graph.weights)
+        (folder / "golden").mkdir()
+        for name, city in golden.items():
+            predicted = run_model(model, arrays[name])
+            expected = {task: pa.array(predicted[task]) for task in run.config.tasks}
+            _write_golden(folder / "golden", name, city, pa.table(expected))
+        moved = _move_in(encoder, folder / ENCODER) if encoder is not None and inside else {}
+        if variant is not None:
+            written = {variant.target.variant: variant.write(folder, say)}
+            manifest = replace(manifest, variants={**manifest.variants, **written})
+        card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        seal_bundle(folder, manifest, known=moved)
+        open_bundle(folder).verify(skip=frozenset(moved))  # what no reader would take must not leave this machine
+    size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    return Exported(path=out, parity=parity, bytes=size)
+
+
+def _prompts(model: TopT, made_with: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
+    """By prompt column, its width and what the training table said that it was made with."""
+    named = ("encoder", "template", "precision")
+    return {
+        column: {"width": width} | {what: made_with[f"{what}s"].get(column) for what in named}
+        for column, width in model.spec.schema.prompts.items()
+    }
+
+
+def _cities(
+    run: Run, model: TopT, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, SyntheticCity], dict[str, Mapping[str, Array]]]:
+    """The golden cities, and the model's inputs of all cities that the parity gate sees, the training city first."""
+    ranges, position_m = _ranges(run), inputs[POSITION].numpy()
+    golden = {f"golden-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GOLDEN_SIZES}
+    others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
+    arrays: dict[str, Mapping[str, Array]] = {
+        "training city": {name: tensor.numpy() for name, tensor in inputs.items()}
+    }
+    for name, city in (golden | others).items():
+        arrays[name] = features(read_city(city.regions, city.mobility, model.spec.schema), model.input_names())
+    return golden, arrays
+
+
+def _ranges(run: Run) -> dict[str, tuple[float, float]]:
+    return {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
+
+
+def _named(encoder: EncoderBundle | None, inside: bool) -> dict[str, Any] | None:
+    """The manifest's entry of the encoder."""
+    if encoder is None:
+        return None
+    return {
+        "identity": encoder.spec.identity,
+        "sha256": encoder.sha256,
+        "bundle": None if inside else encoder.path.name,
+    }
+
+
+def _move_in(encoder: EncoderBundle, place: Path) -> dict[str, Mapping[str, Any]]:
+    """Move an encoder's folder into the bundle; its files with sizes and hashes, which were checked when it was made.
+
+    Gigabytes are neither copied nor read once more.
+    """
+    encoder.path.rename(place)
+    return {f"{ENCODER}{name}": facts for name, facts in encoder.record["files"].items()}
+
+
+def _manifest(
+    run: Run,
+    model: TopT,
+    prompts: Mapping[str, Mapping[str, Any]],
+    graph: Graph,
+    parity: Sequence[Parity],
+    golden: tuple[str, ...],
+    encoder: Mapping[str, Any] | None,
+) -> Manifest:
+    """The manifest of the portable variant alone; its files are listed when it is sealed."""
+    config, schema = run.config, model.spec.schema
+    return Manifest(
         schema_version=SCHEMA_VERSION,
         version=__version__,
         source={
@@ -182,7 +249,7 @@ def export_bundle(
         views={view: tuple(names) for view, names in schema.views.items()},
         mobility=schema.mobility,
         prompts=prompts,
-        ranges=ranges,
+        ranges=_ranges(run),
         inputs=tuple(model.input_names()),
         leverage=run.facts.get("leverage"),
         opset=OPSET,
@@ -196,35 +263,9 @@ def export_bundle(
                 "parity": [asdict(measured) for measured in parity],
             }
         },
-        golden=tuple(cities),
-        encoder=None
-        if encoder is None
-        else {
-            "identity": encoder.spec.identity,
-            "sha256": encoder.sha256,
-            "bundle": None if inside else encoder.path.name,
-        },
+        golden=golden,
+        encoder=encoder,
     )
-    with atomic_folder(out) if not as_zip else _zipped(out) as folder:
-        (folder / "models").mkdir()
-        (folder / GRAPH).write_bytes(graph.model)
-        (folder / WEIGHTS_FILE).write_bytes(graph.weights)
-        (folder / "golden").mkdir()
-        for name, city in cities.items():
-            predicted = run_model(model, arrays[name])
-            expected = {task: pa.array(predicted[task]) for task in config.tasks}
-            _write_golden(folder / "golden", name, city, pa.table(expected))
-        if encoder is not None and inside:
-            shutil.copytree(encoder.path, folder / ENCODER)
-        if variant is not None:
-            written = {variant.target.variant: variant.write(folder, say)}
-            manifest = replace(manifest, variants={**manifest.variants, **written})
-        card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
-        (folder / CARD).write_text(card, encoding="utf-8")
-        seal_bundle(folder, manifest)
-        open_bundle(folder).verify()  # what no reader would take must not leave this machine
-    size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    return Exported(path=out, parity=parity, bytes=size)
 
 
 def _variant(
@@ -245,7 +286,9 @@ def _variant(
     return _Variant(target=target, profile=profile, graph=graph, parity=parity)
 
 
-def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_encoder(
+    run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mapping[str, Any]], say: Callable[[str], None]
+) -> None:
     """Refuse an encoder that would give the model other prompts than it was trained with."""
     if not prompts:
         raise UsageError("this run reads no prompts", file=run.path, fix="export it without --prompt-encoder")
@@ -272,6 +315,9 @@ def _check_encoder(run: Run, encoder: EncoderBundle, prompts: Mapping[str, Mappi
                 "the run's prompts are of another width", file=run.path, column=column,
                 expected=facts["width"], found=encoder.spec.width,
             )  # fmt: skip
+    served = encoder.manifest.precision
+    for trained in sorted({str(facts["precision"]) for facts in prompts.values()} - {served, "None"}):
+        say(f"trained with prompts in {trained}, served in {served}: what that costs is in docs/how-to/encode.md")
 
 
 def check_place(out: Path, as_zip: bool) -> None:

@@ -23,10 +23,11 @@ from topt_deploy.errors import BadConfig, UsageError
 from topt_deploy.intervals import coverage_by_size, fold_scores, scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
+from topt_deploy.model.srel import Srel
 from topt_deploy.model.topt import ModelSpec, TopT, all_features
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.storage.atomic import sweep_folder
-from topt_deploy.storage.hashed_file import sha256_file
+from topt_deploy.storage.hashed_file import Held
 from topt_deploy.storage.os_errors import writing
 
 from .boosted_trees import boosted_trees
@@ -71,8 +72,14 @@ class Outcome:
         return cls(fold=fold, held_out=np.where(fold >= 0, own, np.nan), in_sample=result.predicted[-1])
 
 
-def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobility: Path | None) -> Run:
+def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held, mobility: Path | Held | None) -> Run:
     """Create a run folder and record what the run depends on.
+
+    Args:
+        out: The run folder.
+        city_dir: The city's folder.
+        config: Its settings.
+        regions, mobility: The city's tables. Held files are hashed once, here and in :func:`train_run`.
 
     Raises:
         UsageError: If there is something in it already, other than what a process left that was killed here.
@@ -90,8 +97,8 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobil
         path=out,
         config=config,
         city_dir=city_dir.resolve(),
-        regions_sha256=sha256_file(regions),
-        mobility_sha256=None if mobility is None else sha256_file(mobility),
+        regions_sha256=held(regions).sha256,
+        mobility_sha256=None if mobility is None else held(mobility).sha256,
         finished=False,
         facts={"started": datetime.now().astimezone().isoformat(timespec="seconds")},
     )
@@ -100,7 +107,7 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path, mobil
 
 
 def train_run(
-    run: Run, *, regions: Path, mobility: Path | None, engine: Engine, reporter: Reporter
+    run: Run, *, regions: Path | Held, mobility: Path | Held | None, engine: Engine, reporter: Reporter
 ) -> dict[str, TaskReport]:
     """Train both stages of every task, going on from what the run folder already holds.
 
@@ -116,13 +123,54 @@ def train_run(
     """
     began = time.monotonic()
     config = run.config
-    for file, recorded in ((regions, run.regions_sha256), (mobility, run.mobility_sha256)):
-        if file is not None and sha256_file(file) != recorded:
-            raise BadConfig("has changed since this run was started", file=file, fix="start a new run")
-    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns())
-    city = read_city(regions, mobility, schema, labels=config.tasks)
+    city, schema = _read(run, held(regions), None if mobility is None else held(mobility))
     # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
     inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
+    place = _workplace(run, engine, reporter)
+    srels: dict[str, Srel] = {}
+    embeddings: dict[str, Tensor] = {}
+    for name in config.embeddings():
+        srels[name] = train_embedding(city, inputs, schema, config, name, place)
+        embeddings[name] = embed(srels[name], inputs)
+    results: dict[str, HeadResult] = {}
+    outcomes: dict[str, Outcome] = {}
+    for task in config.tasks:
+        results[task], fold = _train_task(city, inputs, embeddings, schema, config, task, place)
+        outcomes[task] = Outcome.of(results[task], fold)
+    leverage, far = _leverage(city, schema, inputs, outcomes, _ensembles(config))
+    made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
+    save_tensors(run.path / INPUTS_FILE, inputs, made_with)
+    save_model(run.path / MODEL_FILE, _fused(config, schema, srels, results, leverage))
+    _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
+    reporter.say("plain baseline: boosted trees under the same folds")
+    plain = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
+    reports = {
+        task: report(city.labels[task], outcome, boosted_trees(plain, city.labels[task], outcome.fold))
+        for task, outcome in outcomes.items()
+    }
+    facts = _facts(city, schema, _ensembles(config), results, outcomes, reports, leverage, far)
+    run.finish(facts | _made_by(engine, time.monotonic() - began))
+    return reports
+
+
+def held(table: Path | Held) -> Held:
+    """A table's file, read once where it is small and hashed once."""
+    return table if isinstance(table, Held) else Held(table)
+
+
+def _read(run: Run, regions: Held, mobility: Held | None) -> tuple[City, Schema]:
+    """The city, whose files must be those that the run was started with."""
+    config = run.config
+    for file, recorded in ((regions, run.regions_sha256), (mobility, run.mobility_sha256)):
+        if file is not None and file.sha256 != recorded:
+            raise BadConfig("has changed since this run was started", file=file.path, fix="start a new run")
+    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns())
+    return read_city(regions, mobility, schema, labels=config.tasks), schema
+
+
+def _workplace(run: Run, engine: Engine, reporter: Reporter) -> Workplace:
+    """The folder of checkpoints; what killed processes left there is removed."""
+    config = run.config
     identity = hashlib.sha256(
         f"{run.regions_sha256}{run.mobility_sha256}{config.views}{config.mobility}{engine.precision}".encode()
     ).hexdigest()
@@ -131,40 +179,52 @@ def train_run(
         checkpoints.mkdir(exist_ok=True)
     for folder in (run.path, checkpoints):
         sweep_folder(folder)
-    place = Workplace(engine=engine, reporter=reporter, identity=identity, checkpoints=checkpoints)
+    return Workplace(engine=engine, reporter=reporter, identity=identity, checkpoints=checkpoints)
 
-    embeddings: dict[str, Tensor] = {}
-    srels = {}
-    for name in config.embeddings():
-        srels[name] = train_embedding(city, inputs, schema, config, name, place)
-        embeddings[name] = embed(srels[name], inputs)
-    results: dict[str, HeadResult] = {}
-    outcomes: dict[str, Outcome] = {}
-    for task, settings in config.tasks.items():
-        column = settings.prompt_column(task)
-        prompts = None if column is None else inputs[column]
-        fold = fold_of(
-            city.labels[task],
-            folds=settings.prompt4re.folds,
-            seed=settings.prompt4re.fold_seed,
-            drop_zeros=settings.target.drop_zeros,
-        )
-        labels = training_sets(city.labels[task], fold)
-        if settings.ensemble.enabled:
-            embedding = embeddings[config.embedding_of(task)] if settings.embeds else None
-            results[task] = train_ensemble(
-                inputs, schema, prompts, labels, config, task, place, embedding=embedding, rows=len(labels)
-            )
-        else:
-            embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
-            results[task] = train_head(embedding, all_, prompts, labels, config, task, place)
-        outcomes[task] = Outcome.of(results[task], fold)
+
+def _ensembles(config: Config) -> list[str]:
+    return [task for task, settings in config.tasks.items() if settings.ensemble.enabled]
+
+
+def _train_task(
+    city: City,
+    inputs: dict[str, Tensor],
+    embeddings: Mapping[str, Tensor],
+    schema: Schema,
+    config: Config,
+    task: str,
+    place: Workplace,
+) -> tuple[HeadResult, Array]:
+    """A task's head, and the fold that each region was held out in."""
+    settings = config.tasks[task]
+    column = settings.prompt_column(task)
+    prompts = None if column is None else inputs[column]
+    fold = fold_of(
+        city.labels[task],
+        folds=settings.prompt4re.folds,
+        seed=settings.prompt4re.fold_seed,
+        drop_zeros=settings.target.drop_zeros,
+    )
+    labels = training_sets(city.labels[task], fold)
+    if not settings.ensemble.enabled:
+        embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
+        return train_head(embedding, all_, prompts, labels, config, task, place), fold
+    extra = embeddings[config.embedding_of(task)] if settings.embeds else None
+    return train_ensemble(inputs, schema, prompts, labels, config, task, place, embedding=extra, rows=len(labels)), fold
+
+
+def _fused(
+    config: Config,
+    schema: Schema,
+    srels: Mapping[str, Srel],
+    results: Mapping[str, HeadResult],
+    leverage: Leverage | None,
+) -> TopT:
+    """The trained parts as one model, on the CPU."""
     ranks = {
         task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
     }
-    ensembles = [task for task, settings in config.tasks.items() if settings.ensemble.enabled]
-    rows = {task: len(results[task].predicted) for task in ensembles}
-    leverage, far = _leverage(city, schema, inputs, outcomes, ensembles)
+    rows = {task: len(results[task].predicted) for task in _ensembles(config)}
     rank = 0 if leverage is None else leverage.factor.shape[1]
     model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks, rows=rows, leverage=rank))
     if leverage is not None and model.leverage is not None:
@@ -173,51 +233,57 @@ def train_run(
         model.srel[name].load_state_dict(srel.cpu().state_dict())
     for task, result in results.items():
         model.heads[task].load_state_dict(result.head.state_dict())
-    made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
-    save_tensors(run.path / INPUTS_FILE, inputs, made_with)
-    save_model(run.path / MODEL_FILE, model)
-    _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
-    reporter.say("plain baseline: boosted trees under the same folds")
-    plain = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
-    reports = {
-        task: report(city.labels[task], outcome, boosted_trees(plain, city.labels[task], outcome.fold))
-        for task, outcome in outcomes.items()
+    return model
+
+
+def _facts(
+    city: City,
+    schema: Schema,
+    ensembles: Sequence[str],
+    results: Mapping[str, HeadResult],
+    outcomes: Mapping[str, Outcome],
+    reports: Mapping[str, TaskReport],
+    leverage: Leverage | None,
+    far: "Far",
+) -> dict[str, Any]:
+    """What ``run.json`` says of a finished run's city and tasks."""
+    return {
+        "regions": len(city),
+        "city_id": city.city_id,
+        "synthetic": city.synthetic,
+        "protocol": PROTOCOL,
+        "scores": {task: scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()},
+        "fold_scores": {
+            task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
+            for task in ensembles
+        },
+        "coverage": {
+            task: coverage_by_size(
+                city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out, COVERAGE
+            )
+            for task in ensembles
+        },
+        "leverage": None if leverage is None else {"threshold": far.threshold},
+        "far": far.regions(city),
+        "parts": {task: _parts(city.labels[task], results[task], outcomes[task]) for task in ensembles},
+        "reports": {task: asdict(r) for task, r in reports.items()},
+        "ranges": {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()},
     }
-    ranges = {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()}
-    run.finish(
-        {
-            "regions": len(city),
-            "city_id": city.city_id,
-            "synthetic": city.synthetic,
-            "protocol": PROTOCOL,
-            "scores": {task: scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()},
-            "fold_scores": {
-                task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
-                for task in ensembles
-            },
-            "coverage": {
-                task: coverage_by_size(
-                    city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out, COVERAGE
-                )
-                for task in ensembles
-            },
-            "leverage": None if leverage is None else {"threshold": far.threshold},
-            "far": far.regions(city),
-            "parts": {task: _parts(city.labels[task], results[task], outcomes[task]) for task in ensembles},
-            "reports": {task: asdict(r) for task, r in reports.items()},
-            "ranges": ranges,
-            "seconds": round(time.monotonic() - began, 1),
-            "device": engine.device.type,
-            "precision": engine.precision,
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "topt-deploy": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-    )
-    return reports
+
+
+def _made_by(engine: Engine, seconds: float) -> dict[str, Any]:
+    """What ``run.json`` says of how a run was made."""
+    return {
+        "seconds": round(seconds, 1),
+        "device": engine.device.type,
+        "precision": engine.precision,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "topt-deploy": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def _parts(labels: Array, result: HeadResult, outcome: Outcome) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -21,8 +21,12 @@ from topt_deploy.config.settings import CONFIG_FILE, Config
 from topt_deploy.data.parquet import ParquetFile, read_parquet
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.run_folder import RUNS_DIR, Run, newest_run, open_run
+from topt_deploy.storage.hashed_file import Held
 
 from .metrics import Metrics, TaskReport
+
+if TYPE_CHECKING:
+    from .loop import Engine
 
 Format: TypeAlias = Literal["onnx", "trt"]
 WeightPrecision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
@@ -229,53 +233,63 @@ def train_city(
     check_choice("precision", precision, (None, "fp32", "tf32", "bf16"))
     check_choice("preset", preset, (None, *presets()))
     check_least("threads", threads)
-    given = {"preset": preset, "config": config, "task": tasks, "set": overrides, "seed": seed}
-    changed = [option for option, value in given.items() if value not in (None, ())]
     if resume:
-        if changed:
-            raise UsageError(
-                f"--{changed[0]} cannot change with --resume", fix="a run keeps its settings; start a new one"
-            )
-        run = open_run(out) if out else newest_run(city, finished=False)
-        if run.finished:
-            raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
-        settings, said = run.config, list[str]()
+        given = {"preset": preset, "config": config, "task": tasks, "set": overrides, "seed": seed}
+        begun = _unfinished(city, out, [option for option, value in given.items() if value not in (None, ())])
+        run: Run | None = begun
+        settings, said = begun.config, list[str]()
     else:
         from .settle import settle
 
         if config is None and (city / CONFIG_FILE).exists():
             config = city / CONFIG_FILE
         changes = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
-        settings = load_config(preset=preset, file=config, tasks=tasks, overrides=changes)
+        run, settings = None, load_config(preset=preset, file=config, tasks=tasks, overrides=changes)
         settings, said = settle(settings, regions, mobility, file=config, overrides=overrides)
-        out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
 
     import torch
 
     from .loop import Engine
-    from .progress import Reporter
-    from .run import METRICS_FILE, start_run, train_run
+    from .run import start_run
 
     engine = Engine.choose(device, precision, compile_)
-    flows = mobility if settings.mobility else None
-    if not resume:
-        assert out is not None
-        run = start_run(out, city, settings, regions=regions, mobility=flows)
+    tables = Held(regions), Held(mobility) if settings.mobility else None  # hashed once
+    if run is None:
+        out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
+        run = start_run(out, city, settings, regions=tables[0], mobility=tables[1])
     before = torch.get_num_threads()
     torch.set_num_threads(threads or _threads(regions))
     try:
-        with Reporter(run.path / METRICS_FILE) as reporter:
-            reporter.say(f"run {run.path}: preset {settings.preset}, tasks {', '.join(settings.tasks)}")
-            for sentence in said:
-                reporter.say(sentence)
-            try:
-                train_run(run, regions=regions, mobility=flows, engine=engine, reporter=reporter)
-            except KeyboardInterrupt:
-                reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
-                raise
+        _train(run, city, tables, engine, said)
     finally:
         torch.set_num_threads(before)
     return TrainedRun(run.path)
+
+
+def _unfinished(city: Path, out: Path | None, changed: Sequence[str]) -> Run:
+    """The run to go on with; it keeps its settings, so that no option may have been given that changes them."""
+    if changed:
+        raise UsageError(f"--{changed[0]} cannot change with --resume", fix="a run keeps its settings; start a new one")
+    run = open_run(out) if out else newest_run(city, finished=False)
+    if run.finished:
+        raise UsageError("this run is finished", file=run.path, fix="topt-deploy export")
+    return run
+
+
+def _train(run: Run, city: Path, tables: tuple[Held, Held | None], engine: "Engine", said: Iterable[str]) -> None:
+    """Train a run that was begun, and tell how far it is."""
+    from .progress import Reporter
+    from .run import METRICS_FILE, train_run
+
+    with Reporter(run.path / METRICS_FILE) as reporter:
+        reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
+        for sentence in said:
+            reporter.say(sentence)
+        try:
+            train_run(run, regions=tables[0], mobility=tables[1], engine=engine, reporter=reporter)
+        except KeyboardInterrupt:
+            reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
+            raise
 
 
 def _threads(regions: Path) -> int:

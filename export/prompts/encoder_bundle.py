@@ -1,7 +1,8 @@
 """Export a prompt encoder: networks shard by shard, parity gate, golden regions, and last of all the manifest."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,15 @@ from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
 from topt_deploy.prompts.encode import limit_pixels
 from topt_deploy.prompts.encoder_spec import TEXT, EncoderSpec
-from topt_deploy.prompts.golden_regions import write_golden
+from topt_deploy.prompts.golden_regions import GoldenRegion, write_golden
 from topt_deploy.prompts.graph_backend import VISION, GraphBackend
-from topt_deploy.prompts.prompt import Array
+from topt_deploy.prompts.prompt import Array, Family
 from topt_deploy.prompts.pytorch.checkpoint import Checkpoint, open_checkpoint, quiet
 from topt_deploy.prompts.pytorch.load import torch_backend
 from topt_deploy.prompts.templates import Templates, load_templates
 from topt_deploy.storage.atomic import atomic_folder
 from topt_deploy.tensorrt.library import RTX
-from topt_deploy.tensorrt.profile import as_record, parse_profile
+from topt_deploy.tensorrt.profile import Profile, as_record, parse_profile
 
 from ..tensorrt_engines import Target, make_engines
 from .assemble import Assembled, assemble
@@ -162,91 +163,177 @@ def export_encoder(
     if precision not in PRECISIONS:
         raise UsageError("no such precision", expected=f"one of {', '.join(PRECISIONS)}", found=precision)
     made = recipe(checkpoint)
-    spec, host = checkpoint.spec, checkpoint.spec.host(checkpoint.tokenizer)
-    profile, forms = default_profile(spec), [*FORMS]
+    profile, forms = default_profile(checkpoint.spec), [*FORMS]
     if target is not None:
         target.check()
         profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), [*FORMS, TENSORRT]
-    regions = golden_regions(templates, images=spec.family != TEXT)
-    questions = list(templates.questions.values())
-    past = {
-        name: (int(dims[1]), int(dims[3]))
-        for name, dims in ((n, s.dims) for n, s in made.networks[-1].inputs.items())
-        if name.startswith("past_")
-    }
     tensors = Tensors(checkpoint, made.canonical)
-    embedding = _embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16")
-    whole = tensors.count() <= WHOLE_MODEL_NUMBERS
-    kept, layerwise = {}, None
-    outliers = Outliers(precision=precision) if precision in LIMITS else None
-    if outliers is not None or not whole:
-        say("running the model in PyTorch, layer by layer")
-        runners = {n.name: TorchRunner(n, tensors.load, outliers) for n in made.networks}
-        backend = GraphBackend(runners, embedding=embedding, past=past, spec=spec, chunk=LAYERWISE_CHUNK)
-        layerwise = reference(host, backend, regions, questions)
-        kept = outliers.kept() if outliers else {}
-    networks = {}
-    for network in made.networks:
-        say(f"exporting the {network.name} network at {precision}")
-        own = "int8" if network.name == VISION and precision == "int4" else precision
-        networks[network.name] = assemble(network, tensors.load, kept, own, folder, forms)
-    if whole:
-        say("running the model in PyTorch, as transformers has it")
-        expected = reference(host, torch_backend(checkpoint, device="cpu", precision="fp32"), regions, questions)
-    else:
-        assert layerwise is not None
-        expected = layerwise
-    say("parity gate: PyTorch against the exported graphs")
-    parity: list[EncoderParity] = []
-    for candidate in _candidates(networks, whole, forms):
-        parity += gate(
-            candidate, expected=expected, regions=regions, questions=questions, host=host, spec=spec,
-            embedding=embedding, past=past, precision=precision,
-        )  # fmt: skip
-        worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
-        say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
-    engines: dict[str, dict[str, Any]] = {network.name: {} for network in made.networks}
-    for network in made.networks if target is not None else ():
-        assert target is not None
-        own_profile = of_network(network, profile)
-        done = make_engines(target, networks[network.name].graphs[TENSORRT], own_profile)
-        say(f"{network.name}: {done.told}")
-        engines[network.name] = {TENSORRT: {"flavour": target.flavour} | done.as_record(own_profile, folder)}
-    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
-    write_golden(folder / GOLDEN, regions, dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True)))
-    manifest = EncoderManifest(
-        schema_version=SCHEMA_VERSION,
-        version=__version__,
-        source={
-            "reference": "transformers" if whole else "PyTorch, layer by layer",
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "onnxruntime": ort.__version__,
-            },
-        },
-        spec=asdict(spec),
-        templates=templates.as_dict(),
+    work = _Work(
+        checkpoint=checkpoint,
+        recipe=made,
+        tensors=tensors,
         precision=precision,
-        kept=kept,
-        embedding={"dtype": embedding.dtype.name, "shape": list(embedding.shape)},
-        past=past,
-        networks={
-            name: {
-                "graphs": {form: path.name for form, path in done.graphs.items()},
-                "weights": done.weights.name,
-            }
-            | engines[name]
-            for name, done in networks.items()
-        },
-        tolerance=TOLERANCE[precision],
-        parity=tuple(asdict(measured) for measured in parity),
-        golden=tuple(region.name for region in regions),
-        exact_without_vnni=True,  # .bits.in_8_bits
+        embedding=_embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16"),
+        regions=golden_regions(templates, images=checkpoint.spec.family != TEXT),
+        questions=list(templates.questions.values()),
+        say=say,
     )
+    kept, layerwise = work.layer_by_layer()
+    networks = work.assemble(kept, folder, forms)
+    expected = work.reference() if layerwise is None or work.whole else layerwise
+    parity = work.gate(networks, expected, forms)
+    engines = {} if target is None else work.engines(target, networks, profile, folder)
+    (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
+    vectors = dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True))
+    write_golden(folder / GOLDEN, work.regions, vectors)
+    manifest = work.manifest(templates, kept, networks, engines, parity)
     seal_bundle(folder, manifest)
     open_encoder_bundle(folder).verify()  # what no reader would take must not leave this machine
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Work:
+    """An encoder on its way into a bundle: what its steps have in common.
+
+    Attributes:
+        checkpoint, recipe, tensors: The model, how it is taken apart, and its weights.
+        precision: Of the decoder's linear maps.
+        embedding: Token embeddings, mapped.
+        regions, questions: What every form of the networks is compared on.
+        say: Told what is being done.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    tensors: Tensors
+    precision: str
+    embedding: Array
+    regions: tuple[GoldenRegion, ...]
+    questions: Sequence[str]
+    say: Callable[[str], None]
+
+    @property
+    def spec(self) -> EncoderSpec:
+        """The model as an encoder."""
+        return self.checkpoint.spec
+
+    @cached_property
+    def host(self) -> Family:
+        """The host side, which makes the networks' inputs."""
+        return self.spec.host(self.checkpoint.tokenizer)
+
+    @cached_property
+    def whole(self) -> bool:
+        """True if the model is small enough to be compared with as a whole."""
+        return self.tensors.count() <= WHOLE_MODEL_NUMBERS
+
+    @cached_property
+    def past(self) -> dict[str, tuple[int, int]]:
+        """Heads and width of the decoder's keys and values, by name."""
+        return {
+            name: (int(form.dims[1]), int(form.dims[3]))
+            for name, form in self.recipe.networks[-1].inputs.items()
+            if name.startswith("past_")
+        }
+
+    def layer_by_layer(self) -> tuple[dict[str, str], Array | None]:
+        """Maps that lose too much in few bits, with the precision they are kept in, and the golden regions' vectors.
+
+        No vectors where nothing asks for them: the model is compared with as a whole, and not in few bits.
+        """
+        outliers = Outliers(precision=self.precision) if self.precision in LIMITS else None
+        if outliers is None and self.whole:
+            return {}, None
+        self.say("running the model in PyTorch, layer by layer")
+        runners = {n.name: TorchRunner(n, self.tensors.load, outliers) for n in self.recipe.networks}
+        backend = GraphBackend(runners, embedding=self.embedding, past=self.past, spec=self.spec, chunk=LAYERWISE_CHUNK)
+        vectors = reference(self.host, backend, self.regions, self.questions)
+        return outliers.kept() if outliers else {}, vectors
+
+    def assemble(self, kept: Mapping[str, str], folder: Path, forms: Sequence[str]) -> dict[str, Assembled]:
+        """Every network's graphs, written."""
+        networks = {}
+        for network in self.recipe.networks:
+            self.say(f"exporting the {network.name} network at {self.precision}")
+            own = "int8" if network.name == VISION and self.precision == "int4" else self.precision
+            networks[network.name] = assemble(network, self.tensors.load, kept, own, folder, forms)
+        return networks
+
+    def reference(self) -> Array:
+        """The golden regions' vectors by transformers' own model."""
+        self.say("running the model in PyTorch, as transformers has it")
+        backend = torch_backend(self.checkpoint, device="cpu", precision="fp32")
+        return reference(self.host, backend, self.regions, self.questions)
+
+    def gate(self, networks: Mapping[str, Assembled], expected: Array, forms: Sequence[str]) -> list[EncoderParity]:
+        """The parity of every form.
+
+        Raises:
+            BadBundle: If one fails.
+        """
+        self.say("parity gate: PyTorch against the exported graphs")
+        parity: list[EncoderParity] = []
+        for candidate in _candidates(networks, self.whole, forms):
+            parity += gate(
+                candidate, expected=expected, regions=self.regions, questions=self.questions, host=self.host,
+                spec=self.spec, embedding=self.embedding, past=self.past, precision=self.precision,
+            )  # fmt: skip
+            worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
+            self.say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
+        return parity
+
+    def engines(
+        self, target: Target, networks: Mapping[str, Assembled], profile: Profile, folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """TensorRT's engines of every network; what the manifest says of them."""
+        engines = {}
+        for network in self.recipe.networks:
+            own = of_network(network, profile)
+            done = make_engines(target, networks[network.name].graphs[TENSORRT], own)
+            self.say(f"{network.name}: {done.told}")
+            engines[network.name] = {TENSORRT: {"flavour": target.flavour} | done.as_record(own, folder)}
+        return engines
+
+    def manifest(
+        self,
+        templates: Templates,
+        kept: Mapping[str, str],
+        networks: Mapping[str, Assembled],
+        engines: Mapping[str, Mapping[str, Any]],
+        parity: Sequence[EncoderParity],
+    ) -> EncoderManifest:
+        """The manifest; its files are listed when it is sealed."""
+        return EncoderManifest(
+            schema_version=SCHEMA_VERSION,
+            version=__version__,
+            source={
+                "reference": "transformers" if self.whole else "PyTorch, layer by layer",
+                "versions": {
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "onnxruntime": ort.__version__,
+                },
+            },
+            spec=asdict(self.spec),
+            templates=templates.as_dict(),
+            precision=self.precision,
+            kept=kept,
+            embedding={"dtype": self.embedding.dtype.name, "shape": list(self.embedding.shape)},
+            past=self.past,
+            networks={
+                name: {
+                    "graphs": {form: path.name for form, path in done.graphs.items()},
+                    "weights": done.weights.name,
+                    **engines.get(name, {}),
+                }
+                for name, done in networks.items()
+            },
+            tolerance=TOLERANCE[self.precision],
+            parity=tuple(asdict(measured) for measured in parity),
+            golden=tuple(region.name for region in self.regions),
+            exact_without_vnni=True,  # quantize_weights.in_8_bits
+        )
 
 
 def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:

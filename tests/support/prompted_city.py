@@ -51,9 +51,12 @@ def make_prompted_city(folder: Path, model: Path, encoder: Path) -> None:
     assert "prompt_crime" in read_parquet(folder / "regions.parquet").column_names
     _call("train", folder)
     shutil.copytree(encoder, folder / "encoder.topt")
-    run, opened = newest_run(folder, finished=True), open_encoder_bundle(folder / "encoder.topt")
-    for name, inside in (("model.topt", True), ("beside.topt", False)):
+    shutil.copytree(encoder, folder / "moved.topt")
+    run = newest_run(folder, finished=True)
+    for name, place, inside in (("model.topt", "moved.topt", True), ("beside.topt", "encoder.topt", False)):
+        opened = open_encoder_bundle(folder / place)
         export_bundle(run, folder / name, say=lambda _: None, encoder=opened, inside=inside)
+    assert not (folder / "moved.topt").exists(), "it is moved into the bundle, not copied"
 
 
 def _call(*arguments: object) -> None:

@@ -206,11 +206,18 @@ def require(held: bool, key: str) -> None:
         raise TypeError(f"{key} is not of the right form")
 
 
-def seal_bundle(folder: Path, manifest: Any) -> None:
-    """Write the manifest, a dataclass, of everything in ``folder``, and its seal: the last step of making a bundle."""
+def seal_bundle(folder: Path, manifest: Any, *, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Write the manifest of everything in ``folder``, and its seal: the last step of making a bundle.
+
+    Args:
+        folder: The bundle's folder.
+        manifest: A dataclass with a field ``files``, which is filled in.
+        known: Sizes and SHA-256 of files that need not be read once more.
+    """
+    known = known or {}
     with Archive(folder) as files:
         listing = {
-            name: {"size": size, "sha256": files.digest(name, size)}
+            name: dict(known[name]) if name in known else {"size": size, "sha256": files.digest(name, size)}
             for name, size in sorted(files.sizes().items())
             if name != SIGNATURE
         }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,7 +185,36 @@ def encode(
         BadData: If an image or a text cannot be encoded; naming region and file.
         UsageError: If there is no template for a task.
     """
-    questions = [templates.question(task) for task in tasks]
+    _check_reads_images(encoder, regions)
+    part, parts = share
+    own = [row for row in range(len(regions)) if row // batch % parts == part]
+    work = _Encoding(
+        regions, encoder, [templates.question(task) for task in tasks], root=root, cache=cache,
+        skip_bad_images=on_bad_image == SKIP, progress=lambda done: progress(done, len(own)),
+    )  # fmt: skip
+    for _, block in groupby(own, lambda row: row // batch):
+        together: list[_Waiting] = []
+        for row in block:
+            one = work.look_up(row)
+            if one is None:
+                continue
+            if together and together[0].keys.keys() != one.keys.keys():
+                work.compute(together)
+                together = []
+            together.append(one)
+        work.compute(together)
+    table = prompt_table(
+        regions,
+        {task: work.vectors[:, column] for column, task in enumerate(tasks)},
+        reasons=work.reasons,
+        encoder=encoder.spec.identity,
+        precision=encoder.precision,
+        templates={task: templates.sha256(task) for task in tasks},
+    )
+    return Encoded(table=table, encoded=work.encoded, cached=work.cached, skipped=work.skipped)
+
+
+def _check_reads_images(encoder: Encoder, regions: Regions) -> None:
     if encoder.spec.family == TEXT and any(regions.images):
         raise BadData(
             f"{encoder.spec.name} reads no images",
@@ -192,87 +222,109 @@ def encode(
             ids=[region for region, names in zip(regions.region_id, regions.images, strict=True) if names],
             fix="take a vision-language model, or drop this column to encode texts alone",
         )
-    itself = _facts(encoder)
-    part, parts = share
-    own = [row for row in range(len(regions)) if row // batch % parts == part]
-    vectors = np.full((len(regions), len(tasks), encoder.spec.width), np.nan, np.float32)
-    reasons: list[str | None] = ["another process's share"] * len(regions)
-    waiting: list[_Waiting] = []
-    encoded = cached = done = 0
 
-    def finish(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, len(own))
 
-    def compute() -> None:
-        nonlocal encoded
-        if not waiting:
+class _Encoding:
+    """A city on its way: what is known of its regions, and what is still to be computed.
+
+    Args:
+        regions, encoder: Of :func:`encode`.
+        questions: One per task.
+        root, cache: Of :func:`encode`.
+        skip_bad_images: Whether regions with unreadable images are left out.
+        progress: Called with the number of regions that are done.
+
+    Attributes:
+        vectors: float32 (N, T, H), NaN where there is none.
+        reasons: Per region, why it has none.
+        encoded, cached, skipped: How many regions were computed at least in part, found in the cache, left out.
+    """
+
+    def __init__(
+        self,
+        regions: Regions,
+        encoder: Encoder,
+        questions: Sequence[str],
+        *,
+        root: Path | None,
+        cache: Cache | None,
+        skip_bad_images: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._regions, self._encoder, self._questions = regions, encoder, questions
+        self._root, self._cache, self._skip, self._progress = root, cache, skip_bad_images, progress
+        self._itself = _facts(encoder)
+        self.vectors = np.full((len(regions), len(questions), encoder.spec.width), np.nan, np.float32)
+        self.reasons: list[str | None] = ["another process's share"] * len(regions)
+        self.encoded = self.cached = self.skipped = 0
+
+    def look_up(self, row: int) -> _Waiting | None:
+        """Take a region's vectors from the cache; its input for those that are not there, or None if none is needed.
+
+        Raises:
+            BadData: If an image or a text cannot be encoded.
+        """
+        region, text, questions = str(self._regions.region_id[row]), self._regions.texts[row], self._questions
+        self.reasons[row] = None
+        try:
+            pictures = _pictures(self._root, self._regions.images[row])
+            hashes = [picture.sha256 for picture in pictures]
+            keys = [content_key(encoder=self._itself, text=text, question=q, images=hashes) for q in questions]
+            known = self._cache.get(keys, width=self._encoder.spec.width) if self._cache is not None else {}
+            lacking = {column: key for column, key in enumerate(keys) if key not in known}
+            asked = [questions[column] for column in lacking]
+            prompt = _prompt(self._encoder, region, text, pictures, asked) if lacking else None
+        except _BadImage as bad:
+            if not self._skip:
+                more = "; or leave such regions out with --on-bad-image skip"
+                fix = (bad.error.fix or "mend or remove it") + more
+                raise _of(bad.error, region, file=bad.error.file or bad.name, fix=fix) from bad.error
+            self.reasons[row] = f"{bad.name}: {bad.error.message}"
+            self.skipped += 1
+            self._finish()
+            return None
+        for column, key in enumerate(keys):
+            if key in known:
+                self.vectors[row, column] = known[key]
+        if prompt is None:
+            self.cached += 1
+            self._finish()
+            return None
+        return _Waiting(row=row, prompt=prompt, keys=lacking)
+
+    def compute(self, together: Sequence[_Waiting]) -> None:
+        """Compute the vectors of regions that lack the same tasks'; they go into the cache at once.
+
+        Raises:
+            BadData: If a vector is of no use.
+        """
+        if not together:
             return
-        columns = list(waiting[0].keys)
-        found = encoder.vectors([one.prompt for one in waiting])
+        columns = list(together[0].keys)
+        found = self._encoder.vectors([one.prompt for one in together])
         useless = [
-            regions.region_id[one.row]
-            for one, values in zip(waiting, found, strict=True)
+            self._regions.region_id[one.row]
+            for one, values in zip(together, found, strict=True)
             if not (np.isfinite(values).all() and values.any(axis=1).all())
         ]
         if useless:  # told now, not after the last region
             raise BadData(
-                f"the encoder gave no usable vector at precision {encoder.precision}",
+                f"the encoder gave no usable vector at precision {self._encoder.precision}",
                 ids=useless,
                 expected="finite numbers, not all 0",
                 fix="encode in a higher precision",
             )
         fresh: dict[str, Array] = {}
-        for one, values in zip(waiting, found, strict=True):
-            vectors[one.row, columns] = values
+        for one, values in zip(together, found, strict=True):
+            self.vectors[one.row, columns] = values
             fresh |= dict(zip(one.keys.values(), values, strict=True))
-        if cache is not None:
-            cache.put(fresh)
-        encoded += len(waiting)
-        finish(len(waiting))
-        waiting.clear()
+        if self._cache is not None:
+            self._cache.put(fresh)
+        self.encoded += len(together)
+        self._finish()
 
-    for row in own:
-        region, text, reasons[row] = str(regions.region_id[row]), regions.texts[row], None
-        if waiting and waiting[0].row // batch != row // batch:
-            compute()
-        try:
-            pictures = _pictures(root, regions.images[row])
-            hashes = [picture.sha256 for picture in pictures]
-            keys = [content_key(encoder=itself, text=text, question=q, images=hashes) for q in questions]
-            known = cache.get(keys, width=encoder.spec.width) if cache is not None else {}
-            lacking = {column: key for column, key in enumerate(keys) if key not in known}
-            asked = [questions[column] for column in lacking]
-            prompt = _prompt(encoder, region, text, pictures, asked) if lacking else None
-        except _BadImage as bad:
-            if on_bad_image != SKIP:
-                more = "; or leave such regions out with --on-bad-image skip"
-                fix = (bad.error.fix or "mend or remove it") + more
-                raise _of(bad.error, region, file=bad.error.file or bad.name, fix=fix) from bad.error
-            reasons[row] = f"{bad.name}: {bad.error.message}"
-            finish(1)
-            continue
-        for column, key in enumerate(keys):
-            if key in known:
-                vectors[row, column] = known[key]
-        if prompt is None:
-            cached += 1
-            finish(1)
-            continue
-        if waiting and waiting[0].keys.keys() != lacking.keys():
-            compute()
-        waiting.append(_Waiting(row=row, prompt=prompt, keys=lacking))
-    compute()
-    table = prompt_table(
-        regions,
-        {task: vectors[:, column] for column, task in enumerate(tasks)},
-        reasons=reasons,
-        encoder=encoder.spec.identity,
-        precision=encoder.precision,
-        templates={task: templates.sha256(task) for task in tasks},
-    )
-    return Encoded(table=table, encoded=encoded, cached=cached, skipped=len(own) - encoded - cached)
+    def _finish(self) -> None:
+        self._progress(self.encoded + self.cached + self.skipped)
 
 
 def _facts(encoder: Encoder) -> str:
