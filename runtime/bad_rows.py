@@ -177,6 +177,8 @@ def _filled(table: pa.Table, column: str, bad: Array) -> pa.Table | None:
     ):
         return None
     values = table.column(place).to_pylist()
+    if pa.types.is_decimal(described.type):
+        values = [None if value is None else float(value) for value in values]
     good = np.array([v for v, wrong in zip(values, bad, strict=True) if not wrong and v is not None], np.float64)
     good = good[np.isfinite(good).reshape(len(good), -1).all(axis=1)]
     if not len(good):

@@ -14,7 +14,7 @@ from topt_deploy.bundle.encoder_manifest import EMBEDDING, TOKENIZER, EncoderBun
 from topt_deploy.bundle.sealed import blamed, well_formed
 from topt_deploy.errors import BadBundle, UsageError
 from topt_deploy.prompts.encode import Encoder, PooledEncoder
-from topt_deploy.prompts.encoder_spec import EncoderSpec
+from topt_deploy.prompts.encoder_spec import EncoderSpec, check_image_token
 from topt_deploy.prompts.graph_backend import (
     DECODER,
     VISION,
@@ -169,6 +169,7 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: st
     with blamed(bundle.path, TOKENIZER):
         survives(lambda: bundle.spec.host(tokenizer), bundle.path, TOKENIZER)
         host = bundle.spec.host(tokenizer)
+        check_image_token(bundle.spec, tokenizer)
     encoder = PooledEncoder(
         spec=bundle.spec,
         precision=m.precision,

@@ -120,7 +120,8 @@ def _code(command: click.Command, arguments: list[str], log: Log) -> int:
         known = user_error(error)
         with suppress(OSError, ToptError):  # there may be nobody to tell
             if known is not None:
-                log.error(known)
+                if not isinstance(error.__cause__, BrokenPipeError):  # who has left reads nothing more
+                    log.error(known)
             else:
                 say(
                     traceback.format_exc() + "This is a bug in topt-deploy. Please report it with the lines above.",

@@ -78,7 +78,6 @@ def other_files():
         "zip": stream.getvalue(),
         "Feather": feather.getvalue(),
         "HTML": b"<!DOCTYPE html><html>404</html>",
-        "an empty file": b"",
         "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     }
 
@@ -142,20 +141,21 @@ class TestFolders:
 class TestToml:
     def test_a_byte_order_mark(self, tmp_path):
         (tmp_path / "topt.toml").write_bytes(b"\xef\xbb\xbf[tasks.crime]\n")
-        assert list(load_config(tmp_path / "topt.toml").tasks) == ["crime"]
+        assert list(load_config(file=tmp_path / "topt.toml").tasks) == ["crime"]
 
     @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "{a=" * 100_000])
     def test_nested_without_end(self, text, tmp_path):
         (tmp_path / "topt.toml").write_text(text)
         with pytest.raises(BadConfig, match="not valid TOML"):
-            load_config(tmp_path / "topt.toml")
+            load_config(file=tmp_path / "topt.toml")
+
+
+@pytest.fixture(scope="module")
+def predictor(demo_bundle):
+    return load(demo_bundle)
 
 
 class TestPython:
-    @pytest.fixture(scope="class")
-    def predictor(self, demo_bundle):
-        return load(demo_bundle)
-
     @pytest.fixture
     def expected(self, predictor, demo_city):
         return predictor.predict(demo_city / "regions.parquet", demo_city / "mobility.parquet")

@@ -51,7 +51,13 @@ class TestLength:
         assert "400 tokens" in caught.value.expected
 
     def test_a_text_without_end_is_not_even_tokenised(self, tmp_path, encoder, monkeypatch):
-        monkeypatch.setattr(type(encoder.host), "prompt", lambda *_: 1 / 0)
+        real = type(encoder.host).prompt
+
+        def of_short_ones(self, text, *more):
+            assert len(text) < 1000
+            return real(self, text, *more)
+
+        monkeypatch.setattr(type(encoder.host), "prompt", of_short_ones)
         short = replace(encoder, spec=replace(encoder.spec, context=2048))
         with pytest.raises(BadData, match="longer than"):
             encode(table(tmp_path, "x" * 5_000_000), short, TEMPLATES, ("crime",), root=tmp_path)
@@ -75,7 +81,7 @@ class TestImages:
         """Whoever sends a table must not choose files of the server's."""
         monkeypatch.chdir(tmp_path)
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "secret.png")
-        with pytest.raises(module._BadImage):
+        with pytest.raises(BadData, match="no folder"):
             module._pictures(None, ["secret.png"])
         regions = pq.read_table(prompted / "bare.parquet")
         regions = replaced(regions, images=pa.array([["secret.png"]] * len(regions)))

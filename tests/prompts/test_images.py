@@ -79,9 +79,7 @@ class TestPixels:
     def test_every_mode_as_transformers_reads_it(self, same, kind, mode, size):
         same(encoded(picture(mode, size), kind))
 
-    @pytest.mark.parametrize(
-        ("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("TIFF", "F"), ("PNG", "I")]
-    )
+    @pytest.mark.parametrize(("kind", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I"), ("TIFF", "F")])
     def test_more_than_8_bits_are_refused(self, read, kind, mode):
         """transformers would clip them: 16-bit grey to white, fractions to black."""
         with pytest.raises(BadData, match="more than 8 bits"):

@@ -208,7 +208,8 @@ def test_what_is_no_whole_parquet_is_refused(name, content, desk, refused):
     path = desk.folder / name
     whole = path.read_bytes()
     path.write_bytes({"text": b"region_id,lon,lat\n", "nothing": b"", "cut": whole[: len(whole) // 2]}[content])
-    facts = refused(BAD_DATA, name, "not a whole Parquet file", "write it again")
+    said = ("not a Parquet file, but a CSV table", "convert it") if content == "text" else ("not a whole", "again")
+    facts = refused(BAD_DATA, name, *said)
     assert facts["file"].endswith(name)
 
 

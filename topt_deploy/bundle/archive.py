@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from topt_deploy.errors import BadBundle
+from topt_deploy.errors import BadData, BadBundle
 from topt_deploy.storage.os_errors import reading
 
 if TYPE_CHECKING:
@@ -135,8 +135,11 @@ class Archive:
             ) as error:
                 raise unsound(self.path, f"{name} cannot be unpacked ({error})") from error
         path = self.path / (self.inside + name)
-        with reading(path), os.fdopen(_open_plain(path, os.O_NOFOLLOW), "rb") as stream:
-            yield stream
+        try:
+            with reading(path), os.fdopen(_open_plain(path, os.O_NOFOLLOW), "rb") as stream:
+                yield stream
+        except BadData as error:
+            raise unsound(self.path, f"{name}: {error.message}") from error
 
 
 class BoundedFile(io.FileIO):

@@ -142,8 +142,6 @@ class ParquetFile:
             return None
         if head.startswith(b"PAR1"):
             return None
-        if not head:
-            return "an empty file"
         found = next((name for magic, name in OTHERS if head.startswith(magic)), None)
         if found is not None:
             return found
@@ -181,7 +179,7 @@ class ParquetFile:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if other := self._other():
                 raise BadData(
-                    f"{other}, and no Parquet file", file=self.name, expected="Parquet", found=other,
+                    f"not a Parquet file, but {other}", file=self.name, expected="Parquet", found=other,
                     fix="convert it, with the ids as text; GDAL, DuckDB, pandas and polars write Parquet",
                 ) from error  # fmt: skip
             raise BadData(

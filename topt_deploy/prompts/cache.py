@@ -22,8 +22,8 @@ Array = np.ndarray[Any, Any]
 APPLICATION = 0x746F7054
 """The application id in SQLite's header: "topT"."""
 WAIT_S = 60.0
-ROW_LIMIT_BYTES = 1 << 20
-"""Of a key or a vector: four times the widest."""
+ROW_LIMIT_BYTES = 1 << 24
+"""Of a key or a vector: many times the widest."""
 TABLE = "CREATE TABLE vectors (key TEXT PRIMARY KEY, vector BLOB, checksum BLOB)"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _AT_ONCE = 500  # keys per query; SQLite does not take more than 999 everywhere
@@ -45,12 +45,13 @@ def check_own(path: Path) -> None:
     Raises:
         NoPermission: Naming what is not this user's alone.
     """
-    for place in (path.parent, path):
+    for place, kind, name in ((path.parent, stat.S_ISDIR, "folder"), (path, stat.S_ISREG, "file")):
         try:
             facts = os.lstat(place)
         except OSError:
             continue  # made later, or told of when it is opened
-        kind = stat.S_ISDIR if place is path.parent else stat.S_ISREG
+        if name == "file" and stat.S_ISDIR(facts.st_mode):
+            continue  # told of when it is opened
         if not kind(facts.st_mode):
             found = "a link or a special file"
         elif facts.st_uid != os.geteuid():
@@ -61,7 +62,7 @@ def check_own(path: Path) -> None:
             continue
         raise NoPermission(
             "the cache of prompt vectors is not this user's alone", file=place, found=found,
-            expected=f"a {'folder' if place is path.parent else 'file'} of user {os.geteuid()}",
+            expected=f"a {name} of user {os.geteuid()}",
             fix="delete it, and it is made anew; or go without: --no-cache",
         )  # fmt: skip
 
@@ -115,7 +116,7 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def get(self, keys: Iterable[str], *, width: int) -> dict[str, Array]:
+    def get(self, keys: Iterable[str], *, width: int | None = None) -> dict[str, Array]:
         """The vectors that are there, float32 (H,) each; one that is damaged, or not of this width H, is not."""
         wanted = list(keys)
         found = {}
@@ -125,7 +126,8 @@ class Cache:
             with self._errors():
                 rows = self._database.execute(query, some).fetchall()
             for key, data, checksum in rows:
-                sound = isinstance(data, bytes) and len(data) == 4 * width and isinstance(key, str)
+                sound = isinstance(data, bytes) and isinstance(key, str) and len(data) % 4 == 0
+                sound = sound and width in (None, len(data) // 4)
                 if sound and checksum == _checksum(key, data):
                     found[key] = np.frombuffer(data, "<f4").astype(np.float32)
         return found

@@ -84,6 +84,17 @@ class EncoderSpec:
         raise BadData("an encoder of an unknown family", expected=f"one of {', '.join(FAMILIES)}", found=self.family)
 
 
+def check_image_token(spec: EncoderSpec, tokenizer: bytes) -> None:
+    """Refuse an image token that the chat frame does not have: images would be put in no place.
+
+    Raises:
+        ValueError: Naming the token.
+    """
+    token = spec.settings.get("image_token")
+    if token is not None and token not in Tokens(tokenizer).ids(Chat(**spec.chat).image).tolist():
+        raise ValueError(f"the image token {token} is not the chat frame's")
+
+
 def _settings_of(family: str) -> Any:
     """A family's class of settings."""
     if family == QWEN:

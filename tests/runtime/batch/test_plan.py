@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from topt_deploy.errors import NoInput, UsageError
+from topt_deploy.errors import BadData, NoInput, UsageError
 from topt_deploy.runtime.addresses import joined, shown
 from topt_deploy.runtime.batch.plan import plan
 from topt_deploy.runtime.inputs import one_city
@@ -74,7 +74,7 @@ class TestInputs:
     def test_a_partition_in_several_parts_is_refused(self, here):
         """A city is predicted as a whole."""
         here("d/city=Oslo/part-0.parquet", "d/city=Oslo/part-1.parquet")
-        with pytest.raises(UsageError, match="two inputs are the city 'Oslo'"):
+        with pytest.raises(BadData, match="a table in 2 parts"):
             plan(["d"], "out", mobility=True)
 
     def test_flat_files_with_flows_of_their_own(self, here):
