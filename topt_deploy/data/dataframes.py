@@ -104,7 +104,7 @@ def _as_arrow(table: Any) -> pa.Table | None:
 
 
 def _is_a(table: object, module: str, name: str) -> bool:
-    """Whether a table is an instance of a library's class; never where the library is not loaded."""
+    """True if a table is an instance of a library's class; never where the library is not loaded."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(table, kind)
 

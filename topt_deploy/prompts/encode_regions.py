@@ -27,7 +27,7 @@ OPENERS = {
     "bundle": "topt_deploy.runtime.prompt_encoder",
     "model": "topt_deploy.prompts.pytorch.load",
 }
-"""What opens an encoder, ``encoder_for``, by how it is given. PyTorch and ONNX Runtime are imported then alone."""
+"""The module whose ``encoder_for`` opens an encoder, by the way that it is given. It is imported then alone."""
 
 
 @overload
