@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from topt_deploy.errors import BadData, BadBundle
+from topt_deploy.errors import BadBundle, BadData
 from topt_deploy.storage.os_errors import reading
 
 if TYPE_CHECKING:
