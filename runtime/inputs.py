@@ -4,8 +4,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from topt_deploy.data.parquet import is_part, one_file
-
 from .addresses import is_uri
 
 REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predictions.parquet"
@@ -13,7 +11,9 @@ REGIONS, MOBILITY, PREDICTIONS = "regions.parquet", "mobility.parquet", "predict
 
 def one_city(inputs: Sequence[str], out: str | None) -> Path | None:
     """The regions table, where a command line names just one and its output is to be a file; else None."""
-    import glob  # which a start with one table has no need of
+    import glob  # a start with one table does not need it
+
+    from topt_deploy.data.parquet import is_part, one_file  # with Arrow, which --help does without
 
     if len(inputs) != 1 or is_uri(inputs[0]) or (out is not None and (out.endswith("/") or is_uri(out))):
         return None
