@@ -1,12 +1,9 @@
-"""The exported bundle as an MLflow model: the files that ``mlflow.pyfunc.load_model`` reads, without any pickle.
-
-MLflow itself is not needed to write them. MLmodel and python_env.yaml are written as JSON, which is YAML.
-"""
+"""The exported bundle as an MLflow model, which MLflow itself writes (extra ``mlflow``), without any pickle."""
 
 import errno
 import json
-import platform
-import shutil
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +12,32 @@ import onnxruntime as ort
 import pyarrow as pa
 
 from topt_deploy import __version__
-from topt_deploy.bundle.manifest import SUFFIX, Bundle, Manifest, open_bundle
+from topt_deploy.bundle.manifest import Bundle, Manifest, open_bundle
 from topt_deploy.data.columns import CITY_ID, REGION_ID
 from topt_deploy.data.parquet import ParquetFile
-from topt_deploy.errors import UsageError
+from topt_deploy.errors import BadConfig, UsageError
 from topt_deploy.storage.atomic import atomic_folder
 from topt_deploy.storage.os_errors import write_error
 
 LOADER = "topt_deploy.runtime.mlflow"
-DATA = f"model{SUFFIX}"
-EXAMPLE = "input_example.json"
 LEAVING = ("dest_id", "flow")
 """The loader's columns of flows: per region, lists of where they lead and of how large they are."""
 
 
 def check_mlflow_place(folder: Path) -> None:
-    """Refuse, before the work, a place that an MLflow model cannot be written to.
+    """Refuse, before the work, a place that an MLflow model cannot be written to, and an absent MLflow.
 
     Raises:
+        BadConfig: If MLflow or pandas is not installed.
         UsageError: If something is there already.
         CannotCreate: If its parent is no folder.
     """
+    absent = [name for name in ("mlflow", "pandas") if find_spec(name) is None]
+    if absent:
+        raise BadConfig(
+            f"an MLflow model is written by {' and '.join(absent)}, which is not installed",
+            fix="pip install 'topt-deploy[mlflow]'",
+        )
     if folder.exists() or folder.is_symlink():
         raise UsageError("already exists", file=folder, fix="name a new folder with --mlflow, or remove this one")
     if not folder.parent.is_dir():
@@ -53,53 +55,30 @@ def write_mlflow(folder: Path, bundle: Path) -> None:
         BadBundle: If the copy is not what its manifest says.
     """
     check_mlflow_place(folder)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # or importing MLflow sends usage statistics
+    import pandas as pd
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+
+    opened = open_bundle(bundle)
+    encodes = _encodes(opened.manifest)
+    signature = {"inputs": json.dumps(_inputs(opened.manifest, encodes)), "outputs": json.dumps(_outputs())}
     with atomic_folder(folder) as temporary:
-        copy = temporary / DATA
-        if bundle.is_dir():
-            shutil.copytree(bundle, copy)
-        else:
-            shutil.copyfile(bundle, copy)
-        opened = open_bundle(copy)
-        opened.verify()
-        encodes = _encodes(opened.manifest)
-        files = {
-            "MLmodel": {
-                "flavors": {
-                    "python_function": {
-                        "loader_module": LOADER,
-                        "data": DATA,
-                        "env": {"virtualenv": "python_env.yaml"},
-                        "python_version": platform.python_version(),
-                    }
-                },
-                "signature": {
-                    "inputs": json.dumps(_inputs(opened.manifest, encodes)),
-                    "outputs": json.dumps(_outputs()),
-                    "params": None,
-                },
-                "saved_input_example_info": {
-                    "artifact_path": EXAMPLE,
-                    "type": "dataframe",
-                    "pandas_orient": "split",
-                },
-                "metadata": {"bundle_sha256": opened.sha256},
-            },
-            "python_env.yaml": {
-                "python": platform.python_version(),
-                "build_dependencies": ["pip"],
-                "dependencies": ["-r requirements.txt"],
-            },
-            EXAMPLE: _example(opened),
-        }
-        for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=None if name == EXAMPLE else 2), encoding="utf-8")
-        requirements = [
-            "mlflow-skinny>=3",
-            "pandas>=2",
-            f"topt-deploy[cpu{',encoder' if encodes else ''}]=={__version__}",
-            *(f"{module.__name__}=={module.__version__}" for module in (ort, np, pa)),
-        ]
-        (temporary / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+        pyfunc.save_model(
+            temporary,
+            loader_module=LOADER,
+            data_path=str(bundle),
+            signature=ModelSignature.from_dict(signature),
+            input_example=pd.DataFrame(**_example(opened)),
+            pip_requirements=[
+                "mlflow-skinny>=3",
+                "pandas>=2",
+                f"topt-deploy[cpu{',encoder' if encodes else ''}]=={__version__}",
+                *(f"{module.__name__}=={module.__version__}" for module in (ort, np, pa)),
+            ],
+            metadata={"bundle_sha256": opened.sha256},
+        )
+        open_bundle(temporary / "data" / bundle.name).verify()
 
 
 def _encodes(manifest: Manifest) -> bool:

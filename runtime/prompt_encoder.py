@@ -277,9 +277,7 @@ def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
             name: BoundSession(folder / graph, device=CUDA, threads=threads, exact=m.precision == "fp32")
             for name, graph in graphs.items()
         }
-    between = BetweenBound(
-        networks[DECODER], networks.get(VISION), width=bundle.spec.width, device=CUDA, threads=threads
-    )
+    between = BetweenBound(networks[DECODER], networks.get(VISION), device=CUDA, threads=threads)
     return _Loaded(
         runtime="onnxruntime-cuda", networks=networks, embedding=embedding, chunk=GPU_CHUNK, files=files,
         between=between, how="ONNX Runtime's CUDA provider",
@@ -300,5 +298,5 @@ def _on_tensorrt(bundle: EncoderBundle, threads: int) -> _Loaded:
         chunk = min(GPU_CHUNK, tokens_at_once(targets[DECODER]))
     return _Loaded(
         runtime=way.runtime, networks=networks, embedding=embedding, chunk=chunk, files=files,
-        between=way.between(networks, bundle.spec.width), how=way.how,
+        between=way.between(networks), how=way.how,
     )  # fmt: skip

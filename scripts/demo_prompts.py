@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from topt_deploy.progress import ProgressBar
 from topt_deploy.prompts.encode import encode
-from topt_deploy.prompts.encode_job import Lines
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
 from topt_deploy.prompts.pytorch.load import torch_encoder
 from topt_deploy.prompts.table import read_regions
@@ -37,7 +37,8 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         city = make_sample(Path(folder)).out
         regions = read_regions(city / "regions.parquet", templates.wording)
-    done = encode(regions, encoder, templates, list(TASKS), root=Path(), progress=Lines())
+    with ProgressBar() as progress:
+        done = encode(regions, encoder, templates, list(TASKS), root=Path(), progress=progress)
     vectors = {task: done.table[f"prompt_{task}"].combine_chunks().flatten().to_numpy() for task in TASKS}
     store_prompts(
         options.out,

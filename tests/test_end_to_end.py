@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables
-from commands import environment, shell
+from commands import PATIENCE_S, environment, shell
 from safetensors.numpy import load_file
 
 from topt_deploy.config.load import config_from_dict, load_config
@@ -180,14 +180,14 @@ class TestInterrupted:
             stderr=subprocess.PIPE,
             text=True,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not (any(run.glob("checkpoints/*.safetensors")) and len(self.lines(run)) > before):
             assert child.poll() is None, f"ended too early: {child.stderr.read()}"
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(delay_s)
         child.send_signal(with_signal)
-        err = child.communicate(timeout=60)[1]
+        err = child.communicate(timeout=PATIENCE_S)[1]
         assert child.returncode == (-signal.SIGKILL if with_signal == signal.SIGKILL else 130), err
         assert not json.loads((run / "run.json").read_text())["finished"], "it had ended before it was stopped"
         assert not (run / "model.safetensors").exists()

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from commands import Desk, shell
+from commands import PATIENCE_S, Desk, shell
 
 import topt_deploy as topt
 from topt_deploy.errors import BadBundle, BadConfig, BadData, NoInput, UsageError
@@ -209,7 +209,7 @@ class TestModel:
         model = topt.load(demo_bundle, threads=2)  # ONNX Runtime's threads are not forked along
         assert same(model.predict(*tables), expected)
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-            assert same(pool.submit(_predict_in_child, model, tables).result(timeout=120), expected)
+            assert same(pool.submit(_predict_in_child, model, tables).result(timeout=PATIENCE_S), expected)
 
 
 def _predict_in_child(model: topt.Model, tables: tuple[pa.Table, pa.Table]) -> pa.Table:

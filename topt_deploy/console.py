@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,6 @@ import click
 
 from .errors import Exit, IOFailure, Terminated, ToptError, UsageError, exit_code, printable, user_error
 
-SAY_EVERY_S = 10.0
 LOG_FORMATS = ("text", "json")
 
 
@@ -169,23 +167,3 @@ def _log_format(arguments: Sequence[str]) -> str:
         if argument.startswith("--log-format="):
             return argument.partition("=")[2]
     return "text"
-
-
-class Lines:
-    """Progress as a line now and then, on standard error.
-
-    Args:
-        what: The name of the things that are counted.
-    """
-
-    def __init__(self, what: str = "regions") -> None:
-        self._what = what
-        self._began = self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say how far things are, and how much time is left at this pace."""
-        now = time.monotonic()
-        if now - self._said > SAY_EVERY_S:
-            self._said = now
-            left = (now - self._began) / done * (total - done)
-            say(f"{done} of {total} {self._what}, {left:.0f} s left", err=True)

@@ -281,15 +281,15 @@ def _train(run: Run, city: Path, tables: tuple[Held, Held | None], engine: "Engi
     from .progress import Reporter
     from .run import METRICS_FILE, train_run
 
-    with Reporter(run.path / METRICS_FILE) as reporter:
-        reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
-        for sentence in said:
-            reporter.say(sentence)
-        try:
-            train_run(run, regions=tables[0], mobility=tables[1], engine=engine, reporter=reporter)
-        except KeyboardInterrupt:
-            reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
-            raise
+    reporter = Reporter(run.path / METRICS_FILE)
+    reporter.say(f"run {run.path}: preset {run.config.preset}, tasks {', '.join(run.config.tasks)}")
+    for sentence in said:
+        reporter.say(sentence)
+    try:
+        train_run(run, regions=tables[0], mobility=tables[1], engine=engine, reporter=reporter)
+    except KeyboardInterrupt:
+        reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
+        raise
 
 
 def _threads(regions: Path) -> int:

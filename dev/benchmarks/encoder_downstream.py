@@ -250,13 +250,13 @@ def main() -> None:
     cities(options.folder, options.hafusion, options.prompt4re)
     encoders(options.folder, options.model)
     encode(options.folder, options.model)
-    with Reporter() as reporter:
-        found = [
-            r
-            for city in options.city
-            for trained in CITIES[city]
-            for r in downstream(options.folder, city, trained, reporter)
-        ]
+    reporter = Reporter()
+    found = [
+        r
+        for city in options.city
+        for trained in CITIES[city]
+        for r in downstream(options.folder, city, trained, reporter)
+    ]
     if len(options.city) == len(CITIES):
         options.out.write_text("\n".join(page(options.folder, found)) + "\n", encoding="utf-8")
 

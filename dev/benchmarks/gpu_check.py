@@ -167,7 +167,7 @@ def train(setting: Setting) -> Iterator[Check]:
 
     def run(engine: Engine) -> tuple[Mapping[str, Any], float]:
         inputs = {name: torch.tensor(values, device=engine.device) for name, values in features(city).items()}
-        place = Workplace(engine=engine, reporter=Reporter().quiet())
+        place = Workplace(engine=engine, reporter=Reporter(quiet=True))
         prompts = inputs["prompt_crime"]
         began = time.perf_counter()
         if engine.compile:  # the networks alone: a compiler takes minutes over an attention's gradient
@@ -526,7 +526,7 @@ class Part:
 
 
 _BASE = ("torch", "numpy", "pyarrow", "click")
-_TRAINING = (*_BASE, "scipy", "sklearn", "rich", "safetensors")
+_TRAINING = (*_BASE, "scipy", "sklearn", "safetensors")
 _EXPORT = ("onnx", "onnxscript", "onnx_ir", "ml_dtypes", "onnxruntime")
 _ENCODER = (*_BASE, "transformers", "tokenizers", "safetensors", "PIL", "jinja2", *_EXPORT)
 PARTS: dict[str, Part] = {

@@ -82,7 +82,6 @@ def predict(bundle: Path, city: Path) -> float:
 def train(city: Path) -> float:
     """Seconds of stage 1 with a single epoch, from features in memory to trained weights."""
     import torch
-    from rich.console import Console
 
     from topt_deploy.config.load import load_config
     from topt_deploy.data.city import infer_schema, read_city
@@ -97,7 +96,7 @@ def train(city: Path) -> float:
     schema = infer_schema(files[0], views=config.views, mobility=True, prompts=())
     read = read_city(*files, schema)
     inputs = {name: torch.tensor(array) for name, array in features(read).items()}
-    place = Workplace(engine=Engine(device=torch.device("cpu")), reporter=Reporter(None, Console(quiet=True)))
+    place = Workplace(engine=Engine(device=torch.device("cpu")), reporter=Reporter(quiet=True))
     began = time.perf_counter()
     train_embedding(read, inputs, schema, config, "crime", place)
     return time.perf_counter() - began

@@ -134,22 +134,22 @@ def main() -> None:
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
     methods, problems = once(METHODS), {}
-    with Reporter() as reporter:
-        for name in options.only:
-            suite = SUITES[name]
-            if suite.encoder not in problems:
-                city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
-                engine = Engine.choose("cpu", None, None)
-                problems[suite.encoder] = read_problem(city, load_config(tasks=TASKS), engine, reporter)
-            reporter.say(f"suite {name}")
-            evaluate_problem(
-                *problems[suite.encoder],
-                {method: methods[method] for method in suite.methods},
-                protocol=suite.protocol,
-                seeds=range(suite.first, suite.first + suite.seeds),
-                nominal=suite.coverage,
-                out=options.folder / name,
-            )
+    reporter = Reporter()
+    for name in options.only:
+        suite = SUITES[name]
+        if suite.encoder not in problems:
+            city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
+            engine = Engine.choose("cpu", None, None)
+            problems[suite.encoder] = read_problem(city, load_config(tasks=TASKS), engine, reporter)
+        reporter.say(f"suite {name}")
+        evaluate_problem(
+            *problems[suite.encoder],
+            {method: methods[method] for method in suite.methods},
+            protocol=suite.protocol,
+            seeds=range(suite.first, suite.first + suite.seeds),
+            nominal=suite.coverage,
+            out=options.folder / name,
+        )
     (ROOT / "docs/background/results.md").write_text(page(options.folder), encoding="utf-8")
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime as ort
 
 from topt_deploy.errors import BadBundle
-from topt_deploy.prompts.glue_graphs import DOUBLE, FLOAT, FLOAT16, join_graph, place_graph, sums_graph
 
 from .onnxruntime import PROVIDERS, check_used, no_device, providers, session_options
 
@@ -23,13 +22,16 @@ MEMORY = {"cpu": "cpu", "cuda": "cuda", "tensorrt": "cuda"}
 """The memory of a device, in ONNX Runtime's words."""
 _ARENA = {"cpu": "cpu:0", "cuda": "gpu:0"}
 """The same where it is asked to shrink one of its arenas."""
-_TYPES: Mapping[str, tuple[int, Any]] = {
-    "tensor(float)": (FLOAT, np.float32),
-    "tensor(float16)": (FLOAT16, np.float16),
-    "tensor(double)": (DOUBLE, np.float64),
-    "tensor(int64)": (0, np.int64),
-    "tensor(bool)": (0, np.bool_),
+_TYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
 }
+GLUE = Path(__file__).parent / "glue"
+"""The small graphs between the networks, which scripts/glue_graphs.py makes: the runtime has no onnx to make them with.
+They ship with the program, and so every bundle, whatever its schema, finds them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class BoundSession:
     """A graph on a device (:class:`topt_deploy.prompts.graph_backend.Runner`).
 
     Args:
-        graph: The file, beside its external data, checked; or the bytes of a graph without any.
+        graph: The file, beside its external data; checked.
         device: Of :data:`MEMORY`.
         threads: Threads within an operator; 0 leaves the choice to ONNX Runtime.
         exact: Of :func:`.onnxruntime.providers`.
@@ -66,14 +68,14 @@ class BoundSession:
 
     def __init__(
         self,
-        graph: Path | bytes,
+        graph: Path,
         *,
         device: str,
         threads: int = 0,
         exact: bool,
         tensorrt: Mapping[str, str] | None = None,
     ) -> None:
-        self._source = graph if isinstance(graph, Path) else None
+        self._source = graph
         self._memory = MEMORY[device]
         asked = providers(device, exact=exact, tensorrt=tensorrt)
         try:
@@ -90,9 +92,9 @@ class BoundSession:
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENA[self._memory])
 
-    def kind(self, name: str) -> int:
-        """ONNX's number of the type of an input or an output."""
-        return (self._kinds.get(name) or self._put_out[name])[0]
+    def kind(self, name: str) -> str:
+        """The name of the type of an input or an output, as numpy has it."""
+        return (self._kinds.get(name) or self._put_out[name]).__name__
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, OnDevice]:
         """Compute the named outputs, which stay on the device.
@@ -126,7 +128,7 @@ class BoundSession:
     def _held(self, name: str, value: Any) -> OnDevice:
         if isinstance(value, OnDevice):
             return value
-        array = np.ascontiguousarray(value, dtype=self._kinds[name][1])
+        array = np.ascontiguousarray(value, dtype=self._kinds[name])
         return OnDevice(ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0), array)
 
 
@@ -135,21 +137,20 @@ class BetweenBound:
 
     Args:
         decoder, vision: The networks.
-        width: H.
         device, threads: Of the sessions.
+
+    Raises:
+        BadBundle: If a network reads or puts out numbers of a type that there are no steps for.
     """
 
-    def __init__(
-        self, decoder: BoundSession, vision: BoundSession | None, *, width: int, device: str, threads: int
-    ) -> None:
-        def small(graph: bytes) -> BoundSession:
-            return BoundSession(graph, device=device, threads=threads, exact=True)
+    def __init__(self, decoder: BoundSession, vision: BoundSession | None, *, device: str, threads: int) -> None:
+        def glue(*name: str) -> BoundSession:
+            return BoundSession(GLUE / f"{'-'.join(name)}.onnx", device=device, threads=threads, exact=True)
 
-        hidden = decoder.kind("hidden")
-        self._sums = small(sums_graph(decoder.kind("last_hidden"), width, DOUBLE))
+        self._sums = glue("sums", decoder.kind("last_hidden"))
         if vision is not None:
             features = vision.kind("features")
-            self._join, self._place = small(join_graph(features, width)), small(place_graph(features, hidden, width))
+            self._join, self._place = glue("join", features), glue("place", features, decoder.kind("hidden"))
 
     def join(self, features: Sequence[OnDevice]) -> OnDevice:
         """One behind the other."""

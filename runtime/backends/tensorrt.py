@@ -80,8 +80,8 @@ class OwnRuntime:
         """A word for it: vectors of one are not taken for another's."""
         return self.library.flavour
 
-    def between(self, networks: Mapping[str, Any], width: int) -> Between:
-        """Create the steps between an encoder's networks, which are H wide."""
+    def between(self, networks: Mapping[str, Any]) -> Between:
+        """Create the steps between an encoder's networks."""
         return BetweenEngines(self.driver, networks[DECODER], networks.get(VISION))
 
     def open(self, target: Target) -> Engine:
@@ -118,10 +118,9 @@ class Provider:
     threads: int
     runtime: str = "onnxruntime-tensorrt"
 
-    def between(self, networks: Mapping[str, Any], width: int) -> Between:
-        """Create the steps between an encoder's networks, which are H wide."""
-        decoder, vision = networks[DECODER], networks.get(VISION)
-        return BetweenBound(decoder, vision, width=width, device="cuda", threads=self.threads)
+    def between(self, networks: Mapping[str, Any]) -> Between:
+        """Create the steps between an encoder's networks."""
+        return BetweenBound(networks[DECODER], networks.get(VISION), device="cuda", threads=self.threads)
 
     def open(self, target: Target) -> BoundSession:
         """A network on the GPU.

@@ -9,6 +9,7 @@ import json
 import logging
 import mmap
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,6 @@ from topt_deploy.storage.atomic import atomic_file, atomic_files, sweep
 from topt_deploy.storage.hashed_file import sha256_bytes
 from topt_deploy.storage.locks import locked
 from topt_deploy.storage.os_errors import write_error, writing
-from topt_deploy.storage.scratch import remove_folder
 from topt_deploy.storage.text_files import json_text
 from topt_deploy.tensorrt.build import Built
 
@@ -276,7 +276,7 @@ class EngineCache:
             self.remove(key)
             for path in (self._path(key, TIMING), self._path(key, "")):
                 if path.is_dir() and not path.is_symlink():  # of ONNX Runtime's provider
-                    remove_folder(path)
+                    shutil.rmtree(path, ignore_errors=True)
                 else:
                     with writing(path):
                         path.unlink(missing_ok=True)

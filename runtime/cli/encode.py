@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from topt_deploy.console import Lines, Log
+from topt_deploy.console import Log
+from topt_deploy.progress import ProgressBar
 from topt_deploy.prompts.options import shared_options
 
 from .options import PATH, device_option, encoder_engine_option, log_format_option, signature_option, threads_option
@@ -48,6 +49,7 @@ def encode(
     found = find_encoder(bundle, require_signature)
     opened = load_encoder(found, engine=encoder_engine, device=device, threads=threads)
     asked = load_templates(templates) if templates else opened.templates
-    done = job.run(opened.encoder, asked, batch=batch, progress=(lambda *_: None) if log.json else Lines())
+    with ProgressBar(quiet=log.json) as progress:
+        done = job.run(opened.encoder, asked, batch=batch, progress=progress)
     log.result(job.summary(done), **job.facts(done))
     return job.exit_code(done)

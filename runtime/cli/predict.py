@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from topt_deploy.console import Lines, Log, say
+from topt_deploy.console import Log
 from topt_deploy.errors import NoInput, UsageError, printable
+from topt_deploy.progress import ProgressBar
 from topt_deploy.storage.outputs import METRICS, check_outputs, check_suffix
 
 from ..inputs import MOBILITY, PREDICTIONS
@@ -168,11 +169,11 @@ def _predict_one(
     watch = Stopwatch()
     with watch.step("open"):
         predictor = setting.open()
-    progress = (lambda *_: None) if log.json else Lines()
-    done = predict_city(
-        predictor, job, setting.options,
-        resume=setting.resume, cache=setting.cache, geo=geo, progress=progress, watch=watch,
-    )  # fmt: skip
+    with ProgressBar(quiet=log.json) as progress:
+        done = predict_city(
+            predictor, job, setting.options,
+            resume=setting.resume, cache=setting.cache, geo=geo, progress=progress, watch=watch,
+        )  # fmt: skip
     summary.add(result_of(job, done))
     place, receipt = Path(job.out), done.receipt
     lines = [f"{_preview(done.table)}\n"] if done.table is not None else []
@@ -201,17 +202,15 @@ def _predict_many(
     from ..batch.run_batch import run_batch
     from ..summary import FAILED
 
-    lines = Lines("cities")
-
     def told(result: "Result", done: int, total: int) -> None:
         if log.json:
             log.result("", event="city", **result.as_dict())
             return
         if result.status == FAILED:
-            say(f"{printable(result.city)}: error: {result.told}", err=True)
-        lines(done, total)
+            progress.say(f"{printable(result.city)}: error: {result.told}")
+        progress(done, total)
 
-    with summary.recorded(out):
+    with summary.recorded(out), ProgressBar("cities", quiet=log.json) as progress:
         run_batch(inputs, out, setting, summary, engine=engine, workers=workers, told=told, timeout=timeout)
         text = f"{summary.text()}\npredictions {shown(out).rstrip('/')}/city=…/{PREDICTIONS}"
         summary.write(out)

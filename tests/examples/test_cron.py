@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import environment, shell
+from commands import PATIENCE_S, environment, shell
 
 from topt_deploy.storage.locks import locked
 
@@ -77,11 +77,11 @@ def test_a_lock_that_is_let_go_meanwhile_does_no_harm(examples, home):
     variables = environment(TOPT_HOME=str(home), TOPT_WAIT_S="2")
     with locked(home / "out/city=A/predictions.parquet"):
         script = subprocess.Popen(["sh", examples / "cron/topt-nightly.sh"], env=variables)
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + PATIENCE_S
         while not (home / "out/_run.json").exists():
             assert time.monotonic() < ends
             time.sleep(0.05)
-    assert script.wait(timeout=60) == 0
+    assert script.wait(timeout=PATIENCE_S) == 0
     assert logged(home)[-1]["cities"] == {"done": 1, "skipped": 1}
 
 

@@ -1,6 +1,5 @@
 """``topt-deploy export --mlflow``: a folder that MLflow itself loads, and that predicts as the bundle in it does."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from topt_deploy.errors import BadBundle, BadData, UsageError
-from topt_deploy.export.mlflow_model import write_mlflow
+from topt_deploy.errors import BadBundle, BadConfig, BadData, UsageError
+from topt_deploy.export import mlflow_model
+from topt_deploy.export.mlflow_model import check_mlflow_place, write_mlflow
 from topt_deploy.runtime import load
 
 ABSENT = [name for name in ("mlflow", "pandas") if find_spec(name) is None]
@@ -68,10 +68,9 @@ def test_the_command_writes_it_and_mlflow_predicts_the_same(topt_deploy, tmp_pat
     assert f"mlflow {folder}" in said.out
     predicted = mlflow.pyfunc.load_model(str(folder)).predict(frame)
     assert predicted.equals(expected)
+    copy = folder / "data" / "model.topt"
     bundle = {p.relative_to(tmp_path / "model.topt"): p.read_bytes() for p in (tmp_path / "model.topt").rglob("*.*")}
-    assert {
-        p.relative_to(folder / "model.topt"): p.read_bytes() for p in (folder / "model.topt").rglob("*.*")
-    } == bundle
+    assert {p.relative_to(copy): p.read_bytes() for p in copy.rglob("*.*")} == bundle
     (tmp_path / "model.topt" / "MODEL_CARD.md").write_text("older")
     before = (tmp_path / "model.topt" / "MODEL_CARD.md").stat().st_mtime_ns
     said = topt_deploy("export", demo_run, "--out", tmp_path / "model.topt", "--mlflow", folder)
@@ -123,8 +122,8 @@ def test_the_signature_is_what_goes_in_and_comes_out(model, frame):
     assert list(predicted.columns) == model.metadata.get_output_schema().input_names()
 
 
-def test_there_is_no_pickle_and_the_loader_is_ours(written):
-    described = json.loads((written / "MLmodel").read_text())["flavors"]["python_function"]
+def test_there_is_no_pickle_and_the_loader_is_ours(written, model):
+    described = model.metadata.flavors["python_function"]
     assert described["loader_module"] == "topt_deploy.runtime.mlflow"
     suffixes = {path.suffix for path in written.rglob("*") if path.is_file()}
     assert suffixes <= {"", ".json", ".yaml", ".txt", ".topt", ".sha256", ".md", ".onnx", ".weights", ".parquet"}
@@ -150,7 +149,7 @@ def test_a_changed_byte_is_refused_when_mlflow_loads_it(tmp_path, demo_bundle):
     import mlflow
 
     write_mlflow(tmp_path / "model", demo_bundle)
-    weights = tmp_path / "model/model.topt/models/topt.weights"
+    weights = tmp_path / "model/data/model.topt/models/topt.weights"
     data = bytearray(weights.read_bytes())
     data[1000] ^= 1
     weights.write_bytes(data)
@@ -163,6 +162,13 @@ def test_a_damaged_bundle_leaves_no_folder(tmp_path, desk):
     with pytest.raises(BadBundle):
         write_mlflow(tmp_path / "model", desk.bundle)
     assert not [path for path in tmp_path.iterdir() if path != desk.folder]
+
+
+def test_without_mlflow_it_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow_model, "find_spec", lambda name: None if name == "mlflow" else find_spec(name))
+    with pytest.raises(BadConfig, match="mlflow, which is not installed") as caught:
+        check_mlflow_place(tmp_path / "model")
+    assert "topt-deploy[mlflow]" in caught.value.fix
 
 
 def test_nothing_is_written_over(tmp_path, demo_bundle):
@@ -209,7 +215,7 @@ def test_zipped_bundles_go_in_as_they_are(tmp_path, demo_bundle, frame, expected
 
     shutil.make_archive(str(tmp_path / "bundle"), "zip", demo_bundle)
     write_mlflow(tmp_path / "model", tmp_path / "bundle.zip")
-    assert (tmp_path / "model/model.topt").is_file()
+    assert (tmp_path / "model/data/bundle.zip").is_file()
     assert mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(frame).equals(expected)
 
 

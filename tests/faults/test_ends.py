@@ -12,7 +12,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 from batch import alive, children, spoil, start, wait_for, write_cities
-from commands import environment, shell
+from commands import PATIENCE_S, environment, shell
 
 DONE, PARTIAL, BAD_DATA, NO_INPUT, IO_ERROR, TRY_AGAIN, BAD_BUNDLE, TERMINATED = 0, 3, 65, 66, 74, 75, 76, 143
 
@@ -49,7 +49,7 @@ class TestOneCode:
         process = start(BATCH.split(), many)
         wait_for(lambda: list(many.glob("out/city=*/*.receipt.json")), "a first city")
         process.send_signal(how)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == code, err
         assert "Traceback" not in err
         assert record(many)["exit_code"] == metric(many) == code
@@ -231,7 +231,7 @@ main()
     @pytest.mark.parametrize("how", ["SIGFPE", "SIGABRT", "SIGSEGV"])
     def test_one_that_a_graph_ends_is_not_tried_again(self, how, many):
         command = self.worker(many, f"os.kill(os.getpid(), signal.{how})")
-        done = subprocess.run(command, cwd=many, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=many, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == PARTIAL, done.stderr
         assert (many / "tries").read_text() == "x"
         (failed,) = record(many)["failed"]
@@ -240,14 +240,19 @@ main()
 
     def test_one_that_is_killed_is(self, many):
         command = self.worker(many, "os.kill(os.getpid(), signal.SIGKILL)")
-        done = subprocess.run(command, cwd=many, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=many, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == TRY_AGAIN
         assert (many / "tries").read_text() == "xx"
 
     def test_one_that_takes_too_long_is_ended(self, many):
         command = self.worker(many, "time.sleep(600)")
         done = subprocess.run(
-            [*command, "--timeout", "20"], cwd=many, env=environment(), capture_output=True, text=True, timeout=200
+            [*command, "--timeout", "20"],
+            cwd=many,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == TRY_AGAIN
         (failed,) = record(many)["failed"]
@@ -256,12 +261,12 @@ main()
 
     def test_they_end_with_their_parent(self, many):
         process = start(self.worker(many, "time.sleep(600)"), many)
-        wait_for((many / "tries").exists, "the slow city", 120)
+        wait_for((many / "tries").exists, "the slow city")
         workers = children(process.pid)
         assert workers
         process.kill()
         process.communicate()
-        wait_for(lambda: not any(map(alive, workers)), "the workers' end", 20)
+        wait_for(lambda: not any(map(alive, workers)), "the workers' end")
 
 
 def test_one_city_that_takes_too_long(desk):
@@ -269,7 +274,7 @@ def test_one_city_that_takes_too_long(desk):
     code += "from topt_deploy.runtime.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "predict", "regions.parquet", "--timeout", "1", "--metrics-file", "x.prom"],
-        cwd=desk.folder, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=desk.folder, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == metric(desk.folder) == TRY_AGAIN
     assert "took longer than 1 s" in done.stderr

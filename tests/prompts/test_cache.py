@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import PATIENCE_S
 
 from topt_deploy.errors import BadData, CannotCreate, IOFailure
 from topt_deploy.prompts.cache import Cache, content_key
@@ -227,7 +228,7 @@ def test_several_processes_write_at_once(path):
     """From the making of the file on."""
     workers = [writer(path, name, 25, time.time() + 1) for name in "abcd"]
     for worker in workers:
-        worker.communicate(timeout=60)
+        worker.communicate(timeout=PATIENCE_S)
     assert [worker.returncode for worker in workers] == [0] * 4
     expected = written("a", 25) | written("b", 25) | written("c", 25) | written("d", 25)
     with Cache(path) as cache:

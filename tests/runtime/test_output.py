@@ -8,7 +8,7 @@ import subprocess
 
 import pyarrow.parquet as pq
 import pytest
-from commands import environment, shell, without_privileges
+from commands import PATIENCE_S, environment, shell, without_privileges
 
 USAGE, NO_DEVICE, CANNOT_CREATE, IO_ERROR, NO_PERMISSION, BAD_CONFIG = 2, 69, 73, 74, 77, 78
 COMMAND = "topt-run predict regions.parquet"
@@ -169,7 +169,7 @@ exit $code
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from commands import environment
+from commands import PATIENCE_S, environment
 
 NAMES = "ABCDEF"
 
@@ -88,11 +88,11 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(true: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def wait_for(true: Callable[[], bool], what: str) -> None:
     """Wait until something is true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE_S
     while not true():
-        assert time.monotonic() < end, f"{what}: not in {seconds} s"
+        assert time.monotonic() < end, f"{what}: not in {PATIENCE_S} s"
         time.sleep(0.002)
 
 

@@ -103,8 +103,6 @@ def tiny_config(tasks: Mapping[str, TaskConfig] | None = None, **more: Any) -> C
 
 def quiet(metrics: Any = None) -> Any:
     """A reporter that shows nothing."""
-    from rich.console import Console
-
     from topt_deploy.train.progress import Reporter
 
-    return Reporter(metrics, Console(quiet=True))
+    return Reporter(metrics, quiet=True)

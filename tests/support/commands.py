@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+PATIENCE_S = 1800.0
+"""After this a test hangs. No verdict depends on it: how long something takes is up to the rest of the machine."""
+
 
 @dataclass(frozen=True)
 class Said:
@@ -36,7 +39,7 @@ def shell(command: str, folder: Path, before: Callable[[], None] | None = None, 
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=1800,
+        timeout=PATIENCE_S,
     )
     return Said(done.returncode, done.stdout, done.stderr)
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import PATIENCE_S
+
 SECONDS = int(os.environ.get("TOPT_FUZZ_SECONDS", "2"))
 """Of atheris per target; ``make fuzz`` gives it a minute."""
 MEMORY_MB = 2048
@@ -50,7 +52,7 @@ def guided(file: str) -> None:
 
     pytest.importorskip("atheris", reason="atheris is not installed (wheels for Linux only)")
     done = subprocess.run(
-        [sys.executable, __file__, file, str(SECONDS)], capture_output=True, text=True, timeout=SECONDS + 240
+        [sys.executable, __file__, file, str(SECONDS)], capture_output=True, text=True, timeout=SECONDS + PATIENCE_S
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 

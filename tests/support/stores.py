@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from commands import PATIENCE_S
 from pyarrow import fs
 from services import service
 
@@ -22,7 +23,6 @@ PROGRAMS = {
     "gs": "stores/bin/gcp-storage-emulator",
     "az": "azurite/node_modules/.bin/azurite-blob",
 }
-PATIENCE_S = 60
 
 
 @dataclass(frozen=True, kw_only=True)

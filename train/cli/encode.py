@@ -1,8 +1,7 @@
 """``topt-deploy encode``."""
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,9 +9,9 @@ from typing import Any
 
 import click
 
-from topt_deploy.console import Lines
 from topt_deploy.errors import Exit
-from topt_deploy.prompts.encode import Progress, limit_pixels
+from topt_deploy.progress import ProgressBar
+from topt_deploy.prompts.encode import limit_pixels
 from topt_deploy.prompts.encode_job import Job
 from topt_deploy.prompts.options import shared_options
 from topt_deploy.prompts.table import read_regions
@@ -107,7 +106,8 @@ def encode(
             encoder = torch_encoder(checkpoint, device=device, precision=precision)
             among = f", {team.size} processes" if team else ""
             click.echo(f"{encoder.spec.identity} on {device} in {precision}{among}", err=True)
-            with _progress() if team is None or team.rank == 0 else nullcontext(_silent) as progress:
+            # The first process's progress stands for all.
+            with ProgressBar(quiet=team is not None and team.rank > 0) as progress:
                 how: dict[str, Any] = {"batch": batch, "progress": progress}
                 done = job.run_in(team, encoder, asked, **how) if team else job.run(encoder, asked, **how)
     except KeyboardInterrupt:
@@ -152,22 +152,3 @@ def arguments_of(context: click.Context, leave_out: Sequence[str]) -> list[str]:
             for one in value if parameter.multiple else [value]:
                 arguments += [parameter.opts[0], str(one)]
     return arguments
-
-
-def _silent(done: int, total: int) -> None:
-    """The first process's progress stands for all."""
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar with the time left; lines where there is no terminal."""
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("regions"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

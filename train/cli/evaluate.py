@@ -70,20 +70,20 @@ def evaluate(
     config = load_config(file=file if file.exists() else None, tasks=_names(tasks))
     place = file if file.exists() else None
     config, said = settle(config, city / "regions.parquet", city / "mobility.parquet", file=place)
-    with Reporter() as reporter:
-        for sentence in said:
-            reporter.say(sentence)
-        page = evaluate_city(
-            city,
-            config,
-            methods,
-            protocol=protocol,
-            seeds=range(FIRST_SEED, FIRST_SEED + seeds),
-            nominal=coverage,
-            engine=Engine.choose(device, None, None),
-            reporter=reporter,
-            out=out,
-        )
+    reporter = Reporter()
+    for sentence in said:
+        reporter.say(sentence)
+    page = evaluate_city(
+        city,
+        config,
+        methods,
+        protocol=protocol,
+        seeds=range(FIRST_SEED, FIRST_SEED + seeds),
+        nominal=coverage,
+        engine=Engine.choose(device, None, None),
+        reporter=reporter,
+        out=out,
+    )
     click.echo(page)
     click.echo(f"results  {out}")
 

@@ -1,13 +1,16 @@
 """Encoders on a device, by I/O binding and by engines, give what they give on the host."""
 
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from commands import PATIENCE_S
 from encoder_regions import REGIONS, asked
 from encoders_exported import FAMILIES
 from fake_gpu import FAKE_TRT, fake_libcuda
@@ -15,18 +18,20 @@ from fake_gpu import FAKE_TRT, fake_libcuda
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.errors import BadBundle, BadData, NoDevice
 from topt_deploy.prompts.encode import _batches
-from topt_deploy.prompts.glue_graphs import DOUBLE, FLOAT, FLOAT16, join_graph, place_graph, sums_graph
 from topt_deploy.prompts.graph_backend import GraphBackend, OnHost
 from topt_deploy.prompts.pooling import pooled
 from topt_deploy.runtime.backends import onnxruntime as session
 from topt_deploy.runtime.backends import onnxruntime_bound as bound_module
-from topt_deploy.runtime.backends.onnxruntime_bound import BetweenBound, BoundSession, OnDevice
+from topt_deploy.runtime.backends.onnxruntime_bound import GLUE, BetweenBound, BoundSession, OnDevice
 from topt_deploy.runtime.backends.tensorrt import HostSession
 from topt_deploy.runtime.backends.tensorrt_engine import BetweenEngines, Engine, OnGpu, download, upload
 from topt_deploy.runtime.prompt_encoder import open_encoder
 from topt_deploy.tensorrt.cuda_driver import Driver
 from topt_deploy.tensorrt.library import Library
 
+ROOT = Path(__file__).resolve().parents[3]
+MADE = runpy.run_path(str(ROOT / "scripts" / "glue_graphs.py"))
+FLOAT = onnx.TensorProto.FLOAT
 LIBRARY = Library(flavour="tensorrt", version="11.0", module=FAKE_TRT)
 
 
@@ -43,8 +48,7 @@ def host(encoders):
 def bound(bundle, form):
     files = {name: bundle.path / facts["graphs"][form] for name, facts in bundle.manifest.networks.items()}
     networks = {name: BoundSession(file, device="cpu", threads=1, exact=True) for name, file in files.items()}
-    width = bundle.spec.width
-    between = BetweenBound(networks["decoder"], networks.get("vision"), width=width, device="cpu", threads=1)
+    between = BetweenBound(networks["decoder"], networks.get("vision"), device="cpu", threads=1)
     return networks, between
 
 
@@ -82,26 +86,23 @@ def test_what_a_session_puts_out_stays_where_it_is(encoders):
 
 
 class TestSmallGraphs:
-    @pytest.mark.parametrize(
-        "graph",
-        [
-            join_graph(FLOAT, 8), join_graph(FLOAT16, 4096), place_graph(FLOAT, FLOAT16, 5),
-            sums_graph(FLOAT16, 9, DOUBLE),
-        ],
-    )  # fmt: skip
-    def test_they_are_sound_onnx(self, graph):
-        onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    def test_those_shipped_are_those_that_the_script_makes(self):
+        made = dict(MADE["shipped_graphs"]())
+        assert {path.name for path in GLUE.iterdir()} == made.keys()
+        for name, graph in made.items():
+            assert onnx.load(GLUE / name) == graph
+            onnx.checker.check_model(graph, full_check=True)
 
     def test_what_they_compute(self):
         rng = np.random.default_rng(0)
         first, second = (rng.normal(size=(n, 6)).astype(np.float16) for n in (3, 4))
         text = rng.normal(size=(2, 6)).astype(np.float32)
         places = np.array([[-1, 0, 1], [6, -1, 2]])
-        session = ort.InferenceSession(join_graph(FLOAT16, 6))
+        session = ort.InferenceSession(GLUE / "join-float16.onnx")
         (joined,) = session.run(None, {"first": first, "second": second})
         assert np.array_equal(joined, np.concatenate([first, second]))
         index = np.array([[0, 2, 3], [8, 1, 4]])
-        session = ort.InferenceSession(place_graph(FLOAT16, FLOAT, 6))
+        session = ort.InferenceSession(GLUE / "place-float16-float32.onnx")
         (embeds,) = session.run(None, {"text": text, "features": joined, "index": index})
         assert np.array_equal(embeds, OnHost().place(text, joined.astype(np.float32), places))
 
@@ -131,7 +132,7 @@ def test_embeddings_stand_in_their_places(how, driver, encoders):
 class TestEngines:
     @pytest.fixture
     def graph(self):
-        return sums_graph(FLOAT, 4, FLOAT)
+        return MADE["sums_graph"](FLOAT, FLOAT).SerializeToString()
 
     def test_arrays_of_the_host_go_through(self, graph, driver):
         engine = HostSession(Engine(LIBRARY, graph, driver), "by hand")
@@ -165,15 +166,15 @@ class TestEngines:
             engine.run({"select": np.ones((1, 1, 50)), "hidden": np.ones((1, 50, 4))}, ["sums"])
 
     def test_features_of_another_type_than_embeddings_are_refused(self, driver):
-        decoder = Engine(LIBRARY, place_graph(FLOAT16, FLOAT, 4), driver)
+        decoder = Engine(LIBRARY, (GLUE / "place-float16-float32.onnx").read_bytes(), driver)
         decoder.types["hidden"] = decoder.types["text"]
-        vision = Engine(LIBRARY, join_graph(FLOAT16, 4), driver)
+        vision = Engine(LIBRARY, (GLUE / "join-float16.onnx").read_bytes(), driver)
         vision.types["features"] = vision.types["joined"]
         with pytest.raises(BadBundle, match="another type"):
             BetweenEngines(driver, decoder, vision)
 
     def test_what_it_puts_out_can_be_put_in(self, driver):
-        engine = Engine(LIBRARY, join_graph(FLOAT, 4), driver)
+        engine = Engine(LIBRARY, (GLUE / "join-float32.onnx").read_bytes(), driver)
         once = engine.run({"first": np.ones((2, 4)), "second": np.zeros((0, 4))}, ["joined"])["joined"]
         assert isinstance(once, OnGpu)
         twice = engine.host({"first": once, "second": once}, ["joined"])["joined"]
@@ -208,7 +209,7 @@ class TestEngines:
             "except NoDevice as error:\n    print(error)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, driver._cuda._name], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, driver._cuda._name], capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert "TensorRT-RTX 1" in done.stdout, done.stderr
         assert "does not run this engine here" in done.stdout
@@ -255,7 +256,7 @@ def test_a_bound_session_that_cannot_be_made_or_run(tmp_path):
     with pytest.raises(BadBundle, match="cannot load the graph") as caught:
         BoundSession(tmp_path / "no.onnx", device="cpu", exact=True)
     assert caught.value.file == str(tmp_path / "no.onnx")
-    joining = BoundSession(join_graph(FLOAT, 4), device="cpu", exact=True)
+    joining = BoundSession(GLUE / "join-float32.onnx", device="cpu", exact=True)
     with pytest.raises(BadBundle, match="cannot run the graph"):
         joining.run({"first": np.ones((1, 4)), "second": np.ones((1, 5))}, ["joined"])
     assert np.array_equal(

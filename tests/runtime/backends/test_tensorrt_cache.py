@@ -13,6 +13,7 @@ from pathlib import Path
 import engines
 import numpy as np
 import pytest
+from commands import PATIENCE_S
 
 from topt_deploy.errors import BadBundle, BadConfig, CannotCreate
 from topt_deploy.runtime.backends import tensorrt_cache
@@ -285,7 +286,7 @@ def test_a_killed_process_leaves_nothing_that_is_trusted(moment, tmp_path, build
         ),
     }[moment]
     running = process(code, tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "here").exists():
         assert time.monotonic() < deadline, running.poll()
         time.sleep(0.02)

@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from batch import NAMES, alive, children, done, kill, outputs, spoil, start, wait_for, write_cities
-from commands import shell, without_privileges
+from commands import PATIENCE_S, shell, without_privileges
 
 from topt_deploy.runtime.batch import local_workers
 from topt_deploy.runtime.predict_city import Job
@@ -233,7 +233,7 @@ def begun(many, demo_bundle, tmp_path):
     for process in started:
         if process.poll() is None:
             process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE_S)
 
 
 class TestDeath:
@@ -245,7 +245,7 @@ class TestDeath:
             if victims := [pid for pid in children(process.pid) if pid not in killed]:
                 kill(victims[0])
                 killed.add(victims[0])
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert len(killed) == 3
         assert process.returncode == DONE, err
         assert out.splitlines()[0] == "60 cities: 60 done"
@@ -255,7 +255,7 @@ class TestDeath:
         process = begun()
         for pid in children(process.pid):
             kill(pid)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
         assert process.returncode == DONE
         assert outputs(tmp_path / "out") == undisturbed
 
@@ -277,7 +277,7 @@ sys.argv = ["topt-run", "predict", {str(cities)!r}, "--bundle", {str(demo_bundle
 main()
 """
         process = start([sys.executable, "-c", script], tmp_path)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == TRY_AGAIN, err
         assert (tmp_path / "tries").read_text() == "xx"
         lines = [json.loads(line) for line in out.splitlines()]
@@ -294,9 +294,9 @@ main()
         workers = children(process.pid)
         assert len(workers) == 2
         kill(process.pid, how)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE_S)
         assert process.returncode == -how
-        wait_for(lambda: not any(alive(pid) for pid in workers), "the workers' end", 20)
+        wait_for(lambda: not any(alive(pid) for pid in workers), "the workers' end")
         finished = done(tmp_path / "out")
         assert 3 <= finished < len(MANY)
         said = shell(f"topt-run predict {many} --bundle {demo_bundle} --out out --resume", tmp_path)
@@ -308,7 +308,7 @@ main()
         process = begun()
         workers = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == INTERRUPTED
         assert err.strip() == "interrupted"
         assert out == ""

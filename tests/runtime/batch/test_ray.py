@@ -8,10 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 from batch import BLIND, kill_at_work, outputs, spoil, start
-from commands import environment, shell
+from commands import PATIENCE_S, environment, shell
 
 pytestmark = [
-    pytest.mark.timeout(240),
     pytest.mark.skipif(find_spec("ray") is None, reason="no Ray here: pip install 'topt-deploy[ray]'"),
 ]
 DONE, PARTIAL, BAD_DATA, NO_DEVICE, TRY_AGAIN = 0, 3, 65, 69, 75
@@ -40,7 +39,7 @@ def cluster(tmp_path_factory):
     address = process.stdout.readline().strip()
     assert address, "Ray does not start"
     yield address
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def on_ray(cluster, demo_bundle, tmp_path):
 
 def ended(process):
     """Its code, its cities by name, its last line, and what it said besides."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     *lines, last = [json.loads(line) for line in out.splitlines()]  # and nothing of Ray's own
     assert len({line["city"] for line in lines}) == len(lines), "each city once"
     return process.returncode, {line["city"]: line for line in lines}, last, err
@@ -129,7 +128,7 @@ def test_a_cluster_that_does_not_let_us_in(cluster, cities, demo_bundle, tmp_pat
 def test_a_bundle_that_a_node_cannot_see(cluster, cities, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", BLIND.format(engine="ray"), cities, tmp_path / "out"],
-        env=environment(RAY_ADDRESS=cluster, **TOKEN), capture_output=True, text=True, timeout=200,
+        env=environment(RAY_ADDRESS=cluster, **TOKEN), capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.stdout.split() == ["66"] * 6, done
     assert "put the same bundle where every node sees it" in done.stderr

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from batch import BLIND, ancestor, kill_at_work, outputs, spoil, start
-from commands import environment, shell
+from commands import PATIENCE_S, environment, shell
 
 pytestmark = [
-    pytest.mark.timeout(240),
     pytest.mark.skipif(find_spec("pyspark") is None, reason="no Spark here: pip install 'topt-deploy[spark]'"),
     pytest.mark.skipif(shutil.which("java") is None, reason="no Java here: apt-get install openjdk-17-jre-headless"),
 ]
@@ -33,7 +32,7 @@ def on_spark(demo_bundle, tmp_path):
 
 def ended(process):
     """Its code, its cities by name, its last line, and what it said besides."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert out, err
     *lines, last = [json.loads(line) for line in out.splitlines()]
     assert len({line["city"] for line in lines}) == len(lines), "each city once"
@@ -99,7 +98,7 @@ def test_submitted_to_a_cluster_that_loses_an_executor(one_slow, demo_bundle, tm
 def test_a_bundle_that_a_node_cannot_see(cities, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", BLIND.format(engine="spark"), cities, tmp_path / "out"], env=environment(),
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.stdout.split() == ["66"] * 6, done
     assert "put the same bundle where every node sees it" in done.stderr

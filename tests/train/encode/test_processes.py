@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -108,11 +107,9 @@ class TestRunTeam:
         script = (
             "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit(print('told', file=sys.stderr) or 66)"
         )
-        began = time.monotonic()
         with pytest.raises(click.exceptions.Exit) as caught:
-            run(monkeypatch, script + "\ntime.sleep(60)")
+            run(monkeypatch, script + "\ntime.sleep(36_000)")
         assert caught.value.exit_code == 66
-        assert time.monotonic() - began < 30
         assert "told" in capfd.readouterr().err
 
     def test_one_that_only_noticed_is_not_the_one_that_failed(self, monkeypatch):
@@ -126,7 +123,7 @@ class TestRunTeam:
     def test_a_killed_process_is_worth_another_try(self, monkeypatch):
         script = f"import os, time\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), {int(signal.SIGKILL)})"
         with pytest.raises(TryAgain, match="killed") as caught:
-            run(monkeypatch, script + "\ntime.sleep(60)")
+            run(monkeypatch, script + "\ntime.sleep(36_000)")
         assert caught.value.found == "process 1, signal 9"
 
 
