@@ -17,17 +17,18 @@ from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
 from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.dataframes import as_given
-from topt_deploy.data.features import features, range_columns
+from topt_deploy.data.features import features
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
-from topt_deploy.prompts.precision import comparable
 from topt_deploy.storage.hashed_file import sha256_file
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
 from .bad_rows import FAIL, Sieve
 from .device_choice import CPU, CUDA, TENSORRT, choose
+from .extrapolation import extrapolated
 from .predictions import Predictions, TaskPrediction
+from .prompt_origins import check_prompts
 
 if TYPE_CHECKING:
     from .backends.tensorrt import HostSession
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 PRECISION = "fp32"
 COVERAGE = 0.9
-REASONS_SHOWN = 3
-RANGE_BEYOND = 0.5
-"""How far outside the training range a single quantity is a reason for doubt: half of the range's own width, in
-logarithms. Less is common in any other city."""
 WORTH_RELEASING_BYTES = 2 << 20
 """Size of the model's inputs from which on Arrow gives back, before the model runs, what reading them took. Of small
 cities a batch needs it again at once."""
@@ -223,7 +220,7 @@ class Predictor:
         file = file_of(regions)
         sieve = Sieve(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
         city, encoded = self._read(sieve, None if file is None else file.parent, id_col, cache, progress)
-        self._check_encoders(city, regions)
+        check_prompts(manifest, city, _name(regions))
         arrays = features(city, manifest.inputs)
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
             pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
@@ -243,7 +240,7 @@ class Predictor:
                     ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, predicted, coverage) for task in chosen}
-        return Predictions(city, results, self._extrapolated(city, predicted.get(LEVERAGE)), sieve, encoded)
+        return Predictions(city, results, extrapolated(manifest, city, predicted.get(LEVERAGE)), sieve, encoded)
 
     def _result(self, task: str, predicted: Mapping[str, Array], coverage: float | None) -> "TaskPrediction":
         values, facts = predicted[task], self.bundle.manifest.tasks[task]
@@ -337,52 +334,6 @@ class Predictor:
                 self.bundle, self._place, engine=self._engine, device=self._asked, threads=self._threads
             )
         return self._encoder
-
-    def _check_encoders(self, city: City, regions: Given) -> None:
-        for column, facts in self.bundle.manifest.prompts.items():
-            for what, found in (("encoder", city.encoders.get(column)), ("template", city.templates.get(column))):
-                expected = facts.get(what)
-                if expected and found and expected != found:
-                    raise BadData(
-                        f"prompts come from another {what} than the model's", file=_name(regions), column=column,
-                        expected=expected, found=found, fix=f"encode them with the model's {what}",
-                    )  # fmt: skip
-            trained, given = facts.get("precision"), city.precisions.get(column)
-            if not comparable(trained, given):
-                raise BadData(
-                    "prompts in int4 cannot replace prompts in another precision", file=_name(regions), column=column,
-                    expected=trained, found=given, fix="encode them in the precision of the training city's",
-                )  # fmt: skip
-
-    def _extrapolated(self, city: City, leverage: Array | None) -> list[str]:
-        """Per region, in canonical order, why it is unlike the training regions; empty where it is not.
-
-        By its leverage, or by a quantity that lies far outside the training range (:data:`RANGE_BEYOND`), and then with
-        all that lie outside; by these alone where the bundle's graph puts out no leverage.
-        """
-        outside: list[list[str]] = [[] for _ in range(len(city))]
-        columns = range_columns(city, self.bundle.manifest.schema)
-        values = np.array([*columns.values()]).reshape(len(columns), len(city))
-        ranges = np.array([self.bundle.manifest.ranges[column] for column in columns]).reshape(-1, 2, 1)
-        low, high = ranges[:, 0], ranges[:, 1]
-        names, sides = list(columns), ("below", "above")
-        for column, side, region in np.argwhere(np.stack([values < low, values > high], axis=1)).tolist():
-            outside[region].append(f"{names[column]} {sides[side]} the training range")
-        far = self.bundle.manifest.leverage
-        wide = np.log1p(np.maximum(np.stack([low, high]), 0))
-        reach = RANGE_BEYOND * (wide[1] - wide[0])
-        logs = np.log1p(np.maximum(values, 0))
-        absurd = ((logs < wide[0] - reach) | (logs > wide[1] + reach)).any(axis=0)
-        if leverage is not None and far is not None:
-            over = leverage / max(float(far["threshold"]), 1e-12)
-            for region, times in enumerate(over.tolist()):
-                # What lies outside of a single range is common, and no reason for doubt alone.
-                told = f"unlike the training regions: leverage {times:.2g} times the largest that is trusted"
-                outside[region] = [told] * (times > 1) + (outside[region] if times > 1 or absurd[region] else [])
-        return [
-            "; ".join(r[:REASONS_SHOWN]) + (f"; {len(r) - REASONS_SHOWN} more" if len(r) > REASONS_SHOWN else "")
-            for r in outside
-        ]
 
 
 def open_predictor(

@@ -19,8 +19,9 @@ from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
 from topt_deploy.prompts.pytorch.load import torch_encoder
 from topt_deploy.prompts.table import read_regions
 from topt_deploy.prompts.templates import load_templates
-from topt_deploy.train.datasets.sample import TASKS, make_sample
+from topt_deploy.train.datasets.sample import make_sample
 from topt_deploy.train.datasets.sample_prompts import FILE, store_prompts
+from topt_deploy.train.datasets.sample_recipe import TASKS
 
 OUT = Path(__file__).resolve().parents[1] / "train" / "datasets" / FILE
 

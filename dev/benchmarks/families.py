@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from topt_deploy.train.datasets.sample import TASKS, make_sample
+from topt_deploy.train.datasets.sample import make_sample
+from topt_deploy.train.datasets.sample_recipe import TASKS
 
 Array = np.ndarray[Any, Any]
 

@@ -129,12 +129,7 @@ def decoder(
         "past_value": past_value,
     }
 
-    def piece(name: str, build: Callable[[], nn.Module], other: Piece | None = None) -> Piece:
-        outputs = ("hidden", "present_key", "present_value")
-        return Piece(name=name, build=lambda: Layer(build()), inputs=layer_inputs, outputs=outputs, for_engines=other)
-
-    others = {kind: piece(f"{kind} for engines", build) for kind, build in (for_engines or {}).items()}
-    kinds = {kind: piece(kind, build, others.get(kind)) for kind, build in dict(layers).items()}
+    kinds = _kinds(dict(layers), layer_inputs, for_engines or {})
     uses = [
         Use(piece=Piece(
             name="rotary", build=lambda: Rotary(rotary), inputs={"positions": positions}, outputs=("cos", "sin")
@@ -163,6 +158,21 @@ def decoder(
         outputs=("last_hidden", *presents),
         uses=tuple(uses),
     )
+
+
+def _kinds(
+    builders: Mapping[str, Callable[[], nn.Module]],
+    inputs: Mapping[str, Spec],
+    for_engines: Mapping[str, Callable[[], nn.Module]],
+) -> dict[str, Piece]:
+    """A piece for every kind of layer, with its form for TensorRT where it has one."""
+
+    def piece(name: str, build: Callable[[], nn.Module], other: Piece | None = None) -> Piece:
+        outputs = ("hidden", "present_key", "present_value")
+        return Piece(name=name, build=lambda: Layer(build()), inputs=inputs, outputs=outputs, for_engines=other)
+
+    others = {kind: piece(f"{kind} for engines", build) for kind, build in for_engines.items()}
+    return {kind: piece(kind, build, others.get(kind)) for kind, build in builders.items()}
 
 
 def networks(config: PreTrainedConfig) -> tuple[Network, ...]:

@@ -41,50 +41,21 @@ class Flows:
 
 
 def read_flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
-    columns = {}
-    for role, aliases in FLOW_COLUMNS.items():
-        present = [alias for alias in aliases if source.has(alias)]
-        if len(present) != 1:
-            raise BadData(
-                f"expected exactly one {role} column",
-                file=source.name,
-                expected=f"one of {', '.join(aliases)}",
-                found=f"columns {some(source.everything)}",
-            )
-        columns[role] = present[0]
-    if source.has(CITY_ID):
-        cities, places = city_names(source)
-        if city_id is None and len(cities) > 1:
-            raise BadData(
-                "holds flows of several cities, and it is not known which one the regions are of",
-                file=source.name,
-                column=CITY_ID,
-                expected=f"flows of one city, or a {CITY_ID!r} in {regions_name}",
-                found=some([str(city) for city in cities]),
-                fix=f"add a column {CITY_ID!r} to the regions, use a folder city=NAME, or keep one city's flows",
-            )
-        mine = np.array([city == city_id for city in cities], bool)[places]
-        if city_id is not None and not mine.all():  # a table of this city alone is spared importing pyarrow.compute
-            source.choose(mine)
-    ends = {}
-    for role in ("origin_id", "dest_id"):
-        values, places = texts(source, columns[role], fix=f"write the ids as they stand in {regions_name}")
-        names = checked_ids(source, columns[role], [value or "" for value in values])
-        position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
-        unknown = sorted_ids[position] != names
-        if unknown.any():
-            _find_composed(sorted_ids, names, position, unknown)
-        if unknown.any():
-            source.refuse(
-                "names regions that the regions table does not have",
-                unknown[places],
-                "unknown_region",
-                column=columns[role],
-                ids=np.unique(names[unknown]),
-                expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
-                fix="drop those flows, or add the regions",
-            )
-        ends[role] = position[places]
+    """The flows of a city.
+
+    Args:
+        source: The mobility table.
+        sorted_ids: str (N,), the regions' ids in canonical order.
+        regions_name: What errors call the regions table.
+        city_id: The city's name, where it is known.
+
+    Raises:
+        BadData: If a column is absent, the flows are several cities', or there is none.
+        BadRows: If a row names a region that there is not, or its number is no flow.
+    """
+    columns = _columns(source)
+    _choose_city(source, regions_name, city_id)
+    ends = {role: _ends(source, columns[role], sorted_ids, regions_name) for role in ("origin_id", "dest_id")}
     pairs = np.stack([ends["origin_id"], ends["dest_id"]], axis=1)
     flow = _flow_values(source, columns["flow"], sorted_ids, pairs)
     target = _flow_values(source, TARGET_FLOW, sorted_ids, pairs) if source.has(TARGET_FLOW) else flow
@@ -103,6 +74,61 @@ def read_flows(source: Source, sorted_ids: Array, regions_name: str, city_id: st
         flow=np.add.reduceat(flow[order], start),
         target=np.add.reduceat(target[order], start),
     )
+
+
+def _columns(source: Source) -> dict[str, str]:
+    """The table's columns of origins, destinations and flows, each by one of its names."""
+    columns = {}
+    for role, aliases in FLOW_COLUMNS.items():
+        present = [alias for alias in aliases if source.has(alias)]
+        if len(present) != 1:
+            raise BadData(
+                f"expected exactly one {role} column",
+                file=source.name,
+                expected=f"one of {', '.join(aliases)}",
+                found=f"columns {some(source.everything)}",
+            )
+        columns[role] = present[0]
+    return columns
+
+
+def _choose_city(source: Source, regions_name: str, city_id: str | None) -> None:
+    """Go on with the flows of this city alone."""
+    if source.has(CITY_ID):
+        cities, places = city_names(source)
+        if city_id is None and len(cities) > 1:
+            raise BadData(
+                "holds flows of several cities, and it is not known which one the regions are of",
+                file=source.name,
+                column=CITY_ID,
+                expected=f"flows of one city, or a {CITY_ID!r} in {regions_name}",
+                found=some([str(city) for city in cities]),
+                fix=f"add a column {CITY_ID!r} to the regions, use a folder city=NAME, or keep one city's flows",
+            )
+        mine = np.array([city == city_id for city in cities], bool)[places]
+        if city_id is not None and not mine.all():  # a table of this city alone is spared importing pyarrow.compute
+            source.choose(mine)
+
+
+def _ends(source: Source, column: str, sorted_ids: Array, regions_name: str) -> Array:
+    """One end of every flow, int64 (E,), as its region's position in ``sorted_ids``."""
+    values, places = texts(source, column, fix=f"write the ids as they stand in {regions_name}")
+    names = checked_ids(source, column, [value or "" for value in values])
+    position = np.minimum(np.searchsorted(sorted_ids, names), len(sorted_ids) - 1)
+    unknown = sorted_ids[position] != names
+    if unknown.any():
+        _find_composed(sorted_ids, names, position, unknown)
+    if unknown.any():
+        source.refuse(
+            "names regions that the regions table does not have",
+            unknown[places],
+            "unknown_region",
+            column=column,
+            ids=np.unique(names[unknown]),
+            expected=f"ids of {regions_name}, such as {str(sorted_ids[0])!r}",
+            fix="drop those flows, or add the regions",
+        )
+    return position[places]
 
 
 def _find_composed(sorted_ids: Array, names: Array, position: Array, unknown: Array) -> None:

@@ -5,8 +5,7 @@ region in every file; it publishes no ids, no category names and no coordinates.
 adds geo-text with coordinates, and encoded prompts, for Chicago alone.
 """
 
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,24 @@ import pyarrow as pa
 from topt_deploy.data.geometry import geo_metadata, geometry_types
 from topt_deploy.data.gis_files import Places, read_geometry
 from topt_deploy.errors import BadData, NoInput, UsageError
-from topt_deploy.storage.os_errors import reading
 
 from .city_files import fixed_lists, flow_table, table, write_city
+from .hafusion_files import (
+    LABELS,
+    Messages,
+    check_same_labels,
+    city_folder,
+    load_array,
+    load_label,
+    read_messages,
+    read_prompts,
+)
 
 Array = np.ndarray[Any, Any]
-
 CITIES = {"Chi": "Chicago", "NY": "New York", "SF": "San Francisco"}
 """The names of the cities, by their folders."""
 VIEWS = {"poi": "poi_dist.npy", "land_use": "landUse_dist.npy"}
-LABELS = {"crime": "crime", "check_in": "check", "service_call": "serviceCall"}
-"""Our task names and the stems of both repositories' ``*_counts.npy``."""
-PROMPTS = {"crime": "crime", "check_in": "checkIn", "service_call": "serviceCall", "none": "none"}
 ENCODERS = {"llama": "meta-llama/Llama-3.2-11B-Vision-Instruct", "qwen": "Qwen/Qwen2.5-VL-7B-Instruct"}
-
-_COORDINATES = re.compile(r"Centroid Coordinates: \(\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*\)")
-_REGION_IN_PATH = re.compile(r"/matched_images_by_region/(\d+)/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +69,6 @@ class ImportReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Messages:
-    """The entries of prompt_data.json for each region. N regions.
-
-    Attributes:
-        text: The geo-texts.
-        lonlat: float64 (N, 2), degrees.
-        number: The region's own number in its image paths, or None where the paths do not tell.
-        images: How many image paths are named.
-    """
-
-    text: list[str]
-    lonlat: Array
-    number: list[int | None]
-    images: int
-
-
 def import_hafusion(
     directory: Path,
     city: str,
@@ -117,6 +101,103 @@ def import_hafusion(
         NoInput: If a file, or the regions' coordinates, are missing.
         BadData: If a file is not what was published.
     """
+    _check_options(prompt4re, encoder, geometry, geometry_id, geometry_by_position, geometry_name, src_crs)
+    notes = ["categories are named by position (poi_00, …): their names are not published"]
+    data = city_folder(Path(directory), city)
+    published = _read(data, None if prompt4re is None else prompt4re / "data", encoder, notes)
+    messages, labels, flow, target = published.messages, published.labels, published.flow, published.target
+    n = len(flow)
+    numbers = _numbers(messages, n, notes)
+    ids = np.array([f"{number:0{len(str(max(numbers)))}d}" for number in numbers])
+    if geometry is not None:
+        places = _places(geometry, geometry_id, geometry_name, src_crs, numbers)
+    else:
+        places = _published_places(messages, data, city)
+    name = CITIES.get(city, city)
+    encoder_id = ENCODERS[encoder] if encoder else None
+    regions = _regions(published, name, ids, places, f"HAFusion data_{city}", encoder_id)
+    origin, dest = np.nonzero((flow != 0) | (target != 0))
+    flows = {"flow": flow[origin, dest], "target_flow": target[origin, dest]}
+    write_city(
+        Path(out),
+        regions,
+        flow_table(name, ids, origin, dest, flows).replace_schema_metadata(
+            {"source": (regions.schema.metadata or {})[b"source"]}
+        ),
+    )
+    zero = ids[labels["check_in"] == 0].tolist()
+    if zero:
+        notes.append(f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
+    return ImportReport(
+        out=Path(out),
+        city=name,
+        regions=n,
+        categories={view: counts.shape[1] for view, counts in published.views.items()},
+        flow_pairs=len(origin),
+        trips={"flow": int(flow.sum()), "target_flow": int(target.sum())},
+        label_sums={task: int(values.sum()) for task, values in labels.items()},
+        zero_check_ins=zero,
+        prompts={task: vectors.shape[1] for task, vectors in published.prompts.items()},
+        encoder=encoder_id,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Published:
+    """The published files of a city, row by region.
+
+    Attributes:
+        views: Counts per view, (N, C).
+        flow, target: Flows by origin and destination, (N, N), and what stage 1 learns of them.
+        labels: Counts per task, (N,).
+        prompts: Vectors per task, (N, H).
+        messages: What Prompt4RE says of the regions.
+    """
+
+    views: Mapping[str, Array]
+    flow: Array
+    target: Array
+    labels: Mapping[str, Array]
+    prompts: Mapping[str, Array]
+    messages: "Messages | None"
+
+
+def _read(data: Path, prompt4re: Path | None, encoder: str | None, notes: list[str]) -> _Published:
+    """Everything that is published of a city; what is not is noted."""
+    views = {view: load_array(data / file, (None, None)) for view, file in VIEWS.items()}
+    n = len(views["poi"])
+    views["land_use"] = load_array(data / VIEWS["land_use"], (n, None))
+    flow, target = load_array(data / "mob_dist.npy", (n, n)), load_array(data / "mob-adj.npy", (n, n))
+    labels = {task: load_label(data / f"{stem}_counts.npy", n) for task, stem in LABELS.items()}
+    messages = None
+    prompts: dict[str, Array] = {}
+    if prompt4re is not None:
+        messages = read_messages(prompt4re / "prompt_data.json", n)
+        check_same_labels(prompt4re, data, labels)
+        if encoder is not None:
+            prompts = read_prompts(prompt4re, encoder, n)
+        notes.append(f"the {messages.images:,} image paths are of the authors' disk and are left out")
+    return _Published(
+        views=views,
+        flow=flow,
+        target=target,
+        labels=labels,
+        prompts=prompts,
+        messages=messages,
+    )
+
+
+def _check_options(
+    prompt4re: Path | None,
+    encoder: str | None,
+    geometry: Path | None,
+    geometry_id: str | None,
+    geometry_by_position: bool,
+    geometry_name: str | None,
+    src_crs: str | None,
+) -> None:
+    """Refuse options that do not go together."""
     if encoder is not None and prompt4re is None:
         raise UsageError("--encoder chooses among Prompt4RE's vectors", fix="add --prompt4re DIR")
     if geometry is None and (geometry_id or geometry_by_position or geometry_name or src_crs):
@@ -132,44 +213,36 @@ def import_hafusion(
             " or --geometry-order position",
             fix="no ids are published; trust the position only of a file made from the published rows",
         )
-    data = _city_folder(Path(directory), city)
-    views = {view: _load(data / file, (None, None)) for view, file in VIEWS.items()}
-    n = len(views["poi"])
-    views["land_use"] = _load(data / VIEWS["land_use"], (n, None))
-    flow, target = _load(data / "mob_dist.npy", (n, n)), _load(data / "mob-adj.npy", (n, n))
-    labels = {task: _label(data / f"{stem}_counts.npy", n) for task, stem in LABELS.items()}
 
-    notes = ["categories are named by position (poi_00, …): their names are not published"]
-    messages = None
-    prompts: dict[str, Array] = {}
-    if prompt4re is not None:
-        messages = _messages(prompt4re / "data" / "prompt_data.json", n)
-        _same_labels(prompt4re / "data", data, labels)
-        if encoder is not None:
-            prompts = _prompts(prompt4re / "data", encoder, n)
-        notes.append(f"the {messages.images:,} image paths are of the authors' disk and are left out")
-    numbers = _numbers(messages, n, notes)
-    ids = np.array([f"{number:0{len(str(max(numbers)))}d}" for number in numbers])
-    if geometry is not None:
-        places = _places(geometry, geometry_id, geometry_name, src_crs, numbers)
-    elif messages is not None:
-        places = Places(ids=None, lonlat=messages.lonlat, wkb=None)
-    else:
-        raise NoInput(
-            "HAFusion publishes no coordinates",
-            file=data,
-            expected="the place of every region",
-            fix=("add --prompt4re DIR (its geo-texts have Chicago's), or " if city == "Chi" else "add ")
-            + "--geometry FILE with --geometry-id COLUMN or --geometry-order position",
-        )
 
-    name = CITIES.get(city, city)
-    columns: dict[str, Any] = {"region_id": ids, "city_id": [name] * n}
+def _published_places(messages: "Messages | None", data: Path, city: str) -> Places:
+    """The regions' places by Prompt4RE's texts.
+
+    Raises:
+        NoInput: If there are none.
+    """
+    if messages is not None:
+        return Places(ids=None, lonlat=messages.lonlat, wkb=None)
+    raise NoInput(
+        "HAFusion publishes no coordinates",
+        file=data,
+        expected="the place of every region",
+        fix=("add --prompt4re DIR (its geo-texts have Chicago's), or " if city == "Chi" else "add ")
+        + "--geometry FILE with --geometry-id COLUMN or --geometry-order position",
+    )
+
+
+def _regions(
+    published: _Published, name: str, ids: Array, places: Places, source: str, encoder_id: str | None
+) -> pa.Table:
+    """The regions table of the contract."""
+    messages = published.messages
+    columns: dict[str, Any] = {"region_id": ids, "city_id": [name] * len(ids)}
     if places.names is not None:
         columns["name"] = pa.array(places.names, pa.string())
     columns |= {"lon": places.lonlat[:, 0], "lat": places.lonlat[:, 1]}
     metadata: dict[str, str | bytes] = {
-        "source": f"HAFusion data_{city}" + (" and Prompt4RE data" if messages else ""),
+        "source": source + (" and Prompt4RE data" if messages else ""),
         "categories": "named by position: names not published",
     }
     if places.wkb is not None:
@@ -177,163 +250,23 @@ def import_hafusion(
         metadata["geo"] = geo_metadata(geometry_types(places.wkb))
     if messages is not None:
         columns["text"] = messages.text
-    for view, counts in views.items():
+    for view, counts in published.views.items():
         columns |= {f"{view}_{position:02d}": counts[:, position] for position in range(counts.shape[1])}
-    columns |= labels
-    columns |= {f"prompt_{task}": fixed_lists(vectors) for task, vectors in prompts.items()}
-    encoder_id = ENCODERS[encoder] if encoder else None
+    columns |= published.labels
+    columns |= {f"prompt_{task}": fixed_lists(vectors) for task, vectors in published.prompts.items()}
     if encoder_id:
         metadata["encoder"] = encoder_id
-    fields = {f"prompt_{task}": {"encoder": str(encoder_id)} for task in prompts}
-
-    origin, dest = np.nonzero((flow != 0) | (target != 0))
-    flows = {"flow": flow[origin, dest], "target_flow": target[origin, dest]}
-    write_city(
-        Path(out),
-        table(columns, metadata, fields),
-        flow_table(name, ids, origin, dest, flows).replace_schema_metadata({"source": metadata["source"]}),
-    )
-    zero = ids[labels["check_in"] == 0].tolist()
-    if zero:
-        notes.append(f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
-    return ImportReport(
-        out=Path(out),
-        city=name,
-        regions=n,
-        categories={view: counts.shape[1] for view, counts in views.items()},
-        flow_pairs=len(origin),
-        trips={"flow": int(flow.sum()), "target_flow": int(target.sum())},
-        label_sums={task: int(values.sum()) for task, values in labels.items()},
-        zero_check_ins=zero,
-        prompts={task: vectors.shape[1] for task, vectors in prompts.items()},
-        encoder=encoder_id,
-        notes=notes,
-    )
+    fields = {f"prompt_{task}": {"encoder": str(encoder_id)} for task in published.prompts}
+    return table(columns, metadata, fields)
 
 
-def _city_folder(directory: Path, city: str) -> Path:
-    folder = directory / f"data_{city}"
-    if not folder.is_dir():
-        there = sorted(p.name.removeprefix("data_") for p in directory.glob("data_*"))
-        raise NoInput(
-            f"no data of city {city!r}",
-            file=folder,
-            found=f"cities {', '.join(there)}" if there else "no data_* folder",
-            fix="give the clone's top folder and one of its cities with --city",
-        )
-    return folder
-
-
-def _array(path: Path) -> Array:
-    with reading(path):
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise BadData(f"not a plain .npy array ({error})", file=path, fix="clone the repository again") from error
-    return np.asarray(array)
-
-
-def _shaped(array: Array, path: Path, shape: tuple[int | None, ...]) -> Array:
-    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
-        wanted = " × ".join("any" if size is None else str(size) for size in shape)
-        raise BadData(
-            "wrong shape", file=path, expected=wanted, found=" × ".join(map(str, array.shape)) or "a scalar",
-            fix="row i of every file is the same region; take all files from the same clone",
-        )  # fmt: skip
-    return array
-
-
-def _load(path: Path, shape: tuple[int | None, ...]) -> Array:
-    """Counts of a given shape; int64 where all are whole, whatever type they are stored in, else float64."""
-    return _counts(_shaped(_array(path), path, shape), path)
-
-
-def _counts(array: Array, path: Path) -> Array:
-    if array.dtype.kind not in "iuf":
-        raise BadData("not numbers", file=path, expected="integers or floats", found=array.dtype)
-    bad = ~np.isfinite(array) | (array < 0)
-    if bad.any():
-        rows = [f"row {row}" for row in np.unique(np.nonzero(bad)[0])]
-        raise BadData(
-            "counts must be finite and not negative", file=path, ids=rows, expected="numbers ≥ 0",
-            found=", ".join(f"{value:g}" for value in array[bad][:5]),
-        )  # fmt: skip
-    whole = array.astype(np.int64)
-    return whole if (whole == array).all() else array.astype(np.float64)
-
-
-def _label(path: Path, n: int) -> Array:
-    array = _array(path)
-    if array.ndim == 2 and array.shape[1] == 1:  # as New York's and San Francisco's are
-        array = array[:, 0]
-    return _counts(_shaped(array, path, (n,)), path)
-
-
-def _messages(path: Path, n: int) -> _Messages:
-    with reading(path):
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            contents = [message["content"] for message in raw]
-            text = ["\n".join(part["text"] for part in c if part["type"] == "text") for c in contents]
-            images = [[part["image"] for part in c if part["type"] == "image"] for c in contents]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadData(f"not Prompt4RE's chat messages ({error!r})", file=path, fix="clone it again") from error
-    if len(text) != n:
-        raise BadData(
-            "another number of regions", file=path, expected=f"{n}, as in HAFusion", found=len(text),
-            fix="Prompt4RE covers Chicago alone; import other cities without --prompt4re",
-        )  # fmt: skip
-    found = [_COORDINATES.search(t) for t in text]
-    without = [f"row {row}" for row, match in enumerate(found) if match is None]
-    if without:
-        raise BadData(
-            "geo-texts without coordinates",
-            file=path,
-            ids=without,
-            expected="Centroid Coordinates: (lat, lon)",
-        )
-    lonlat = np.array([(float(match[2]), float(match[1])) for match in found if match])
-    named = [{int(k) for image in paths for k in _REGION_IN_PATH.findall(image)} for paths in images]
-    return _Messages(
-        text=text,
-        lonlat=lonlat,
-        number=[next(iter(numbers)) if len(numbers) == 1 else None for numbers in named],
-        images=sum(map(len, images)),
-    )
-
-
-def _numbers(messages: _Messages | None, n: int, notes: list[str]) -> list[int]:
+def _numbers(messages: Messages | None, n: int, notes: list[str]) -> list[int]:
     """Each row's region number: that of its images' folder where all rows have one, else its position."""
     if messages is not None and None not in messages.number and len(set(messages.number)) == n:
         notes.append("region_id is the number that the images are filed under (Chicago's community area)")
         return [number for number in messages.number if number is not None]
     notes.append("region_id is the row's position, from 1: no ids are published")
     return list(range(1, n + 1))
-
-
-def _same_labels(folder: Path, hafusion: Path, labels: dict[str, Array]) -> None:
-    """Both repositories publish the labels: where these agree, so do their rows."""
-    for task, stem in LABELS.items():
-        path = folder / f"{stem}_counts.npy"
-        if path.exists() and not np.array_equal(_label(path, len(labels[task])), labels[task]):
-            raise BadData(
-                "labels are not those of HAFusion, so the rows may be other regions",
-                file=path,
-                expected=f"the numbers of {hafusion / path.name}",
-                fix="take both clones as published",
-            )
-
-
-def _prompts(folder: Path, encoder: str, n: int) -> dict[str, Array]:
-    """Prompt vectors by task, float (N, H); ``none``, without a task's question, exists for llama alone."""
-    paths = {task: folder / f"prompt_embs_{encoder}_{stem}.npy" for task, stem in PROMPTS.items()}
-    if not paths["none"].exists():
-        del paths["none"]
-    prompts = {task: _shaped(_array(path), path, (n, None)) for task, path in paths.items()}
-    for task, vectors in prompts.items():
-        if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
-            raise BadData("not finite floats", file=paths[task], found=vectors.dtype)
-    return prompts
 
 
 def _places(path: Path, id_col: str | None, name_col: str | None, crs: str | None, numbers: list[int]) -> Places:

@@ -20,7 +20,8 @@ from topt_deploy.storage.atomic import atomic_file
 from topt_deploy.storage.os_errors import writing
 from topt_deploy.storage.text_files import write_text
 
-from .sample import CITY, LAND_USE, POI, Drawn, draw_city
+from .sample import CITY, Drawn, draw_city
+from .sample_recipe import LAND_USE, POI
 
 Array = np.ndarray[Any, Any]
 

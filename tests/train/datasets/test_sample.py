@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from topt_deploy.data.geometry import centroids
 from topt_deploy.train.cli.datasets import sample
 from topt_deploy.train.datasets import sample_prompts
-from topt_deploy.train.datasets.sample import ATTRIBUTES, make_sample
+from topt_deploy.train.datasets.sample import make_sample
 from topt_deploy.train.datasets.sample_prompts import shipped_prompts, store_prompts
+from topt_deploy.train.datasets.sample_recipe import ATTRIBUTES
 
 TASKS = ("crime", "check_in", "service_call")
 FILES = ("regions.parquet", "mobility.parquet")

@@ -11,8 +11,9 @@ from topt_deploy.train.cli.build import build as build_command
 from topt_deploy.train.cli.datasets import sample
 from topt_deploy.train.datasets.build import build, read_recipe
 from topt_deploy.train.datasets.build.init import write_recipe
-from topt_deploy.train.datasets.sample import LAND_USE, POI, draw_city
+from topt_deploy.train.datasets.sample import draw_city
 from topt_deploy.train.datasets.sample_raw import make_raw
+from topt_deploy.train.datasets.sample_recipe import LAND_USE, POI
 
 pytest.importorskip("shapely", reason="needs the geo extra")
 pytest.importorskip("pyogrio", reason="needs the geo extra")
