@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
-from topt_deploy.bundle.manifest import MANIFEST, SEAL
+from topt_deploy.bundle.sealed import MANIFEST, SEAL
 from topt_deploy.errors import BadBundle, NoDevice, UsageError
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.templates import load_templates
