@@ -1,4 +1,4 @@
-"""Prediction without PyTorch: ``from topt_deploy.runtime import load``."""
+"""Prediction without PyTorch. Programs open a bundle with ``topt_deploy.load``; these names are for its own stages."""
 
 from typing import TYPE_CHECKING, Any
 
