@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from topt_deploy.console import LOG_FORMATS, Lines, Log
+from topt_deploy.console import LOG_FORMATS, Log
 from topt_deploy.errors import Exit, UsageError
+from topt_deploy.progress import ProgressBar
 
 _PATH = click.Path(path_type=Path)
 
@@ -56,13 +57,10 @@ def build(recipe: Path | None, out: Path | None, init: Path | None, log_format: 
     # Arrow's own allocator keeps what it has freed; here batches come and go.
     pa.set_memory_pool(pa.system_memory_pool())
     chosen = _recipe(recipe, options, out)
-    megabytes = Lines("MB")
-    silent = log.json
-    report = build_city(
-        chosen,
-        out,
-        progress=lambda done, total: None if silent or not done else megabytes(done // 10**6 or 1, total // 10**6),
-    )
+    with ProgressBar("MB", quiet=log.json) as megabytes:
+        report = build_city(
+            chosen, out, progress=lambda done, total: megabytes(done // 10**6, total // 10**6) if done else None
+        )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True) if log.json else None
     log.result(str(report), event="built", **report.as_dict())
