@@ -20,7 +20,7 @@ install: $(VENV)/stamp
 # everything: hence one environment, two stamps.
 $(VENV)/stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) --quiet -e '.[cpu,geo,train,export,openvino,dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --quiet -e '.[cpu,build,train,export,openvino,dev]'
 	touch $(VENV)/stamp-demo $@
 
 # --no-compile: Python compiles what the demo imports, which is a fifth of what is installed.
@@ -30,7 +30,7 @@ $(VENV)/stamp-demo: pyproject.toml constraints.txt
 		"This machine has no NVIDIA GPU: if pip downloads packages named nvidia-*, stop it and run" \
 		"'make demo TORCH_INDEX=...' with the address of PyTorch's CPU build (see the README)."
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) --no-compile -e '.[cpu,geo,train-city,export-city]'
+	$(VENV)/bin/python $(PIP_INSTALL) --no-compile -e '.[cpu,build,train-city,export-city]'
 	touch $@
 
 $(RUNTIME_VENV)/stamp: pyproject.toml constraints.txt
