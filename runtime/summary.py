@@ -60,7 +60,7 @@ def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
     )
 
 
-AGAIN = (Exit.IO_ERROR, Exit.TRY_AGAIN)
+AGAIN = (Exit.IO_ERROR, Exit.TRY_AGAIN, Exit.TERMINATED)
 """Codes of failures that are the machine's and not the data's: the same command with ``--resume`` may succeed."""
 
 

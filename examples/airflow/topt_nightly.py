@@ -14,7 +14,7 @@ from airflow.sdk import dag, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 DONE, IN_PART = 0, 3
-AGAIN = (74, 75)
+AGAIN = (74, 75, 143)
 
 
 @dag(

@@ -2,7 +2,7 @@
 # Predictions of all cities every night, from cron (./crontab). cron mails what this prints: nothing, unless there is
 # something for a person to do. $TOPT_HOME holds cities/, model.topt, log/ and metrics/; out/ is made.
 #
-# topt-run's exit codes: 0 done. 3 done in part: said, and counts as done. 74, 75 (and 137, killed) are the machine's
+# topt-run's exit codes: 0 done. 3 done in part: said, and counts as done. 74, 75 (and 137, killed, 143, terminated) are the machine's
 # fault or another run's: once more after $TOPT_WAIT_S seconds. Any other is said and passed on.
 # No flock here: topt-run locks what it writes, and --resume passes over what is done.
 set -u
@@ -17,7 +17,7 @@ run() {
 run
 code=$?
 case $code in
-74 | 75 | 137)
+74 | 75 | 137 | 143)
     sleep "${TOPT_WAIT_S:=600}"
     run
     code=$?

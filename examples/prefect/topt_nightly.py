@@ -14,7 +14,7 @@ import sys
 from prefect import flow, get_run_logger, task
 
 DONE, IN_PART = 0, 3
-AGAIN = (74, 75)
+AGAIN = (74, 75, 143)
 
 
 class ToptRunError(Exception):
