@@ -2,6 +2,8 @@
 
 import ctypes
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ CPU_PROVIDER, CUDA_PROVIDER, TENSORRT_PROVIDER = (f"{name}ExecutionProvider" for
 PROVIDERS = {"cpu": CPU_PROVIDER, "cuda": CUDA_PROVIDER, "tensorrt": TENSORRT_PROVIDER}
 """ONNX Runtime's execution provider, by the device."""
 NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory", "out of memory", "Cannot allocate memory")
+_ASKED = re.compile(r"requested buffer of size (\d+)")
 SHAPE_OPERATORS = frozenset(
     {
         "Add", "Cast", "Concat", "ConstantOfShape", "Div", "Equal", "Gather", "Identity", "Max", "Min", "Mod", "Mul",
@@ -154,7 +157,12 @@ def _run(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell if ONNX Runtime failed for lack of memory, which it says in words alone."""
+    """Tell if ONNX Runtime failed for lack of memory, which it says in words alone.
+
+    A single tensor that is larger than the machine's memory is a fault of the graph: trying again would not help.
+    """
+    if asked := _ASKED.search(str(error)):
+        return int(asked[1]) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 

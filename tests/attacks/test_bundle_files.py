@@ -145,7 +145,7 @@ class TestFolders:
         listed(desk.bundle, WEIGHTS, 50 << 30, "0" * 64)
         said = shell("topt-run predict regions.parquet", desk.folder, little_memory, OPENBLAS_NUM_THREADS="1")
         assert said.code == BAD_BUNDLE, said
-        assert f"larger than the {READ_LIMIT_BYTES >> 30} GB" in said.err
+        assert f"larger than the {READ_LIMIT_BYTES >> 20:,} MB" in said.err
 
     def test_many_of_them(self, desk, topt_run):
         """Hashing terabytes of nothing would take hours."""

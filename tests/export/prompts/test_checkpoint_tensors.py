@@ -56,5 +56,5 @@ def test_a_weight_that_is_not_there(tiny_models):
 
 def test_a_family_without_a_recipe(tiny_models):
     checkpoint = open_checkpoint(str(tiny_models("text")))
-    with pytest.raises(UsageError, match="encoded in PyTorch alone"):
+    with pytest.raises(UsageError, match="can be run in PyTorch only"):
         recipe(replace(checkpoint, spec=replace(checkpoint.spec, family=OTHER)))
