@@ -110,7 +110,7 @@ def make_encoder(
                 found=found,
                 fix="name another --encoder-bundle",
             )
-        say(f"{out} is there already")
+        say(f"{out} already exists")
         return there
     with atomic_folder(out) as folder:
         export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)

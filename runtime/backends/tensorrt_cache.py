@@ -244,6 +244,9 @@ class EngineCache:
         places = [self._path(fingerprint.key, suffix) for suffix in (ENGINE, RECORD)]  # the record vouches: it is last
         for place in places:
             sweep(place)
+        for place in (*places, timing_path):
+            if place.is_symlink() or (place.exists() and not place.is_file()):
+                place.unlink()  # a link or a pipe is not trusted, and makes way
         with atomic_files(places) as temporaries:
             for temporary, data in zip(temporaries, (built.engine, json_text(record).encode()), strict=True):
                 with writing(places[0]):

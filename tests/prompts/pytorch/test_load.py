@@ -202,7 +202,7 @@ def test_image_settings_are_found_in_the_processors_file(folders, tmp_path):
     folder = Path(shutil.copytree(folders["qwen2_5_vl"], tmp_path / "model"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(NoInput, match="how images are prepared"):
+    with pytest.raises(NoInput, match="the image settings are missing"):
         open_checkpoint(str(folder))
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings, "video_processor": {}}))
     published = open_checkpoint(str(folders["qwen2_5_vl"]))
@@ -301,10 +301,13 @@ def test_broken_weights_are_an_error(text):
             "found: +sliding_attention",
         ),
         ({"model_type": "mamba"}, "not every layer attends"),
-        ({"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model"}}, "its own code is not run"),
+        (
+            {"model_type": "their_own", "auto_map": {"AutoModel": "theirs.Model"}},
+            "code in a model.s folder is never run",
+        ),
         ({"model_type": None}, "this model cannot encode prompts"),
         ({"num_attention_heads": 5}, "does not take it"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(text, values, reason):
@@ -324,7 +327,7 @@ def test_a_model_whose_tokens_see_what_follows_is_refused(text):
         BertConfig(vocab_size=700, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     ).save_pretrained(text)
     checkpoint = open_checkpoint(str(text))
-    with pytest.raises(BadConfig, match="no plain causal decoder"):
+    with pytest.raises(BadConfig, match="not a causal decoder"):
         torch_backend(checkpoint, device="cpu", precision="fp32")
 
 

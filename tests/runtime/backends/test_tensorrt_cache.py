@@ -237,7 +237,7 @@ from pathlib import Path
 from topt_deploy.tensorrt.build import Built
 from topt_deploy.runtime.backends.tensorrt_cache import EngineCache
 sys.path.insert(0, os.environ["TESTS"])
-from test_enginecache import ENGINE, MADE
+from test_tensorrt_cache import ENGINE, MADE
 def build(timing):
     with open("built", "a") as file:
         file.write("x")
@@ -346,7 +346,7 @@ from topt_deploy.tensorrt.profile import Range
 from topt_deploy.storage.hashed_file import sha256_file
 from topt_deploy.runtime.backends.tensorrt_cache import EngineCache
 sys.path.insert(0, os.environ["TESTS"])
-from test_enginecache import MADE
+from test_tensorrt_cache import MADE
 graph, library = Path(sys.argv[1]), find_library("rtx")
 def build(timing):
     with open("built", "a") as file:
