@@ -99,8 +99,9 @@ clean:
 	rm -rf $(VENV) $(RUNTIME_VENV) $(SERVICES) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Where the clones of the two research repositories are; the defaults are the development machines'.
-HAFUSION ?= ../shared/data/HAFusion
-PROMPT4RE ?= ../shared/data/Prompt4RE
+DATA ?= ../shared/data
+HAFUSION ?= $(DATA)/HAFusion
+PROMPT4RE ?= $(DATA)/Prompt4RE
 
 benchmark: install
 	$(BIN)/python dev/benchmarks/chicago.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
