@@ -49,6 +49,21 @@ def test_predict_works_end_to_end(arguments, desk, topt_run):
     assert desk.out.read_bytes() == blocked, "the same bytes as with everything installed"
 
 
+def test_predict_has_its_memory_from_the_system(desk):
+    """Arrow's own allocator takes 10 MB more, and is chosen for good when Arrow is imported."""
+    code = """
+import os
+def end(code, exit=os._exit):
+    import pyarrow
+    print(pyarrow.default_memory_pool().backend_name, flush=True)
+    exit(code)
+os._exit = end
+"""
+    done = python(code + MAIN, "predict", "regions.parquet", folder=desk.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "system"
+
+
 @pytest.mark.parametrize("command", ["info", "selftest"])
 def test_the_other_commands_work_too(command, desk):
     done = python(BLOCK + MAIN, command, "model.topt", folder=desk.folder)
