@@ -1,4 +1,4 @@
-"""What training tells: progress for people, and every epoch's figures as JSON lines for machines."""
+"""Messages of a training: progress for people, and every epoch's figures as JSON lines for machines."""
 
 import json
 from collections.abc import Iterator

@@ -246,7 +246,7 @@ def _facts(
     leverage: Leverage | None,
     far: "Far",
 ) -> dict[str, Any]:
-    """What ``run.json`` says of a finished run's city and tasks."""
+    """The entries of ``run.json`` on a finished run's city and tasks."""
     return {
         "regions": len(city),
         "city_id": city.city_id,
@@ -272,7 +272,7 @@ def _facts(
 
 
 def _made_by(engine: Engine, seconds: float) -> dict[str, Any]:
-    """What ``run.json`` says of how a run was made."""
+    """The entries of ``run.json`` on how a run was made."""
     return {
         "seconds": round(seconds, 1),
         "device": engine.device.type,

@@ -1,4 +1,4 @@
-"""What looks wrong in positions: axes that are swapped, and much on few coordinates."""
+"""Signs of wrong positions: axes that are swapped, and much on few coordinates."""
 
 from typing import Any
 
