@@ -1,7 +1,8 @@
 """The cities that results are measured on, and which of them the default preset was designed on.
 
-The split was written down before the design was chosen (dev/LOG.md). New York stood among the reported cities then. It is
-a design city since: the fall-back for regions unlike the labelled ones was added after New York's crime had been seen.
+The split was written down before the design was chosen (dev/LOG.md). New York stood among the reported cities then. It
+is a design city since: the fall-back for regions unlike the labelled ones was added after New York's crime had been
+seen.
 
 A family is the sample city (``topt-deploy sample``) with one property changed that real cities have.
 """
