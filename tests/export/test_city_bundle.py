@@ -161,7 +161,7 @@ class TestRefused:
         (out / "thesis.txt").write_text("years of work")
         said = export(demo_run, "--out", out, *form)
         assert said.code == 2
-        assert "no bundle" in said.err
+        assert "not a bundle" in said.err
         assert files(tmp_path) == {"precious/thesis.txt": b"years of work"}
 
     @pytest.mark.parametrize("form", [(), ("--zip",)])

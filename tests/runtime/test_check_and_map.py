@@ -33,7 +33,8 @@ def predictions(folder, *, wide=False, geometry=None, coverage=0.9, name="predic
     path = folder / name
     pq.write_table(table, path)
     promised = {"options": {"coverage": {"crime": coverage}}, "started": "2026-01-02T03:04:05"}
-    receipt = {"output": {}, "set_aside": {}, **promised}
+    output = {"file": path.name, "sha256": "0" * 64, "rows": n}
+    receipt = {"key": "k", "output": output, "status": {}, "seconds": {}, "set_aside": {}, **promised}
     path.with_name(f"{path.stem}.receipt.json").write_text(json.dumps(receipt))
     return path
 
