@@ -156,9 +156,9 @@ def train(setting: Setting) -> Iterator[Check]:
     epochs = [f"{part}.epochs={setting['epochs']}" for part in ("srel", "prompt4re", "ensemble")]
     still = ["srel.dropout=0", "prompt4re.dropout=0", "ensemble.dropout=0", "ensemble.input_dropout=0"]
     overrides = [*epochs, *still, *setting["settings"]]
-    config, forest = (
-        load_config(preset=preset, tasks=["crime"], overrides=overrides) for preset in ("srel", "default")
-    )
+    config = load_config(preset="srel", tasks=["crime"], overrides=overrides)
+    # Both stages are compared by themselves: the ensemble goes without them.
+    forest = load_config(preset="default", tasks=["crime"], overrides=[*overrides, "ensemble.topt=false"])
     columns = ["prompt_crime"]
     regions, mobility = folder / "regions.parquet", folder / "mobility.parquet"
     schema = infer_schema(regions, views=config.views, mobility=True, prompts=columns)
@@ -242,8 +242,10 @@ def _predicted(name: str, city: Any, folder: Path, run: Path, **figures: Any) ->
     table = city.predict(*tables, wide=True).sort_by("region_id")
     seconds = time.perf_counter() - began
     error, ranks = 0.0, True
-    for task, values in predict(load_model(run / MODEL_FILE), load_tensors(run / INPUTS_FILE)[0]).items():
-        expected, found = values.numpy(), table.column(task).to_numpy()
+    model = load_model(run / MODEL_FILE)
+    outputs = predict(model, load_tensors(run / INPUTS_FILE)[0])
+    for task in model.spec.config.tasks:
+        expected, found = outputs[task].numpy(), table.column(task).to_numpy()
         error = max(error, float((abs(found - expected) / np.maximum(abs(expected), 1)).max()))
         ranks &= _same_ranking(found, expected)
     return Check.of(
