@@ -277,7 +277,7 @@ class TestTrain:
             topt.train(small_city, resume=True, seed=1)
         with pytest.raises(BadConfig, match="nothing"):
             topt.train(small_city, set={"srel.nothing": 1})
-        with pytest.raises(NoInput, match="no training run here"):
+        with pytest.raises(NoInput, match="no training run in this folder"):
             topt.TrainedRun(tmp_path)
         for wrong in ({"format": "tflite"}, {"encoder_precision": "int2"}, {"flavour": "plain"}):
             with pytest.raises(UsageError, match=f"no such {next(iter(wrong))}"):
@@ -357,8 +357,9 @@ def parameters(*functions: object) -> set[str]:
 
 class TestNames:
     def test_options_are_named_as_on_the_command_line(self):
-        files = {"out", "geo", "resume", "workers", "engine", "metrics_file", "log_format"}  # of topt-run predict alone
-        asked = options(predict_command, *files, "bundle", "mobility")
+        outputs = {"out", "geo", "resume", "metrics_file", "log_format"}
+        processes = {"workers", "engine", "timeout"}  # a thread of the caller's cannot be stopped
+        asked = options(predict_command, *outputs, *processes, "bundle", "mobility")
         assert parameters(topt.load, topt.Model.predict) - {"progress"} == asked
         assert parameters(topt.train) == options(train_command)
         assert parameters(topt.TrainedRun.export) == options(export_command, "out", "encoder_only")
