@@ -11,7 +11,6 @@ names for type checkers.
 """
 
 import os
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -34,7 +33,7 @@ __all__ = ["Inputs", "Model", "RowsSetAside", "ToptError", "TrainedRun", "encode
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """A public name, imported now."""
     from importlib import import_module
 
@@ -42,7 +41,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    value: object = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
     return value
 
 
