@@ -31,13 +31,13 @@ from topt_deploy.prompts.precision import comparable
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.storage.atomic import atomic_file, atomic_folder
 from topt_deploy.storage.os_errors import write_error
-from topt_deploy.tensorrt.profile import Profile, Range, parse_profile
+from topt_deploy.tensorrt.profile import Profile, ProfileRange, parse_profile
 
 from .golden_cities import SyntheticCity, synthetic_city
 from .model_card import model_card
 from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
 from .parity import Parity, parity_gate, run_model
-from .tensorrt_engines import Target, make_engines
+from .tensorrt_engines import EngineTarget, make_engines
 
 Array = np.ndarray[Any, Any]
 
@@ -47,7 +47,7 @@ GOLDEN_SIZES = (7, 31)
 """Regions of the golden cities that travel with the bundle."""
 GATE_SIZES = (203,)
 """Regions of further cities that the parity gate sees, beside the golden ones and the training city."""
-PROFILE: Profile = {REGIONS_AXIS: Range(least=1, usual=256, most=4096)}
+PROFILE: Profile = {REGIONS_AXIS: ProfileRange(min=1, opt=256, max=4096)}
 """Of an engine, where none is asked for: attention holds numbers for every pair of regions, a byte or four each."""
 
 
@@ -64,7 +64,7 @@ class Exported:
 class _Variant:
     """A graph for TensorRT, before its engines."""
 
-    target: Target
+    target: EngineTarget
     profile: Profile
     graph: Graph
     parity: tuple[Parity, ...]
@@ -98,7 +98,7 @@ def export_bundle(
     as_zip: bool = False,
     encoder: EncoderBundle | None = None,
     inside: bool = False,
-    target: Target | None = None,
+    target: EngineTarget | None = None,
 ) -> Exported:
     """Export ``run`` to ``out``; nothing stands under that name until all of it is right.
 
@@ -269,7 +269,7 @@ def _manifest(
 
 
 def _variant(
-    target: Target,
+    target: EngineTarget,
     profile: Profile,
     model: TopT,
     inputs: Mapping[str, Any],
@@ -278,7 +278,7 @@ def _variant(
 ) -> _Variant:
     """The graph for TensorRT, behind the same gate on the same cities, its precision's tolerance apart."""
     say(f"exporting the graph for {target.variant}")
-    most = profile[REGIONS_AXIS].most
+    most = profile[REGIONS_AXIS].max
     graph = export_for_engine(model, inputs, precision=target.precision, most=most)
     parity = tuple(parity_gate(model, graph, arrays, target.precision))
     worst = max(measured.worst for measured in parity)

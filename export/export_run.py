@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from topt_deploy.bundle.encoder_manifest import EncoderBundle
 
     from .city_bundle import Exported
-    from .tensorrt_engines import Target
+    from .tensorrt_engines import EngineTarget
 
 
 DEFAULT_OUT = f"model{SUFFIX}"
@@ -104,7 +104,7 @@ def export_encoder(model: str | None, place: Path, **made_with: Any) -> "Encoder
 
 
 def encoder_options(
-    precision: str, templates: Location | None, max_pixels: int | None, target: "Target | None"
+    precision: str, templates: Location | None, max_pixels: int | None, target: "EngineTarget | None"
 ) -> dict[str, Any]:
     """The parts that an encoder is made with (:func:`.prompts.encoder_bundle.make_encoder`), checked.
 
@@ -133,7 +133,7 @@ def targets(
     *,
     encoded: bool,
     only: bool,
-) -> tuple["Target | None", "Target | None"]:
+) -> tuple["EngineTarget | None", "EngineTarget | None"]:
     """The targets of TensorRT engines of the model and of the encoder; None if none are made.
 
     Args:
@@ -158,13 +158,13 @@ def targets(
         return None, None
 
     from .onnx_graph import REGIONS_AXIS
-    from .tensorrt_engines import Target
+    from .tensorrt_engines import EngineTarget
 
     def of_the_model(text: str) -> bool:
         return not only and (not encoded or text.partition("=")[0].strip() == REGIONS_AXIS or "=" not in text)
 
     model, encoder = (
-        Target(
+        EngineTarget(
             flavour=flavour or TENSORRT,
             precision=own_precision,
             profile=tuple(text for text in profile if of_the_model(text) == own),

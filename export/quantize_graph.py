@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.helper import make_opsetid
 
-from .quantize_weights import BLOCK, Array, in_4_bits, in_8_bits
+from .quantize_weights import BLOCK, Array, quantize_int4, quantize_int8
 
 LEAST = 1024
 """Smaller weights stay in half: their scales would take what their codes save."""
@@ -68,12 +68,12 @@ def _dequantised(graph: onnx.GraphProto, name: str, weight: Array, precision: st
     rows = weight.reshape(-1, outputs).T  # (out, in) of all members, whose blocks do not meet
     codes_name, scale_name = f"{name}.{precision}", f"{name}.{precision}_scale"
     if precision == "int4" and inputs % BLOCK == 0:
-        codes, scale = in_4_bits(rows, np.float16)
+        codes, scale = quantize_int4(rows, np.float16)
         tensor = numpy_helper.from_array(codes.T.reshape(weight.shape).astype(ml_dtypes.int4), codes_name)
         scale = scale.T.reshape(*members, inputs // BLOCK, outputs)
         how: dict[str, Any] = {"axis": len(members), "block_size": BLOCK}
     else:
-        codes, scale = in_8_bits(rows, np.float16)
+        codes, scale = quantize_int8(rows, np.float16)
         tensor = numpy_helper.from_array(np.ascontiguousarray(codes.T).reshape(weight.shape), codes_name)
         how = {"axis": len(members) + 1}
     if codes_name not in {known.name for known in graph.initializer}:

@@ -16,7 +16,9 @@ that adds each pair of products in 16 bits, and cuts off what is beyond."""
 _ABOVE_ROUNDING = np.float32(1 + 2**-20)
 
 
-def in_8_bits(weight: Array, scale_type: type[np.floating], *, pairs_fit_16_bits: bool = False) -> tuple[Array, Array]:
+def quantize_int8(
+    weight: Array, scale_type: type[np.floating], *, pairs_fit_16_bits: bool = False
+) -> tuple[Array, Array]:
     """Round a weight to whole multiples of one scale per output, whose largest magnitude becomes 127.
 
     Args:
@@ -47,7 +49,7 @@ def _largest_pairs(weight: Array) -> Array:
     return found
 
 
-def in_4_bits(weight: Array, scale_type: type[np.floating]) -> tuple[Array, Array]:
+def quantize_int4(weight: Array, scale_type: type[np.floating]) -> tuple[Array, Array]:
     """A scale per block of :data:`BLOCK` inputs; its largest magnitude is −8, exactly: the sign decides the scale's.
 
     Args:

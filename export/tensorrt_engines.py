@@ -18,7 +18,7 @@ CHECKER = "onnx.checker"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class EngineTarget:
     """The target of engines.
 
     Attributes:
@@ -94,7 +94,7 @@ class Made:
         }
 
 
-def make_engines(target: Target, graph: Path, profile: Profile) -> Made:
+def make_engines(target: EngineTarget, graph: Path, profile: Profile) -> Made:
     """Check a graph, and build its engines beside it where that can be done here.
 
     Args:

@@ -25,7 +25,7 @@ FAIL, MASK, QUARANTINE = POLICIES = ("fail", "mask", "quarantine")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Aside:
+class SetAside:
     """Rows of one table that were set aside for one reason.
 
     Attributes:
@@ -39,7 +39,7 @@ class Aside:
 
 
 @dataclass(eq=False)
-class Sieve:
+class BadRowFilter:
     """The tables of a city, from which bad rows are taken until the rest is sound.
 
     Args:
@@ -52,7 +52,7 @@ class Sieve:
     mobility: Given | None
     policy: str
     city_id: str | None = None
-    aside: dict[str, list[Aside]] = field(default_factory=lambda: {BadRows.REGIONS: [], BadRows.MOBILITY: []})
+    aside: dict[str, list[SetAside]] = field(default_factory=lambda: {BadRows.REGIONS: [], BadRows.MOBILITY: []})
 
     def __post_init__(self) -> None:
         self._given = {BadRows.REGIONS: self.regions, BadRows.MOBILITY: self.mobility}
@@ -109,7 +109,7 @@ class Sieve:
             table = table.filter(pa.array(~bad))
             self._left[error.table] = left[~bad]
         place = f"column {error.column!r}: " if error.column else ""
-        self.aside[error.table].append(Aside(rows=left[bad], code=error.code, reason=place + error.message))
+        self.aside[error.table].append(SetAside(rows=left[bad], code=error.code, reason=place + error.message))
         setattr(self, error.table, table)
 
     @property

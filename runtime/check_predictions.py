@@ -15,7 +15,7 @@ import numpy as np
 
 from topt_deploy.bundle.manifest import Bundle, open_bundle
 from topt_deploy.console import decimal
-from topt_deploy.data.columns import REGION_ID, Source, floats, strings
+from topt_deploy.data.columns import REGION_ID, TableReader, floats, strings
 from topt_deploy.errors import BadData, BadRows, NoInput
 
 from .read_predictions import Predicted, PredictionFile, read_predictions
@@ -164,7 +164,7 @@ def check_predictions(
     """
     found = read_predictions(predictions)
     opened = _bundle(found, bundle)
-    source = Source(labels, BadRows.REGIONS)
+    source = TableReader(labels, BadRows.REGIONS)
     if not source.has(REGION_ID):
         raise BadData("the region ids are absent", file=labels, column=REGION_ID, found=", ".join(source.everything))
     ids = np.array([str(value) for value in strings(source, REGION_ID, "write the ids as strings")])
@@ -288,7 +288,7 @@ def _promised_coverage(task: str, found: PredictionFile) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _drift(source: Source, ids: Array, bundle: Bundle) -> dict[str, float]:
+def _drift(source: TableReader, ids: Array, bundle: Bundle) -> dict[str, float]:
     """Of the inputs that the labels' table has too: the share of regions outside the training range."""
     shares = {}
     for column, (low, high) in bundle.manifest.ranges.items():

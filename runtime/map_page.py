@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.data.columns import GEOMETRY, REGION_ID, Source, floats, strings
+from topt_deploy.data.columns import GEOMETRY, REGION_ID, TableReader, floats, strings
 from topt_deploy.data.geometry import geo_library, read_shapes
 from topt_deploy.drawing.outlines import Outlines, point_outlines, polygon_outlines, project_m
 from topt_deploy.drawing.scales import BLUES, PURPLES, Scale, number, sequential
@@ -60,7 +60,7 @@ def _place(found: PredictionFile, given: Path | None) -> _Place:
     named = given or (Path(str(recorded["file"])) if isinstance(recorded, dict) and recorded.get("file") else None)
     names, source, order = found.region_id.tolist(), None, None
     if named is not None and (given is not None or named.exists()):
-        source = Source(named, BadRows.REGIONS)
+        source = TableReader(named, BadRows.REGIONS)
         ids = np.array([str(value) for value in strings(source, REGION_ID, "write the ids as strings")])
         order = _order(ids, found.region_id, named)
         if source.has("name"):
@@ -84,7 +84,7 @@ def _order(ids: Array, wanted: Array, path: Path) -> Array:
     return np.array([place[region] for region in wanted.tolist()])
 
 
-def _outlines(found: PredictionFile, source: Source | None, order: Array | None) -> Outlines:
+def _outlines(found: PredictionFile, source: TableReader | None, order: Array | None) -> Outlines:
     if found.geometry is not None:
         return _drawn(read_shapes(found.geometry, str(found.path), found.region_id))
     if source is not None and order is not None:

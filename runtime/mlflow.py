@@ -18,7 +18,7 @@ DEST, FLOW = LEAVING = ("dest_id", "flow")
 """Per region, equally long lists of where its flows lead and of how large they are; null where none leaves."""
 
 
-class Model:
+class MlflowModel:
     """The model as MLflow calls it.
 
     Args:
@@ -97,6 +97,6 @@ def _listed(value: Any) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, str | dict)
 
 
-def _load_pyfunc(path: str) -> Model:
+def _load_pyfunc(path: str) -> MlflowModel:
     """Load the bundle for MLflow; every byte of it is checked, and its signature where one is required."""
-    return Model(load(path, key=os.environ.get(SIGNATURE_VARIABLE) or None))
+    return MlflowModel(load(path, key=os.environ.get(SIGNATURE_VARIABLE) or None))

@@ -18,7 +18,7 @@ from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_
 from topt_deploy.errors import BadBundle, BadRows
 
 from .bad_rows import POLICIES
-from .predictor import Check, Predictor, open_predictor
+from .predictor import GoldenCheck, Predictor, open_predictor
 
 Device: TypeAlias = Literal["cpu", "cuda", "tensorrt", "auto"]
 EncoderEngine: TypeAlias = Literal["onnxruntime", "openvino"]
@@ -227,7 +227,7 @@ class Model:
             warnings.warn(f"rows of the {table} table were {done}: {told}", RowsSetAside, stacklevel=2)
         return as_kind_of(regions, predicted.wide() if wide else predicted.long())
 
-    def selftest(self) -> list[Check]:
+    def selftest(self) -> list[GoldenCheck]:
         """Predict the bundle's golden cities, and compare with what the exporter predicted.
 
         Raises:

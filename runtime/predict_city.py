@@ -37,7 +37,7 @@ DONE, PARTIAL, SKIPPED = "done", "partial", "skipped"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CityJob:
     """One city's files.
 
     Attributes:
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
+class CityOutcome:
     """The outcome of a city.
 
     Attributes:
@@ -73,7 +73,7 @@ class Outcome:
 
 def predict_city(
     predictor: Predictor,
-    job: Job,
+    job: CityJob,
     options: Options,
     *,
     resume: bool = False,
@@ -81,7 +81,7 @@ def predict_city(
     geo: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     watch: Stopwatch | None = None,
-) -> Outcome:
+) -> CityOutcome:
     """Predict one city into its files: the predictions, what was set aside, and the receipt.
 
     Args:
@@ -115,7 +115,7 @@ def predict_city(
             hashes = {role: file.sha256 for role, file in held.items()}
         key = _key(predictor, hashes, options, hive_city(regions))
         if resume and geo is None and (receipt := _standing(out, key)) is not None:  # no receipt tells of a map
-            return Outcome(status=SKIPPED, receipt=receipt, table=None)
+            return CityOutcome(status=SKIPPED, receipt=receipt, table=None)
         with watch.step("predict"):
             predictions = predictor.predictions(
                 held["regions"], held.get("mobility"), tasks=options.tasks, id_col=options.id_col,
@@ -131,7 +131,7 @@ def predict_city(
             "options": _told(predictor, options),
         }
         receipt = _write(out, table, predictions, geo, facts, watch)
-    return Outcome(status=PARTIAL if receipt["set_aside"] else DONE, receipt=receipt, table=table)
+    return CityOutcome(status=PARTIAL if receipt["set_aside"] else DONE, receipt=receipt, table=table)
 
 
 def _write(

@@ -10,7 +10,7 @@ import pyarrow as pa
 from topt_deploy.data.city import City
 from topt_deploy.data.columns import GEOMETRY
 
-from .bad_rows import Sieve
+from .bad_rows import BadRowFilter
 
 Array = np.ndarray[Any, Any]
 OK = "ok"
@@ -49,7 +49,7 @@ class Predictions:
         city: City,
         results: dict[str, TaskPrediction],
         reasons: list[str],
-        sieve: Sieve,
+        sieve: BadRowFilter,
         encoded: Mapping[str, Any] | None = None,
     ) -> None:
         back = np.argsort(city.input_row)

@@ -24,7 +24,7 @@ from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, inte
 from topt_deploy.storage.hashed_file import sha256_file
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
-from .bad_rows import FAIL, Sieve
+from .bad_rows import FAIL, BadRowFilter
 from .device_choice import CPU, CUDA, TENSORRT, choose
 from .extrapolation import extrapolated
 from .predictions import Predictions, TaskPrediction
@@ -43,7 +43,7 @@ cities a batch needs it again at once."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Check:
+class GoldenCheck:
     """One golden city of the self-test: its size, and the largest relative difference to the exporter's values."""
 
     city: str
@@ -218,7 +218,7 @@ class Predictor:
                     fix="choose one of these, or train the task",
                 )
         file = file_of(regions)
-        sieve = Sieve(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
+        sieve = BadRowFilter(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
         city, encoded = self._read(sieve, None if file is None else file.parent, id_col, cache, progress)
         check_prompts(manifest, city, _name(regions))
         arrays = features(city, manifest.inputs)
@@ -256,7 +256,7 @@ class Predictor:
         """The coverage of a task's intervals; None where its labels are too few for them."""
         return coverage if carries(self.bundle.manifest.tasks[task]["scores"], coverage) else None
 
-    def selftest(self) -> list[Check]:
+    def selftest(self) -> list[GoldenCheck]:
         """Predict the bundle's golden cities on this machine.
 
         Raises:
@@ -282,7 +282,7 @@ class Predictor:
                     found=f"{worst:.3g}",
                     fix="export with another precision, or report it with the processor's name",
                 )
-            checks.append(Check(city=city, regions=len(found), worst=worst))
+            checks.append(GoldenCheck(city=city, regions=len(found), worst=worst))
         return checks
 
     def _golden(self, city: str, part: str) -> pa.Table:
@@ -290,7 +290,7 @@ class Predictor:
         return ParquetFile(self.bundle.read(name), name).read()
 
     def _read(
-        self, sieve: Sieve, home: Path | None, id_col: str, cache: bool, progress: Callable[[int, int], None]
+        self, sieve: BadRowFilter, home: Path | None, id_col: str, cache: bool, progress: Callable[[int, int], None]
     ) -> tuple[City, Mapping[str, Any] | None]:
         """The city of sound rows, and what its prompts were made with, where it lacks them and there is an encoder."""
         schema = self.bundle.manifest.schema

@@ -18,7 +18,7 @@ from topt_deploy.prompts.encoder_spec import EncoderSpec, check_image_token
 from topt_deploy.prompts.graph_backend import (
     DECODER,
     VISION,
-    Between,
+    Connector,
     GraphBackend,
     Runner,
 )
@@ -203,7 +203,7 @@ class _Loaded:
     embedding: _Embedding
     chunk: int
     files: frozenset[str]
-    between: Between | None = None
+    between: Connector | None = None
     how: str = ""
 
 
@@ -264,7 +264,7 @@ def _check_8_bit_sums(bundle: EncoderBundle, graphs: Sequence[Path]) -> None:
 def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
     """On ONNX Runtime's CUDA, which has kernels for the standard's operators, and for its own of 8 bits none."""
     from .backends.onnxruntime import check_device
-    from .backends.onnxruntime_bound import BetweenBound, BoundSession
+    from .backends.onnxruntime_bound import BoundConnector, BoundSession
 
     check_device(CUDA)
     m = bundle.manifest
@@ -277,7 +277,7 @@ def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:
             name: BoundSession(folder / graph, device=CUDA, threads=threads, exact=m.precision == "fp32")
             for name, graph in graphs.items()
         }
-    between = BetweenBound(networks[DECODER], networks.get(VISION), device=CUDA, threads=threads)
+    between = BoundConnector(networks[DECODER], networks.get(VISION), device=CUDA, threads=threads)
     return _Loaded(
         runtime="onnxruntime-cuda", networks=networks, embedding=embedding, chunk=GPU_CHUNK, files=files,
         between=between, how="ONNX Runtime's CUDA provider",

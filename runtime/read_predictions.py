@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.data.columns import CITY_ID, GEOMETRY, REGION_ID, Source, floats, strings
+from topt_deploy.data.columns import CITY_ID, GEOMETRY, REGION_ID, TableReader, floats, strings
 from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.errors import BadData, BadRows
 
@@ -62,7 +62,7 @@ def read_predictions(path: Path) -> PredictionFile:
     """
     path = Path(path)
     table = ParquetFile(path).read()
-    source = Source(table, BadRows.REGIONS)
+    source = TableReader(table, BadRows.REGIONS)
     source.name = str(path)
     if not source.has(REGION_ID):
         raise BadData(
@@ -87,7 +87,7 @@ def read_predictions(path: Path) -> PredictionFile:
     )
 
 
-def _long(source: Source, ids: Array) -> tuple[Array, dict[str, Predicted], Array]:
+def _long(source: TableReader, ids: Array) -> tuple[Array, dict[str, Predicted], Array]:
     """Predictions of a table with one row per region and task."""
     names = np.array([str(value) for value in strings(source, "task", "predict again")])
     first = np.sort(np.unique(names, return_index=True)[1])
@@ -105,7 +105,7 @@ def _long(source: Source, ids: Array) -> tuple[Array, dict[str, Predicted], Arra
     return region_id, tasks, np.flatnonzero(names == names[first[0]])
 
 
-def _wide(source: Source, ids: Array) -> dict[str, Predicted]:
+def _wide(source: TableReader, ids: Array) -> dict[str, Predicted]:
     """Predictions of a table with one row per region."""
     tasks = [name.removesuffix("_lower") for name in source.names if name.endswith("_lower")]
     kept = {name: name.removesuffix("_upper") for name in source.names if name.endswith("_upper")}
@@ -121,13 +121,13 @@ def _wide(source: Source, ids: Array) -> dict[str, Predicted]:
     }
 
 
-def _numbers(source: Source, ids: Array, column: str) -> Array:
+def _numbers(source: TableReader, ids: Array, column: str) -> Array:
     if not source.has(column):
         raise BadData("not a file of predictions", file=source.name, column=column, expected="a column of numbers")
     return floats(source, ids, column, nulls=True)
 
 
-def _status(source: Source) -> Array:
+def _status(source: TableReader) -> Array:
     if not source.has("status"):
         return np.full(len(source.table), "ok")
     return np.array([str(value) for value in strings(source, "status", "predict again")])

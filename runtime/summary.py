@@ -13,13 +13,13 @@ from topt_deploy.errors import Exit, ToptError, TryAgain, exit_code
 from topt_deploy.storage.text_files import write_text
 
 from .addresses import is_uri, joined, shown
-from .predict_city import DONE, PARTIAL, SKIPPED, Job, Outcome
+from .predict_city import DONE, PARTIAL, SKIPPED, CityJob, CityOutcome
 
 FAILED = "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CityResult:
     """The outcome of a city, in plain values.
 
     Attributes:
@@ -47,10 +47,10 @@ class Result:
         return facts if self.error is not None else {k: v for k, v in facts.items() if k != "error"}
 
 
-def result_of(job: Job, outcome: Outcome, seconds: float = 0.0) -> Result:
+def result_of(job: CityJob, outcome: CityOutcome, seconds: float = 0.0) -> CityResult:
     """The result of a city that was predicted, or had been before."""
     receipt = outcome.receipt
-    return Result(
+    return CityResult(
         city=job.name,
         file=shown(job.out),
         status=outcome.status,
@@ -72,7 +72,7 @@ class Summary:
         self.cities: Counter[str] = Counter()
         self.regions: Counter[str] = Counter()
         self.set_aside: Counter[tuple[str, str]] = Counter()
-        self.failures: list[Result] = []
+        self.failures: list[CityResult] = []
         self._ended: Exit | None = None
 
     def end(self, error: BaseException) -> None:
@@ -95,7 +95,7 @@ class Summary:
         """Write the record into the batch's folder."""
         write_record(out, self)
 
-    def add(self, result: Result) -> None:
+    def add(self, result: CityResult) -> None:
         """Count a city."""
         self.cities[result.status] += 1
         self.regions.update(result.regions)

@@ -126,13 +126,13 @@ def write(folder, regions, mobility):
 
 def train_at(city, config):
     """Train the city in this folder within this process; the run is its folder ``run``."""
-    from topt_deploy.train.loop import Engine
+    from topt_deploy.train.loop import TrainingDevice
     from topt_deploy.train.run import start_run, train_run
 
     mobility = city / "mobility.parquet" if config.mobility else None
     files = {"regions": city / "regions.parquet", "mobility": mobility}
     run = start_run(city / "run", city, config, **files)
-    train_run(run, engine=Engine.choose("cpu", None, None), reporter=quiet(), **files)
+    train_run(run, engine=TrainingDevice.choose("cpu", None, None), reporter=quiet(), **files)
 
 
 @pytest.fixture(scope="module")

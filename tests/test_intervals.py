@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from topt_deploy.errors import UsageError
-from topt_deploy.intervals import coverage_by_size, cv_plus, fold_scores, interval, scores, spread
+from topt_deploy.intervals import coverage_by_size, cv_plus, fold_scores, interval, nonconformity_scores, spread
 
 
 def test_scores_are_sorted_errors_of_roots_and_leave_out_what_took_no_part() -> None:
-    found = scores(np.array([8.0, 27.0, np.nan, 0.0]), np.array([1.0, np.nan, 5.0, 64.0]))
+    found = nonconformity_scores(np.array([8.0, 27.0, np.nan, 0.0]), np.array([1.0, np.nan, 5.0, 64.0]))
     np.testing.assert_allclose(found, [1.0, 4.0])
 
 
@@ -30,7 +30,7 @@ def test_a_new_region_falls_inside_as_often_as_promised(coverage: float) -> None
     for _ in range(trials):
         truth = rng.gamma(2.0, 50.0, n + 1)
         predicted = (np.cbrt(truth) + rng.normal(scale=0.5, size=n + 1)) ** 3
-        lower, upper = interval(predicted[-1:], scores(truth[:-1], predicted[:-1]), coverage)
+        lower, upper = interval(predicted[-1:], nonconformity_scores(truth[:-1], predicted[:-1]), coverage)
         inside += bool(lower[0] <= truth[-1] <= upper[0])
     nominal = math.ceil((n + 1) * coverage) / (n + 1)  # exact for exchangeable regions
     assert inside / trials == pytest.approx(nominal, abs=4 * math.sqrt(nominal * (1 - nominal) / trials))

@@ -20,13 +20,13 @@ from topt_deploy.data.features import all_widths, feature_widths
 from topt_deploy.model.gaussian_process import PROMPT, RADIAL, KernelHead, maximise_evidence
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
-from topt_deploy.model.residual_mlp import Network
+from topt_deploy.model.residual_mlp import ResidualMlp
 from topt_deploy.model.target import Target
 from topt_deploy.model.topt import EnsembleHead, all_features
 
 from .loop import Workplace
 from .prompt4re import HeadResult, fit_head, last_members, one_label
-from .stacking import Rows, stack, with_inner
+from .stacking import FoldRows, stack, with_inner
 
 Array = np.ndarray[Any, Any]
 
@@ -121,7 +121,7 @@ class _Begun:
     """
 
     head: EnsembleHead
-    rows: Rows
+    rows: FoldRows
     target: Target
     scaled: Tensor
     known: Tensor
@@ -129,7 +129,7 @@ class _Begun:
     x: Tensor
     coordinates: Tensor | None
     trust: Tensor | None
-    network: Network | None
+    network: ResidualMlp | None
     random: torch.Generator
 
     @property
@@ -185,7 +185,7 @@ def _begin(
     inputs: Mapping[str, Tensor],
     schema: Schema,
     prompts: Tensor | None,
-    split: Rows,
+    split: FoldRows,
     config: Config,
     task: str,
     stage: str,
@@ -222,7 +222,7 @@ def _begin(
     network = None
     if head.network is not None:
         head.network.standardize.fit(x)
-        network = Network(members=sum(_members(split, settings)), inputs=x.shape[1], config=settings).to(device)
+        network = ResidualMlp(members=sum(_members(split, settings)), inputs=x.shape[1], config=settings).to(device)
         network.standardize = head.network.standardize
     return _Begun(
         head=head, rows=split, target=target, scaled=scaled, known=known, parts=parts, x=x,
@@ -230,7 +230,7 @@ def _begin(
     )  # fmt: skip
 
 
-def _members(rows: Rows, settings: EnsembleConfig) -> list[int]:
+def _members(rows: FoldRows, settings: EnsembleConfig) -> list[int]:
     """How many networks every row has: one for an inner fold, where only their share of the whole is in question."""
     return [settings.members if row < rows.outer else 1 for row in range(len(rows.parents))]
 
@@ -249,7 +249,7 @@ def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: s
     generators: list[torch.Generator] = []
     network = networks[0]
     if len(begun) > 1:
-        network = Network.joined(networks, settings).to(place.engine.device)
+        network = ResidualMlp.joined(networks, settings).to(place.engine.device)
         generators = [one.random for one in begun]
         network.draw_from(generators, [one.members for one in networks])
         engine = replace(place.engine, compile=False)
@@ -286,7 +286,7 @@ def _fit_kernel(
     views: Mapping[str, Tensor],
     scaled: Tensor,
     known: Tensor,
-    split: Rows,
+    split: FoldRows,
     rows: int,
     *,
     seed: int,

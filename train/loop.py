@@ -19,14 +19,14 @@ from topt_deploy.model.row_tiles import SETTLED
 from topt_deploy.model.training_device import check_device
 
 from .progress import Reporter
-from .training_step import CudaGraph, Graph, Step
+from .training_step import CapturedGraph, CudaGraph, Step
 
 LOG_EVERY = 25
 """Epochs between two readings of the loss: each one makes a GPU wait for the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class TrainingDevice:
     """The device and the way in which steps are computed.
 
     Attributes:
@@ -42,7 +42,7 @@ class Engine:
     capture: bool = False
 
     @classmethod
-    def choose(cls, device: str, precision: str | None, compile_: bool | None) -> "Engine":
+    def choose(cls, device: str, precision: str | None, compile_: bool | None) -> "TrainingDevice":
         """Settle what was left open: TF32 and captured steps on CUDA, plain float32 on a CPU.
 
         Args:
@@ -68,7 +68,7 @@ class Engine:
         """Seed every generator for a stage, so that no stage depends on what ran before it."""
         torch.manual_seed(zlib.crc32(f"{seed}/{stage}".encode()))
 
-    def graph(self, generators: Sequence[torch.Generator]) -> Graph | None:
+    def graph(self, generators: Sequence[torch.Generator]) -> CapturedGraph | None:
         """The object that captures steps which also draw from these generators; None if steps are not captured."""
         return CudaGraph(generators) if self.capture else None
 
@@ -114,7 +114,7 @@ def fit(
     *,
     stage: str,
     identity: str,
-    engine: Engine,
+    engine: TrainingDevice,
     reporter: Reporter,
     checkpoint: Path | None = None,
     checkpoint_every: int = 500,
@@ -186,7 +186,7 @@ class Workplace:
         checkpoints: The folder of the stages' checkpoints; None keeps none.
     """
 
-    engine: Engine
+    engine: TrainingDevice
     reporter: Reporter
     identity: str = ""
     checkpoints: Path | None = None

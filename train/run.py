@@ -20,7 +20,7 @@ from topt_deploy.data.city import City, Schema, infer_schema, read_city
 from topt_deploy.data.features import all_widths, features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, UsageError
-from topt_deploy.intervals import coverage_by_size, fold_scores, scores
+from topt_deploy.intervals import coverage_by_size, fold_scores, nonconformity_scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.srel import Srel
@@ -32,7 +32,7 @@ from topt_deploy.storage.os_errors import writing
 
 from .boosted_trees import boosted_trees
 from .ensemble import train_ensemble
-from .loop import Engine, Workplace
+from .loop import TrainingDevice, Workplace
 from .metrics import TaskReport, metrics
 from .progress import Reporter
 from .prompt4re import HeadResult, fold_of, train_head, training_sets
@@ -51,7 +51,7 @@ PROTOCOL = (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
+class TaskOutcome:
     """A trained head's predictions for its own city.
 
     Attributes:
@@ -66,7 +66,7 @@ class Outcome:
     in_sample: Array
 
     @classmethod
-    def of(cls, result: HeadResult, fold: Array) -> "Outcome":
+    def of(cls, result: HeadResult, fold: Array) -> "TaskOutcome":
         """From a head trained on :func:`topt_deploy.train.prompt4re.training_sets`."""
         own = result.predicted[fold, np.arange(len(fold))]  # fold -1 reads the last row, and is masked
         return cls(fold=fold, held_out=np.where(fold >= 0, own, np.nan), in_sample=result.predicted[-1])
@@ -107,7 +107,7 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held
 
 
 def train_run(
-    run: Run, *, regions: Path | Held, mobility: Path | Held | None, engine: Engine, reporter: Reporter
+    run: Run, *, regions: Path | Held, mobility: Path | Held | None, engine: TrainingDevice, reporter: Reporter
 ) -> dict[str, TaskReport]:
     """Train both stages of every task, going on from what the run folder already holds.
 
@@ -133,10 +133,10 @@ def train_run(
         srels[name] = train_embedding(city, inputs, schema, config, name, place)
         embeddings[name] = embed(srels[name], inputs)
     results: dict[str, HeadResult] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, TaskOutcome] = {}
     for task in config.tasks:
         results[task], fold = _train_task(city, inputs, embeddings, schema, config, task, place)
-        outcomes[task] = Outcome.of(results[task], fold)
+        outcomes[task] = TaskOutcome.of(results[task], fold)
     leverage, far = _leverage(city, schema, inputs, outcomes, _ensembles(config))
     made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
     save_tensors(run.path / INPUTS_FILE, inputs, made_with)
@@ -168,7 +168,7 @@ def _read(run: Run, regions: Held, mobility: Held | None) -> tuple[City, Schema]
     return read_city(regions, mobility, schema, labels=config.tasks), schema
 
 
-def _workplace(run: Run, engine: Engine, reporter: Reporter) -> Workplace:
+def _workplace(run: Run, engine: TrainingDevice, reporter: Reporter) -> Workplace:
     """The folder of checkpoints; what killed processes left there is removed."""
     config = run.config
     identity = hashlib.sha256(
@@ -241,7 +241,7 @@ def _facts(
     schema: Schema,
     ensembles: Sequence[str],
     results: Mapping[str, HeadResult],
-    outcomes: Mapping[str, Outcome],
+    outcomes: Mapping[str, TaskOutcome],
     reports: Mapping[str, TaskReport],
     leverage: Leverage | None,
     far: "Far",
@@ -252,7 +252,9 @@ def _facts(
         "city_id": city.city_id,
         "synthetic": city.synthetic,
         "protocol": PROTOCOL,
-        "scores": {task: scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()},
+        "nonconformity_scores": {
+            task: nonconformity_scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()
+        },
         "fold_scores": {
             task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
             for task in ensembles
@@ -271,7 +273,7 @@ def _facts(
     }
 
 
-def _made_by(engine: Engine, seconds: float) -> dict[str, Any]:
+def _made_by(engine: TrainingDevice, seconds: float) -> dict[str, Any]:
     """The entries of ``run.json`` on how a run was made."""
     return {
         "seconds": round(seconds, 1),
@@ -286,7 +288,7 @@ def _made_by(engine: Engine, seconds: float) -> dict[str, Any]:
     }
 
 
-def _parts(labels: Array, result: HeadResult, outcome: Outcome) -> dict[str, dict[str, float]]:
+def _parts(labels: Array, result: HeadResult, outcome: TaskOutcome) -> dict[str, dict[str, float]]:
     """Weight of each part of an ensemble, and the held-out MAE without it."""
     truth = np.where(outcome.fold >= 0, labels, np.nan)
     regions = np.arange(len(labels))
@@ -317,7 +319,7 @@ class Far:
 
 
 def _leverage(
-    city: City, schema: Schema, inputs: Mapping[str, Tensor], outcomes: Mapping[str, Outcome], tasks: Sequence[str]
+    city: City, schema: Schema, inputs: Mapping[str, Tensor], outcomes: Mapping[str, TaskOutcome], tasks: Sequence[str]
 ) -> tuple[Leverage | None, Far]:
     """The leverage with respect to the regions that have a label of some task; None without ensembles."""
     if not tasks:
@@ -328,7 +330,7 @@ def _leverage(
     return leverage, Far(left_out=leverage.left_out(here, fitted), threshold=float(leverage.threshold))
 
 
-def report(labels: Array, outcome: Outcome, trees: Array) -> TaskReport:
+def report(labels: Array, outcome: TaskOutcome, trees: Array) -> TaskReport:
     """Metrics of a task, and of the baselines, under its own folds."""
     truth = np.where(outcome.fold >= 0, labels, np.nan)
     means = np.full(len(labels), np.nan)
@@ -342,7 +344,7 @@ def report(labels: Array, outcome: Outcome, trees: Array) -> TaskReport:
     )
 
 
-def _write_held_out(path: Path, city: City, outcomes: Mapping[str, Outcome]) -> None:
+def _write_held_out(path: Path, city: City, outcomes: Mapping[str, TaskOutcome]) -> None:
     """One row per region and task: label, fold, held-out and in-sample prediction."""
     tables = [
         pa.table(

@@ -17,7 +17,7 @@ SHRINK = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rows:
+class FoldRows:
     """Training sets, and those that are left of them without one of their inner folds.
 
     Attributes:
@@ -31,7 +31,7 @@ class Rows:
     parents: Sequence[int]
 
 
-def with_inner(labels: Array, *, folds: int, seed: int) -> Rows:
+def with_inner(labels: Array, *, folds: int, seed: int) -> FoldRows:
     """Add the inner folds' rows to those of the training sets.
 
     Args:
@@ -49,10 +49,10 @@ def with_inner(labels: Array, *, folds: int, seed: int) -> Rows:
             left[known[held_out]] = np.nan
             rows.append(left)
             parents.append(s)
-    return Rows(labels=np.array(rows), outer=len(labels), parents=parents)
+    return FoldRows(labels=np.array(rows), outer=len(labels), parents=parents)
 
 
-def stack(outputs: Array, targets: Array, rows: Rows) -> Array:
+def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
     """Weights of the parts, for every training set: non-negative least squares of its labels on what the parts say of
     inner folds that they did not train on, scaled to add up to 1 and drawn half of the way to equal weights.
 

@@ -26,7 +26,7 @@ from topt_deploy.storage.hashed_file import Held
 from .metrics import Metrics, TaskReport
 
 if TYPE_CHECKING:
-    from .loop import Engine
+    from .loop import TrainingDevice
 
 Format: TypeAlias = Literal["onnx", "trt"]
 WeightPrecision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
@@ -249,10 +249,10 @@ def train_city(
 
     import torch
 
-    from .loop import Engine
+    from .loop import TrainingDevice
     from .run import start_run
 
-    engine = Engine.choose(device, precision, compile_)
+    engine = TrainingDevice.choose(device, precision, compile_)
     tables = Held(regions), Held(mobility) if settings.mobility else None  # hashed once
     if run is None:
         out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -276,7 +276,9 @@ def _unfinished(city: Path, out: Path | None, changed: Sequence[str]) -> Run:
     return run
 
 
-def _train(run: Run, city: Path, tables: tuple[Held, Held | None], engine: "Engine", said: Iterable[str]) -> None:
+def _train(
+    run: Run, city: Path, tables: tuple[Held, Held | None], engine: "TrainingDevice", said: Iterable[str]
+) -> None:
     """Train a run that was begun, and tell how far it is."""
     from .progress import Reporter
     from .run import METRICS_FILE, train_run

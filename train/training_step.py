@@ -14,7 +14,7 @@ Terms = Mapping[str, Tensor]
 """The loss's terms, by name: scalars, detached, of the step just taken."""
 
 
-class Graph(Protocol):
+class CapturedGraph(Protocol):
     """The parts of CUDA that a captured step needs."""
 
     def warm(self, run: Callable[[], Terms]) -> Terms:
@@ -28,7 +28,7 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A :class:`Graph` of CUDA's.
+    """A :class:`CapturedGraph` of CUDA's.
 
     Args:
         generators: Random generators that the step draws from, besides PyTorch's own.
@@ -48,12 +48,12 @@ class CudaGraph:
         return terms
 
     def capture(self, run: Callable[[], Terms]) -> Terms:
-        """See :class:`Graph`."""
+        """See :class:`CapturedGraph`."""
         with torch.cuda.graph(self._graph, stream=self._stream):
             return run()
 
     def replay(self) -> None:
-        """See :class:`Graph`."""
+        """See :class:`CapturedGraph`."""
         self._graph.replay()
 
 
@@ -77,7 +77,7 @@ class Step:
         loss: Callable[[], Terms],
         optimiser: optim.Optimizer,
         context: Callable[[], AbstractContextManager[Any]],
-        graph: Graph | None = None,
+        graph: CapturedGraph | None = None,
     ) -> None:
         self._loss, self._optimiser, self._context, self._graph = loss, optimiser, context, graph
         self._taken = 0

@@ -30,7 +30,7 @@ from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.evaluation.evaluate import read_problem
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.splits import honest
-from topt_deploy.train.loop import Engine, Workplace
+from topt_deploy.train.loop import TrainingDevice, Workplace
 from topt_deploy.train.metrics import metrics
 from topt_deploy.train.progress import Reporter
 
@@ -149,7 +149,7 @@ def downstream(folder: Path, city: str, trained: str, reporter: Reporter) -> lis
     if kept.exists():
         return json.loads(kept.read_text())
     config = load_config(preset="default", tasks=TASKS)
-    problem, labels, _ = read_problem(folder / city, config, Engine.choose("cpu", None, None), reporter)
+    problem, labels, _ = read_problem(folder / city, config, TrainingDevice.choose("cpu", None, None), reporter)
     every = (trained, *SERVED[city]) if trained == "torch" else (trained,)
     records: list[dict] = [{"city": city, "trained": trained, "served": served, "tasks": {}} for served in every]
     read = {

@@ -6,6 +6,7 @@
 
 It runs from a checkout, whether the project is installed or not, and needs PyTorch; every part names what else it
 needs, and is skipped by name where that is absent. Every part is a process of its own with a time of its own.
+One file: every part of the check is a process of this very file, which has to be copied to the machine with the GPU.
 """
 
 import argparse
@@ -147,7 +148,7 @@ def train(setting: Setting) -> Iterator[Check]:
     from topt_deploy.data.features import features
     from topt_deploy.model.topt import all_features
     from topt_deploy.train.ensemble import train_ensemble
-    from topt_deploy.train.loop import Engine, Workplace
+    from topt_deploy.train.loop import TrainingDevice, Workplace
     from topt_deploy.train.progress import Reporter
     from topt_deploy.train.prompt4re import fold_of, train_head, training_sets
     from topt_deploy.train.srel import embed, train_embedding
@@ -165,7 +166,7 @@ def train(setting: Setting) -> Iterator[Check]:
     city = read_city(regions, mobility, schema, labels=["crime"])
     labels = training_sets(city.labels["crime"], fold_of(city.labels["crime"], folds=10, seed=0, drop_zeros=False))
 
-    def run(engine: Engine) -> tuple[Mapping[str, Any], float]:
+    def run(engine: TrainingDevice) -> tuple[Mapping[str, Any], float]:
         inputs = {name: torch.tensor(values, device=engine.device) for name, values in features(city).items()}
         place = Workplace(engine=engine, reporter=Reporter(quiet=True))
         prompts = inputs["prompt_crime"]
@@ -186,15 +187,15 @@ def train(setting: Setting) -> Iterator[Check]:
         return {name: float(np.linalg.norm(found[name] - expected[name]) / size[name]) for name in found}
 
     torch.set_num_threads(1)  # more are slower with so few regions
-    expected, base_s = run(Engine(device=torch.device("cpu")))
+    expected, base_s = run(TrainingDevice(device=torch.device("cpu")))
     yield Check.of("training on the CPU", True, seconds=round(base_s, 1))
     device, cuda = torch.device(setting.device), setting.device == "cuda"
-    ways: dict[str, tuple[str, Engine]] = {
-        "fp32, steps as they are": ("fp32", Engine(device=device)),
-        "fp32, captured steps": ("fp32", Engine(device=device, capture=True)),
-        "tf32, captured steps": ("tf32", Engine(device=device, precision="tf32", capture=True)),
-        "bf16, captured steps": ("bf16", Engine(device=device, precision="bf16", capture=cuda)),
-        "fp32, networks compiled and captured": ("compiled", Engine(device=device, compile=True, capture=True)),
+    ways: dict[str, tuple[str, TrainingDevice]] = {
+        "fp32, steps as they are": ("fp32", TrainingDevice(device=device)),
+        "fp32, captured steps": ("fp32", TrainingDevice(device=device, capture=True)),
+        "tf32, captured steps": ("tf32", TrainingDevice(device=device, precision="tf32", capture=True)),
+        "bf16, captured steps": ("bf16", TrainingDevice(device=device, precision="bf16", capture=cuda)),
+        "fp32, networks compiled and captured": ("compiled", TrainingDevice(device=device, compile=True, capture=True)),
     }
     for way, (limit, engine) in ways.items():
         name = f"training: {way}"

@@ -86,7 +86,7 @@ def train(city: Path) -> float:
     from topt_deploy.config.load import load_config
     from topt_deploy.data.city import infer_schema, read_city
     from topt_deploy.data.features import features
-    from topt_deploy.train.loop import Engine, Workplace
+    from topt_deploy.train.loop import TrainingDevice, Workplace
     from topt_deploy.train.progress import Reporter
     from topt_deploy.train.srel import train_embedding
 
@@ -96,7 +96,7 @@ def train(city: Path) -> float:
     schema = infer_schema(files[0], views=config.views, mobility=True, prompts=())
     read = read_city(*files, schema)
     inputs = {name: torch.tensor(array) for name, array in features(read).items()}
-    place = Workplace(engine=Engine(device=torch.device("cpu")), reporter=Reporter(quiet=True))
+    place = Workplace(engine=TrainingDevice(device=torch.device("cpu")), reporter=Reporter(quiet=True))
     began = time.perf_counter()
     train_embedding(read, inputs, schema, config, "crime", place)
     return time.perf_counter() - began

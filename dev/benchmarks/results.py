@@ -22,7 +22,7 @@ from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.evaluation.evaluate import evaluate_problem, read_problem
 from topt_deploy.train.evaluation.problem import Method
 from topt_deploy.train.evaluation.registry import METHODS, Entry
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 from topt_deploy.train.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +139,7 @@ def main() -> None:
         suite = SUITES[name]
         if suite.encoder not in problems:
             city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
-            engine = Engine.choose("cpu", None, None)
+            engine = TrainingDevice.choose("cpu", None, None)
             problems[suite.encoder] = read_problem(city, load_config(tasks=TASKS), engine, reporter)
         reporter.say(f"suite {name}")
         evaluate_problem(

@@ -24,7 +24,7 @@ RECIPES: Mapping[str, ModuleType] = {TEXT: causal_decoder, QWEN: qwen2_5_vl, MLL
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Recipe:
+class ExportRecipe:
     """The recipe of a checkpoint's export.
 
     Attributes:
@@ -38,7 +38,7 @@ class Recipe:
     canonical: Callable[[str], str]
 
 
-def recipe(checkpoint: Checkpoint) -> Recipe:
+def recipe(checkpoint: Checkpoint) -> ExportRecipe:
     """The recipe of a checkpoint's family.
 
     Raises:
@@ -58,7 +58,7 @@ def recipe(checkpoint: Checkpoint) -> Recipe:
         else AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
     )
     module = RECIPES[family]
-    return Recipe(networks=module.networks(config), embedding=module.EMBEDDING, canonical=module.canonical)
+    return ExportRecipe(networks=module.networks(config), embedding=module.EMBEDDING, canonical=module.canonical)
 
 
 class Tensors:

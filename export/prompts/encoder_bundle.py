@@ -37,10 +37,10 @@ from topt_deploy.storage.atomic import atomic_folder
 from topt_deploy.tensorrt.library import RTX
 from topt_deploy.tensorrt.profile import Profile, as_record, parse_profile
 
-from ..tensorrt_engines import Target, make_engines
+from ..tensorrt_engines import EngineTarget, make_engines
 from .assemble import Assembled, assemble
 from .causal_decoder import TOKENS
-from .checkpoint_tensors import Recipe, Tensors, recipe
+from .checkpoint_tensors import ExportRecipe, Tensors, recipe
 from .default_profiles import default_profile, of_network
 from .lower import FORMS, ONNXRUNTIME, PRECISIONS, STANDARD, TENSORRT
 from .outliers import LIMITS, Outliers
@@ -70,7 +70,7 @@ def make_encoder(
     templates: Path | None,
     max_pixels: int | None,
     say: Callable[[str], None],
-    target: Target | None = None,
+    target: EngineTarget | None = None,
 ) -> EncoderBundle:
     """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
 
@@ -117,13 +117,13 @@ def make_encoder(
     return open_encoder_bundle(out)
 
 
-def _asked(target: Target, spec: EncoderSpec) -> str:
+def _asked(target: EngineTarget, spec: EncoderSpec) -> str:
     """Flavour, capabilities and profile that are asked for, to be compared and shown."""
     profile = parse_profile(target.profile, default_profile(spec), unnamed=TOKENS)
     return f"{target.flavour}, for {sorted(target.capabilities)}, {sorted(as_record(profile).items())}"
 
 
-def _there(bundle: EncoderBundle, target: Target) -> str:
+def _there(bundle: EncoderBundle, target: EngineTarget) -> str:
     """The same of a bundle. TensorRT's engine is of the GPU that was there, and is not asked for."""
     facts = [network[TENSORRT] for network in bundle.manifest.networks.values() if TENSORRT in network]
     if not facts:
@@ -140,7 +140,7 @@ def export_encoder(
     precision: str,
     templates: Templates,
     say: Callable[[str], None],
-    target: Target | None = None,
+    target: EngineTarget | None = None,
 ) -> EncoderManifest:
     """Write an encoder bundle into an empty folder.
 
@@ -205,7 +205,7 @@ class _Work:
     """
 
     checkpoint: Checkpoint
-    recipe: Recipe
+    recipe: ExportRecipe
     tensors: Tensors
     precision: str
     embedding: Array
@@ -284,7 +284,7 @@ class _Work:
         return parity
 
     def engines(
-        self, target: Target, networks: Mapping[str, Assembled], profile: Profile, folder: Path
+        self, target: EngineTarget, networks: Mapping[str, Assembled], profile: Profile, folder: Path
     ) -> dict[str, dict[str, Any]]:
         """TensorRT's engines of every network; what the manifest says of them."""
         engines = {}
@@ -336,7 +336,7 @@ class _Work:
         )
 
 
-def _embedding(tensors: Tensors, made: Recipe, path: Path, dtype: str) -> Array:
+def _embedding(tensors: Tensors, made: ExportRecipe, path: Path, dtype: str) -> Array:
     """Write the token embeddings; they are then mapped, for a text touches few of their rows."""
     rows, width = tensors.shape(made.embedding)
     with path.open("xb") as file:

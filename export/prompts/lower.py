@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..quantize_weights import BLOCK, in_4_bits, in_8_bits
+from ..quantize_weights import BLOCK, quantize_int4, quantize_int8
 from .graph_builder import INT4, MICROSOFT, Array, Builder
 
 ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
@@ -56,15 +56,15 @@ class Linear:
         return self.load()
 
     @cached_property
-    def in_8_bits(self) -> tuple[Array, Array]:
+    def quantize_int8(self) -> tuple[Array, Array]:
         """int8 codes (in, out), and float32 scales (out,)."""
-        codes, scale = in_8_bits(self.weight, np.float32, pairs_fit_16_bits=True)
+        codes, scale = quantize_int8(self.weight, np.float32, pairs_fit_16_bits=True)
         return codes.T, scale
 
     @cached_property
-    def in_4_bits(self) -> tuple[Array, Array]:
+    def quantize_int4(self) -> tuple[Array, Array]:
         """Codes of −8 to 7 (out, in), and float32 scales (out, blocks)."""
-        return in_4_bits(self.weight, np.float32)
+        return quantize_int4(self.weight, np.float32)
 
 
 def linear(graph: Builder, x: str, layer: Linear, precision: str, form: str) -> str:
@@ -85,8 +85,8 @@ def _float16(graph: Builder, x: str, layer: Linear) -> str:
 
 
 def _int8(graph: Builder, layer: Linear) -> tuple[str, str]:
-    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
-    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.in_8_bits[1])
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.quantize_int8[0])
+    return codes, graph.weight(f"{layer.name}.scale", lambda: layer.quantize_int8[1])
 
 
 def _int8_standard(graph: Builder, x: str, layer: Linear) -> str:
@@ -107,20 +107,20 @@ def _int8_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
 
 def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
     def packed() -> Array:
-        codes = (layer.in_4_bits[0] + 8).astype(np.uint8).reshape(len(layer.weight), -1, BLOCK)
+        codes = (layer.quantize_int4[0] + 8).astype(np.uint8).reshape(len(layer.weight), -1, BLOCK)
         pairs: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return pairs
 
     out, width = layer.weight.shape
     weight = graph.weight(f"{layer.name}.blocks", packed)
-    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.in_4_bits[1])
+    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.quantize_int4[1])
     form = {"K": width, "N": out, "bits": 4, "block_size": BLOCK}
     return graph.node("MatMulNBits", [x, weight, scale], domain=MICROSOFT, **form)
 
 
 def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
-    weight = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
-    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.in_4_bits[1].T)
+    weight = graph.weight(f"{layer.name}.int4", lambda: layer.quantize_int4[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.quantize_int4[1].T)
     return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
 
 
@@ -140,14 +140,14 @@ def _float16_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
 
 
 def _int8_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
-    codes = graph.weight(f"{layer.name}.codes", lambda: layer.in_8_bits[0])
-    scale = graph.weight(f"{layer.name}.half_scale", lambda: _half_scale(layer.in_8_bits[1]))
+    codes = graph.weight(f"{layer.name}.codes", lambda: layer.quantize_int8[0])
+    scale = graph.weight(f"{layer.name}.half_scale", lambda: _half_scale(layer.quantize_int8[1]))
     return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=1))
 
 
 def _int4_tensorrt(graph: Builder, x: str, layer: Linear) -> str:
-    codes = graph.weight(f"{layer.name}.int4", lambda: layer.in_4_bits[0].T.astype(INT4))
-    scale = graph.weight(f"{layer.name}.int4_half_scale", lambda: _half_scale(layer.in_4_bits[1].T))
+    codes = graph.weight(f"{layer.name}.int4", lambda: layer.quantize_int4[0].T.astype(INT4))
+    scale = graph.weight(f"{layer.name}.int4_half_scale", lambda: _half_scale(layer.quantize_int4[1].T))
     return _product_in_half(graph, x, graph.node("DequantizeLinear", [codes, scale], axis=0, block_size=BLOCK))
 
 

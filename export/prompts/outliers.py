@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..quantize_weights import BLOCK, in_8_bits
+from ..quantize_weights import BLOCK, quantize_int8
 
 LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
 """By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
@@ -52,7 +52,7 @@ class Outliers:
 
 def _weight_in_8_bits(weight: Tensor) -> Tensor:
     """Return a weight (out, in) as its codes give it, in float32."""
-    codes, scale = in_8_bits(weight.numpy(), np.float32, pairs_fit_16_bits=True)
+    codes, scale = quantize_int8(weight.numpy(), np.float32, pairs_fit_16_bits=True)
     return torch.from_numpy(codes * scale[:, None])
 
 

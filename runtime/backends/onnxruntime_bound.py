@@ -132,8 +132,8 @@ class BoundSession:
         return OnDevice(ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0), array)
 
 
-class BetweenBound:
-    """The steps between the networks, on the device (:class:`topt_deploy.prompts.graph_backend.Between`).
+class BoundConnector:
+    """The steps between the networks, on the device (:class:`topt_deploy.prompts.graph_backend.Connector`).
 
     Args:
         decoder, vision: The networks.

@@ -15,7 +15,7 @@ from topt_deploy.bundle.manifest import Bundle
 from topt_deploy.bundle.sealed import Sealed
 from topt_deploy.errors import NoDevice
 from topt_deploy.hardening.onnx_operators import graph_inputs
-from topt_deploy.prompts.graph_backend import DECODER, VISION, Between
+from topt_deploy.prompts.graph_backend import DECODER, VISION, Connector
 from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.cuda_driver import Driver, Gpu, driver
 from topt_deploy.tensorrt.library import TENSORRT, Library, find_library
@@ -24,15 +24,15 @@ from topt_deploy.tensorrt.profile import Profile, as_record, read_profile, shape
 from ..device_choice import reason
 from ..memory_mapping import mapped
 from .onnxruntime import check_device, no_device
-from .onnxruntime_bound import BetweenBound, BoundSession
+from .onnxruntime_bound import BoundConnector, BoundSession
 from .tensorrt_cache import EngineCache, Fingerprint, cache_folder, cache_limit, own_folder
-from .tensorrt_engine import BetweenEngines, Engine
+from .tensorrt_engine import Engine, EngineConnector
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Target:
+class TensorRTNetwork:
     """A network for TensorRT.
 
     Attributes:
@@ -80,11 +80,11 @@ class OwnRuntime:
         """A word for it: vectors of one are not taken for another's."""
         return self.library.flavour
 
-    def between(self, networks: Mapping[str, Any]) -> Between:
+    def between(self, networks: Mapping[str, Any]) -> Connector:
         """Create the steps between an encoder's networks."""
-        return BetweenEngines(self.driver, networks[DECODER], networks.get(VISION))
+        return EngineConnector(self.driver, networks[DECODER], networks.get(VISION))
 
-    def open(self, target: Target) -> Engine:
+    def open(self, target: TensorRTNetwork) -> Engine:
         """A network on the GPU: its engine from the bundle, from this machine's cache, or built.
 
         Raises:
@@ -118,11 +118,11 @@ class Provider:
     threads: int
     runtime: str = "onnxruntime-tensorrt"
 
-    def between(self, networks: Mapping[str, Any]) -> Between:
+    def between(self, networks: Mapping[str, Any]) -> Connector:
         """Create the steps between an encoder's networks."""
-        return BetweenBound(networks[DECODER], networks.get(VISION), device="cuda", threads=self.threads)
+        return BoundConnector(networks[DECODER], networks.get(VISION), device="cuda", threads=self.threads)
 
-    def open(self, target: Target) -> BoundSession:
+    def open(self, target: TensorRTNetwork) -> BoundSession:
         """A network on the GPU.
 
         Raises:
@@ -142,7 +142,7 @@ class Provider:
         return BoundSession(target.graph, device="tensorrt", threads=self.threads, exact=exact, tensorrt=options)
 
 
-def provider_shapes(target: Target) -> dict[str, str]:
+def provider_shapes(target: TensorRTNetwork) -> dict[str, str]:
     """The profile as ONNX Runtime's provider is told it: ``hidden:1x1x64,positions:1x1x1``."""
     sizes = shapes(graph_inputs(target.graph.read_bytes()), target.profile)
     ways = {"min": "least", "opt": "usual", "max": "most"}
@@ -235,10 +235,10 @@ def open_model(bundle: Bundle, *, threads: int) -> HostSession:
 
 def _target(
     bundle: Sealed, folder: Path, graph: str, weights: str, precision: str, record: Mapping[str, Any]
-) -> Target:
+) -> TensorRTNetwork:
     """A network of a bundle; the record has its profile, and what was built of it."""
     listed = bundle.record["files"]
-    return Target(
+    return TensorRTNetwork(
         graph=folder / graph,
         graph_sha256=listed[graph]["sha256"],
         weights_sha256=listed[weights]["sha256"],
@@ -265,7 +265,7 @@ def encoder_files(bundle: EncoderBundle) -> tuple[frozenset[str], list[str]]:
     return frozenset(files), [facts[TENSORRT]["flavour"] for facts in networks.values()]
 
 
-def encoder_targets(bundle: EncoderBundle, folder: Path) -> dict[str, Target]:
+def encoder_targets(bundle: EncoderBundle, folder: Path) -> dict[str, TensorRTNetwork]:
     """An encoder's networks for TensorRT, in a folder whose files were checked."""
     return {
         name: _target(
@@ -275,10 +275,10 @@ def encoder_targets(bundle: EncoderBundle, folder: Path) -> dict[str, Target]:
     }
 
 
-def tokens_at_once(decoder: Target) -> int:
+def tokens_at_once(decoder: TensorRTNetwork) -> int:
     """The number of tokens that a decoder's profile lets it read at once."""
     _, tokens, _ = graph_inputs(decoder.graph.read_bytes())["hidden"]
-    return decoder.profile[str(tokens)].most
+    return decoder.profile[str(tokens)].max
 
 
 def no_variant(what: str, path: Path, found: Any) -> NoDevice:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadBundle, BadData, NoDevice
-from topt_deploy.prompts.graph_backend import OnHost
+from topt_deploy.prompts.graph_backend import HostConnector
 from topt_deploy.tensorrt.build import MESSAGES_SHOWN, keeping_logger
 from topt_deploy.tensorrt.cuda_driver import Driver, Memory
 from topt_deploy.tensorrt.library import Library
@@ -166,8 +166,8 @@ class Engine:
         return NoDevice("TensorRT failed on the GPU", file=self._source, found=how, fix="report it with the log")
 
 
-class BetweenEngines:
-    """The steps between engines (:class:`topt_deploy.prompts.graph_backend.Between`): copies on the GPU.
+class EngineConnector:
+    """The steps between engines (:class:`topt_deploy.prompts.graph_backend.Connector`): copies on the GPU.
 
     Hidden states alone come back, to be added up in float64: a few MB a pass, where an engine that multiplies on the
     GPU would have to be built and kept for every width.
@@ -216,4 +216,4 @@ class BetweenEngines:
 
     def sums(self, hidden: OnGpu, ranges: Array) -> Array:
         """Sums over ranges of tokens."""
-        return OnHost().sums(download(self._driver, hidden), ranges)
+        return HostConnector().sums(download(self._driver, hidden), ranges)

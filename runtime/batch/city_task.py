@@ -10,19 +10,19 @@ from topt_deploy.errors import BadBundle, Exit, ToptError, user_error
 from topt_deploy.storage.os_errors import write_error
 
 from ..addresses import shown
-from ..predict_city import Job, predict_city
+from ..predict_city import CityJob, predict_city
 from ..predictor import Predictor
 from ..settings import Setting
-from ..summary import FAILED, Result, result_of
+from ..summary import FAILED, CityResult, result_of
 from . import object_stores
 
 ATTEMPTS = 2
 """The number of attempts for a city whose worker dies."""
 
 
-def failed(job: Job, error: Mapping[str, Any], told: str, seconds: float = 0.0) -> Result:
+def failed(job: CityJob, error: Mapping[str, Any], told: str, seconds: float = 0.0) -> CityResult:
     """The result of a city that was not predicted."""
-    return Result(
+    return CityResult(
         city=job.name,
         file=shown(job.out),
         status=FAILED,
@@ -32,7 +32,7 @@ def failed(job: Job, error: Mapping[str, Any], told: str, seconds: float = 0.0) 
     )
 
 
-def lost_result(job: Job, how: str) -> Result:
+def lost_result(job: CityJob, how: str) -> CityResult:
     """The result of a city whose worker died, and that of the next try too."""
     facts = {
         "error": "WorkerLost",
@@ -44,7 +44,7 @@ def lost_result(job: Job, how: str) -> Result:
     return failed(job, facts, f"{facts['message']}\n  to do:    {facts['to_do']}")
 
 
-def crashed_result(job: Job, how: str) -> Result:
+def crashed_result(job: CityJob, how: str) -> CityResult:
     """The result of a city at which the bundle's graph ended its worker: another try would end like this one."""
     error = BadBundle(
         f"the bundle's graph ended the process that ran it ({how})", file=shown(job.regions),
@@ -53,7 +53,7 @@ def crashed_result(job: Job, how: str) -> Result:
     return failed(job, error.as_dict(), str(error))
 
 
-def unopened(job: Job, error: ToptError) -> Result:
+def unopened(job: CityJob, error: ToptError) -> CityResult:
     """The result of a city on a node of a cluster that cannot open the bundle, which the command itself could."""
     facts = error.as_dict() | {
         "message": f"a node of the cluster cannot open the bundle: {error.message}",
@@ -62,7 +62,7 @@ def unopened(job: Job, error: ToptError) -> Result:
     return failed(job, facts, f"{facts['file']}: {facts['message']}\n  to do:    {facts['to_do']}")
 
 
-def work(job: Job, predictor: Predictor, setting: Setting) -> Result:
+def work(job: CityJob, predictor: Predictor, setting: Setting) -> CityResult:
     """Predict one city; what goes wrong with it is its result and no exception, for the others go on.
 
     Raises:

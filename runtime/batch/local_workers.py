@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from ..predict_city import Job
-from ..summary import Result, too_long
+from ..predict_city import CityJob
+from ..summary import CityResult, too_long
 from .city_task import ATTEMPTS, crashed_result, failed, lost_result
 
 PR_SET_PDEATHSIG = 1
@@ -31,8 +31,8 @@ SMALL_BYTES = 4 << 20
 
 
 def run_local(
-    jobs: Sequence[Job], work: Callable[[Job], Result], *, workers: int, timeout: float | None = None
-) -> Generator[Result]:
+    jobs: Sequence[CityJob], work: Callable[[CityJob], CityResult], *, workers: int, timeout: float | None = None
+) -> Generator[CityResult]:
     """Do every job in one of ``workers`` processes; results come as they are made.
 
     Args:
@@ -43,7 +43,7 @@ def run_local(
     """
     waiting = deque((job, 1) for job in jobs)
     pool: list[_Worker] = []
-    busy: dict[Connection, tuple[_Worker, Job, int]] = {}
+    busy: dict[Connection, tuple[_Worker, CityJob, int]] = {}
     try:
         for _ in range(min(workers, len(jobs))):
             pool.append(_Worker(work, pool))
@@ -89,7 +89,7 @@ def run_local(
             worker.stop()
 
 
-def workers_for(jobs: Sequence[Job]) -> int:
+def workers_for(jobs: Sequence[CityJob]) -> int:
     """The default number of workers: one per processor; two if cities are small, because those wait for the disk as
     long as they compute."""
     return usable_cpus() * (2 if max((job.size for job in jobs), default=0) <= SMALL_BYTES else 1)
@@ -105,7 +105,7 @@ def usable_cpus() -> int:
 
 
 class _Worker:
-    def __init__(self, work: Callable[[Job], Result], others: Sequence["_Worker"]) -> None:
+    def __init__(self, work: Callable[[CityJob], CityResult], others: Sequence["_Worker"]) -> None:
         context = multiprocessing.get_context("fork")
         self.connection, theirs = context.Pipe()
         self._since = 0.0
@@ -116,7 +116,7 @@ class _Worker:
         self._process.start()
         theirs.close()
 
-    def send(self, job: Job) -> None:
+    def send(self, job: CityJob) -> None:
         """Give it work."""
         self._since = time.monotonic()
         with suppress(OSError):  # it is dead already, which is found out when its result is read
@@ -146,7 +146,9 @@ class _Worker:
         self._process.join()
 
 
-def _serve(connection: Connection, inherited: Sequence[Connection], work: Callable[[Job], Result], parent: int) -> None:
+def _serve(
+    connection: Connection, inherited: Sequence[Connection], work: Callable[[CityJob], CityResult], parent: int
+) -> None:
     """Do jobs until the parent closes its end, or is gone; a result that nobody waits for any more is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle: a terminal sends it to all
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,7 +21,7 @@ from topt_deploy.storage.os_errors import writing
 from topt_deploy.storage.scratch import scratch_folder
 
 from ..addresses import is_uri, joined, parted, shown
-from ..predict_city import Job
+from ..predict_city import CityJob
 from ..receipt import aside_path, receipt_path
 
 ACCOUNT, KEY, SAS_TOKEN = "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN"
@@ -71,7 +71,7 @@ def _hidden(path: str) -> bool:
 
 
 @contextmanager
-def local(job: Job) -> Iterator[Job]:
+def local(job: CityJob) -> Iterator[CityJob]:
     """The job with local paths: what is remote is fetched, and what is made for elsewhere is put there afterwards.
 
     Raises:

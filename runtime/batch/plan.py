@@ -15,14 +15,14 @@ from topt_deploy.storage.os_errors import reading
 
 from ..addresses import is_uri, joined, parted, shown
 from ..inputs import MOBILITY, PREDICTIONS, REGIONS
-from ..predict_city import Job
+from ..predict_city import CityJob
 from .object_stores import listing, sizes
 
 OURS = ("predictions", "prompts", "mobility")
 """The names, up to the first dot, of files that are not regions tables."""
 
 
-def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
+def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[CityJob]:
     """The jobs of a batch, the largest first: what takes longest must not be left for the end.
 
     Args:
@@ -34,7 +34,7 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
         NoInput: If an input is not there, or a folder holds no regions table.
         UsageError: If two cities have one name.
     """
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, CityJob] = {}
     for given in inputs:
         place, settings = parted(given)
         for regions, siblings in _tables(place, settings):
@@ -50,7 +50,7 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[Job]:
             if mobility:
                 flows = next((f for f in (f"{_stem(regions)}.{MOBILITY}", MOBILITY) if f in siblings), None)
                 size += siblings.get(flows or "", 0)
-            jobs[name] = Job(
+            jobs[name] = CityJob(
                 name=name,
                 regions=regions + settings,
                 mobility=None if flows is None else regions.removesuffix(_last(regions)) + flows + settings,

@@ -10,10 +10,10 @@ from typing import Any
 
 from topt_deploy.errors import NoDevice, ToptError
 
-from ..predict_city import Job
+from ..predict_city import CityJob
 from ..predictor import Predictor
 from ..settings import Setting
-from ..summary import Result
+from ..summary import CityResult
 from .city_task import ATTEMPTS, lost_result, unopened, work
 from .silenced_output import only_this_thread, quiet
 
@@ -31,13 +31,13 @@ class _Worker:
             self._opened = error
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        job = Job(**json.loads(item["job"]))
+        job = CityJob(**json.loads(item["job"]))
         if isinstance(self._opened, ToptError):
             return {"result": json.dumps(asdict(unopened(job, self._opened)))}
         return {"result": json.dumps(asdict(work(job, self._opened, self._setting)))}
 
 
-def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
+def run_ray(jobs: Sequence[CityJob], setting: Setting, *, workers: int | None) -> Generator[CityResult]:
     """Do every job on the cluster that ``RAY_ADDRESS`` names, or on a local one; results come as they are made.
 
     Ray starts an actor anew that was lost, and tries its city :data:`.city_task.ATTEMPTS` times: to the same bytes.
@@ -54,7 +54,7 @@ def run_ray(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Ge
         yield from _run(jobs, setting, workers)
 
 
-def _run(jobs: Sequence[Job], setting: Setting, workers: int | None) -> Generator[Result]:
+def _run(jobs: Sequence[CityJob], setting: Setting, workers: int | None) -> Generator[CityResult]:
     # Read when it is imported: its own errors reach us as exceptions, and users see our lines alone.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
@@ -96,7 +96,7 @@ def _run(jobs: Sequence[Job], setting: Setting, workers: int | None) -> Generato
                 max_task_retries=ATTEMPTS - 1,
             )
         for row in done.iter_rows():
-            result = Result(**json.loads(row["result"]))
+            result = CityResult(**json.loads(row["result"]))
             del lost[result.city]
             yield result
         for job in lost.values():

@@ -14,9 +14,9 @@ from topt_deploy.storage.outputs import check_outside
 from ..addresses import is_uri
 from ..device_choice import CPU
 from ..pandas_blocker import with_pandas
-from ..predict_city import Job
+from ..predict_city import CityJob
 from ..settings import Setting
-from ..summary import Result, Summary
+from ..summary import CityResult, Summary
 from .city_task import work
 from .local_workers import run_local, workers_for
 from .plan import plan
@@ -34,7 +34,7 @@ def run_batch(
     engine: str = LOCAL,
     workers: int | None = None,
     timeout: float | None = None,
-    told: Callable[[Result, int, int], None] = lambda result, done, total: None,
+    told: Callable[[CityResult, int, int], None] = lambda result, done, total: None,
 ) -> None:
     """Predict many cities.
 
@@ -64,7 +64,7 @@ def run_batch(
         check_outside(Path(out), [Path(setting.bundle)])
     search = partial(plan, inputs, out, mobility=predictor.bundle.manifest.mobility)
     jobs = apart(search) if any(map(is_uri, inputs)) else search()
-    results: Generator[Result]
+    results: Generator[CityResult]
     if engine == LOCAL and predictor.device != CPU:
         # What CUDA has made in a process does not survive a fork, and one process keeps a GPU busy.
         if (workers or 1) > 1:
@@ -87,7 +87,7 @@ def run_batch(
             told(result, done, len(jobs))
 
 
-def _anywhere(job: Job) -> Job:
+def _anywhere(job: CityJob) -> CityJob:
     """The job for a process in whatever folder."""
     return replace(job, regions=_absolute(job.regions), mobility=_absolute(job.mobility), out=_absolute(job.out))
 
@@ -100,7 +100,7 @@ def _absolute(place: str | None) -> str | None:
     return place if place is None or is_uri(place) else os.path.abspath(place)
 
 
-def _cluster(engine: str) -> Callable[..., Generator[Result]]:
+def _cluster(engine: str) -> Callable[..., Generator[CityResult]]:
     with_pandas()
     if engine == RAY:
         from .ray import run_ray

@@ -10,10 +10,10 @@ from functools import cache
 
 from topt_deploy.errors import NoDevice, ToptError
 
-from ..predict_city import Job
+from ..predict_city import CityJob
 from ..predictor import Predictor
 from ..settings import Setting
-from ..summary import Result
+from ..summary import CityResult
 from .city_task import ATTEMPTS, lost_result, unopened, work
 from .silenced_output import quiet
 
@@ -24,7 +24,7 @@ def _opened(setting: Setting) -> Predictor:
     return setting.open()
 
 
-def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> Generator[Result]:
+def run_spark(jobs: Sequence[CityJob], setting: Setting, *, workers: int | None) -> Generator[CityResult]:
     """Do every job on the session that there is, on ``spark-submit``'s, or else on a local one; results come as they
     are made.
 
@@ -65,7 +65,7 @@ def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> 
             ) from error
     context = session.sparkContext
 
-    def task(items: Iterable[Job]) -> Iterable[Result]:
+    def task(items: Iterable[CityJob]) -> Iterable[CityResult]:
         for job in items:
             try:
                 predictor = _opened(setting)
@@ -74,7 +74,7 @@ def run_spark(jobs: Sequence[Job], setting: Setting, *, workers: int | None) -> 
             else:
                 yield work(job, predictor, setting)
 
-    def run(job: Job) -> Result:
+    def run(job: CityJob) -> CityResult:
         try:
             (result,) = context.parallelize([job], 1).mapPartitions(task).collect()
         except (PySparkException, Py4JError) as error:

@@ -35,7 +35,7 @@ def encode(
     **shared: Any,
 ) -> int:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
-    from topt_deploy.prompts.encode_job import Job
+    from topt_deploy.prompts.encode_job import EncodeJob
     from topt_deploy.prompts.templates import load_templates
 
     from ..encoder_bundles import find_encoder
@@ -45,7 +45,7 @@ def encode(
     log.listen()
     check_engine(encoder_engine, device)
     used = [path for path in (templates, require_signature) if path is not None]
-    job = Job(city=regions, read=used, bundles=[bundle], **shared)
+    job = EncodeJob(city=regions, read=used, bundles=[bundle], **shared)
     found = find_encoder(bundle, require_signature)
     opened = load_encoder(found, engine=encoder_engine, device=device, threads=threads)
     asked = load_templates(templates) if templates else opened.templates

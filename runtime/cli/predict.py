@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..settings import Setting
-    from ..summary import Result, Summary
+    from ..summary import CityResult, Summary
 
 DEFAULT_BUNDLE = "model.topt"
 BUNDLE_VARIABLE = "TOPT_BUNDLE"
@@ -152,13 +152,13 @@ def _predict_one(
     out: str | None,
     geo: Path | None,
 ) -> int:
-    from ..predict_city import SKIPPED, Job, check_map, predict_city
+    from ..predict_city import SKIPPED, CityJob, check_map, predict_city
     from ..receipt import Stopwatch, receipt_path
     from ..summary import result_of
 
     beside = regions.with_name(MOBILITY)
     mobility = mobility or (beside if beside.exists() else None)
-    job = Job(
+    job = CityJob(
         name=regions.parent.name,
         regions=str(regions),
         mobility=None if mobility is None else str(mobility),
@@ -202,7 +202,7 @@ def _predict_many(
     from ..batch.run_batch import run_batch
     from ..summary import FAILED
 
-    def told(result: "Result", done: int, total: int) -> None:
+    def told(result: "CityResult", done: int, total: int) -> None:
         if log.json:
             log.result("", event="city", **result.as_dict())
             return

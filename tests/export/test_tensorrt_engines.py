@@ -20,15 +20,15 @@ from topt_deploy.export.city_bundle import PROFILE
 from topt_deploy.export.golden_cities import synthetic_city
 from topt_deploy.export.onnx_graph import WEIGHTS, export_for_engine
 from topt_deploy.export.parity import compare, parity_gate, run_graph, run_model
-from topt_deploy.export.quantize_weights import in_4_bits, in_8_bits
-from topt_deploy.export.tensorrt_engines import Target, make_engines
+from topt_deploy.export.quantize_weights import quantize_int4, quantize_int8
+from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.half_precision import halved, in_half, never_in_few_bits
 from topt_deploy.run_folder import INPUTS_FILE
 from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import RTX, TENSORRT
-from topt_deploy.tensorrt.profile import Range
+from topt_deploy.tensorrt.profile import ProfileRange
 
 PRECISIONS = ("fp16", "int8", "int4")
 SIZES = (1, 2, 9, 77, 150)
@@ -144,7 +144,7 @@ def test_the_gate_refuses_what_is_another_precisions(graphs, model, inputs):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tensorrt_rtx_builds_it_for_two_capabilities(place, precision):
     rtx()
-    target = Target(flavour=RTX, precision=precision, capabilities=("8.0", "8.9"))
+    target = EngineTarget(flavour=RTX, precision=precision, capabilities=("8.0", "8.9"))
     made = make_engines(target, place(precision), PROFILE)
     assert {name: path.name for name, path in made.engines.items()} == {
         "8.0": "topt.sm80.engine", "8.9": "topt.sm89.engine",
@@ -159,21 +159,21 @@ def test_a_wrong_profile_names_the_dimension(place):
     with pytest.raises(UsageError, match="no sizes for dimension 'regions' of input 'poi'"):
         build_engine(library, place("fp16"), {}, capability="8.0")
     with pytest.raises(UsageError, match="has sizes for 'tokens'"):
-        build_engine(library, place("fp16"), {**PROFILE, "tokens": Range(least=1, usual=2, most=3)}, capability="8.0")
+        build_engine(library, place("fp16"), {**PROFILE, "tokens": ProfileRange(min=1, opt=2, max=3)}, capability="8.0")
 
 
 def test_an_unsupported_operator_is_named(tmp_path):
     rtx()
     path = write_graph(tmp_path / "dynamic.onnx", UNSUPPORTED)
     with pytest.raises(BadBundle) as refused:
-        make_engines(Target(flavour=TENSORRT, precision="int8"), path, PROFILE)
+        make_engines(EngineTarget(flavour=TENSORRT, precision="int8"), path, PROFILE)
     assert "DynamicQuantizeLinear (node dynamic)" in refused.value.found
 
 
 def test_where_tensorrt_is_not_the_target_builds(place, monkeypatch):
     """And where its sibling is not either, the standard's checker alone has looked."""
     monkeypatch.setattr(module, "_installed", lambda flavour: None)
-    made = make_engines(Target(flavour=TENSORRT, precision="fp16"), place("fp16"), PROFILE)
+    made = make_engines(EngineTarget(flavour=TENSORRT, precision="fp16"), place("fp16"), PROFILE)
     assert made.engines == {}
     assert made.library is None
     assert made.checked == ("onnx.checker",)
@@ -253,9 +253,9 @@ def test_a_manifest_that_is_not_of_that_form(desk, reseal, change):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target(flavour=RTX, precision="fp16"), "is to be told what for"),
-        (Target(flavour=TENSORRT, precision="fp16", capabilities=("8.0",)), "builds for the GPU that it runs on"),
-        (Target(flavour=RTX, precision="fp16", capabilities=("8.0", "9.0")), "does not build for this compute"),
+        (EngineTarget(flavour=RTX, precision="fp16"), "is to be told what for"),
+        (EngineTarget(flavour=TENSORRT, precision="fp16", capabilities=("8.0",)), "builds for the GPU that it runs on"),
+        (EngineTarget(flavour=RTX, precision="fp16", capabilities=("8.0", "9.0")), "does not build for this compute"),
     ],
 )
 def test_what_does_not_go_together_is_refused_first(target, message):
@@ -289,11 +289,11 @@ def test_codes_of_8_and_4_bits(scale_type):
     weight = (rng.normal(size=(5, 64)) * np.exp(rng.normal(size=(5, 1)))).astype(np.float32)
     weight[2] = 0
     weight[3] *= 1e-7  # whose scale in half is next to nothing
-    codes, scale = in_8_bits(weight, scale_type)
+    codes, scale = quantize_int8(weight, scale_type)
     assert (codes.dtype, scale.dtype) == (np.int8, scale_type)
     off = np.abs(codes * scale.astype(np.float32)[:, None] - weight).max(axis=1)
     assert (off <= np.maximum(0.51 * scale.astype(np.float32), 1e-12) + (scale_type is np.float16) * 1e-6).all()
-    codes, scale = in_4_bits(weight, scale_type)
+    codes, scale = quantize_int4(weight, scale_type)
     assert codes.min() >= -8
     assert codes.max() <= 7
     assert scale.shape == (5, 2)

@@ -208,9 +208,9 @@ class TestPython:
 
     def test_mlflow_without_rows(self, demo_bundle):
         pandas = pytest.importorskip("pandas")
-        from topt_deploy.runtime.mlflow import Model
+        from topt_deploy.runtime.mlflow import MlflowModel
 
-        model = Model(load(demo_bundle))
+        model = MlflowModel(load(demo_bundle))
         for frame in (pandas.DataFrame(), pandas.DataFrame({"city_id": [], "region_id": []}), 3):
             with pytest.raises(BadData):
                 model.predict(frame)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from topt_deploy.data.city import infer_schema, read_city
 from topt_deploy.prompts.table import read_regions
 from topt_deploy.prompts.templates import load_templates
-from topt_deploy.runtime.bad_rows import MASK, QUARANTINE, Sieve
+from topt_deploy.runtime.bad_rows import MASK, QUARANTINE, BadRowFilter
 
 N = 8
 EXAMPLES = 60 * SECONDS
@@ -86,7 +86,7 @@ def read(regions, mobility):
     contained(lambda _: read_city(regions, mobility, SCHEMA, labels=["crime"]), b"")
     contained(lambda _: read_regions(regions, WORDING), b"")
     for policy in (MASK, QUARANTINE):
-        sieve = Sieve(regions, mobility, policy)
+        sieve = BadRowFilter(regions, mobility, policy)
         contained(lambda _, sieve=sieve: (sieve.read(SCHEMA, id_col="region_id"), sieve.tables()), b"")
 
 

@@ -6,14 +6,14 @@ import torch
 from oracles import array, member_linear
 
 from topt_deploy.config.settings import EnsembleConfig
-from topt_deploy.model.residual_mlp import SKIP_SCALE, Network
+from topt_deploy.model.residual_mlp import SKIP_SCALE, ResidualMlp
 
 N, F, M = 11, 6, 3
 
 
 def network(seed=0, members=M, **settings):
     torch.manual_seed(seed)
-    made = Network(members=members, inputs=F, config=EnsembleConfig(**{"width": 5, "layers": 2, **settings}))
+    made = ResidualMlp(members=members, inputs=F, config=EnsembleConfig(**{"width": 5, "layers": 2, **settings}))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if name.endswith("bias"):
@@ -48,7 +48,7 @@ def test_every_member_is_the_loops(layers, members):
 
 
 def test_the_direct_path_starts_small():
-    module = Network(members=50, inputs=F, config=EnsembleConfig(width=20))
+    module = ResidualMlp(members=50, inputs=F, config=EnsembleConfig(width=20))
     largest = module.skip.weight.abs().max().item()
     assert 0.9 * SKIP_SCALE / F**0.5 < largest <= SKIP_SCALE / F**0.5
 

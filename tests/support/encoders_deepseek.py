@@ -9,7 +9,7 @@ from tokenizer import tiny_tokenizer
 
 from topt_deploy.prompts.families.deepseek_vl2.host import CONTROL
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
-from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekVL2
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekVL2Model
 
 TILE = 46
 """Three patches of 14 and a rest, as 384 has: an odd number of patches, which the projector fills up."""
@@ -93,7 +93,7 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         shapes = {
             name: tuple(tensor.shape)
-            for name, tensor in DeepseekVL2(DeepseekVL2Config.read(config)).state_dict().items()
+            for name, tensor in DeepseekVL2Model(DeepseekVL2Config.read(config)).state_dict().items()
         }
     width, patch = config["vision_config"]["width"], config["vision_config"]["patch_size"]
     shapes["vision.patch_embed.proj.weight"] = (width, 3, patch, patch)

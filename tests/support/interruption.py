@@ -2,7 +2,7 @@
 
 import pytest
 
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 
 
 class Interrupted(Exception):
@@ -11,7 +11,7 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     """Let training fail in this epoch, counted from the first epoch of any stage on."""
-    compiled = Engine.compiled
+    compiled = TrainingDevice.compiled
     count = 0
 
     def interrupted(self, loss):
@@ -26,4 +26,4 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
 
         return counted
 
-    monkeypatch.setattr(Engine, "compiled", interrupted)
+    monkeypatch.setattr(TrainingDevice, "compiled", interrupted)

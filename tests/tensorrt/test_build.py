@@ -7,10 +7,10 @@ from engines import UNSUPPORTED, rtx, write_external, write_graph
 from topt_deploy.errors import BadBundle, NoInput, UsageError
 from topt_deploy.tensorrt.build import CAPABILITIES, build_engine, parse
 from topt_deploy.tensorrt.library import TENSORRT, Library
-from topt_deploy.tensorrt.profile import Range
+from topt_deploy.tensorrt.profile import ProfileRange
 
 LINEAR = "g (float[regions, 3] x) => (float[regions, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> { y = MatMul(x, w) }"
-PROFILE = {"regions": Range(least=1, usual=7, most=100)}
+PROFILE = {"regions": ProfileRange(min=1, opt=7, max=100)}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_an_operator_of_onnx_runtimes_own_is_named(library, tmp_path):
     ("profile", "message"),
     [
         ({}, "no sizes for dimension 'regions' of input 'x'"),
-        ({"rows": Range(least=1, usual=1, most=1)}, "has sizes for 'rows'"),
-        ({"regions": Range(least=1, usual=700, most=100)}, "rejects the profile"),
+        ({"rows": ProfileRange(min=1, opt=1, max=1)}, "has sizes for 'rows'"),
+        ({"regions": ProfileRange(min=1, opt=700, max=100)}, "rejects the profile"),
     ],
 )
 def test_a_wrong_profile_is_named(library, graph, profile, message):
@@ -91,7 +91,7 @@ def test_a_profile_that_the_graph_cannot_do_with_is_named(library, tmp_path):
         """g (float[regions, 3] x, float[4, 3] w) => (float[regions, 3] y) { y = Add(x, w) }""",
     )
     with pytest.raises(BadBundle, match="cannot build an engine") as refused:
-        build_engine(library, path, {"regions": Range(least=5, usual=7, most=9)}, capability="8.0")
+        build_engine(library, path, {"regions": ProfileRange(min=5, opt=7, max=9)}, capability="8.0")
     assert "x [5, 3], [7, 3], [9, 3]" in refused.value.expected
 
 

@@ -3,19 +3,19 @@
 import pytest
 
 from topt_deploy.errors import UsageError
-from topt_deploy.tensorrt.profile import Range, as_record, parse_profile, read_profile, read_range, shapes
+from topt_deploy.tensorrt.profile import ProfileRange, as_record, parse_profile, read_profile, read_range, shapes
 
-REGIONS = {"regions": Range(least=1, usual=256, most=4096)}
+REGIONS = {"regions": ProfileRange(min=1, opt=256, max=4096)}
 DECODER = {
-    "batch": Range(least=1, usual=1, most=8),
-    "tokens": Range(least=1, usual=256, most=1024),
-    "past": Range(least=0, usual=512, most=8192),
+    "batch": ProfileRange(min=1, opt=1, max=8),
+    "tokens": ProfileRange(min=1, opt=256, max=1024),
+    "past": ProfileRange(min=0, opt=512, max=8192),
 }
 
 
 def test_a_range_is_three_numbers_in_order():
-    assert read_range("regions", [1, 77, 4096]) == Range(least=1, usual=77, most=4096)
-    assert read_range("past", [0, 1, 1]) == Range(least=0, usual=1, most=1)
+    assert read_range("regions", [1, 77, 4096]) == ProfileRange(min=1, opt=77, max=4096)
+    assert read_range("past", [0, 1, 1]) == ProfileRange(min=0, opt=1, max=1)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,11 @@ def test_only_the_past_may_be_nothing_and_even_that_not_as_a_rule():
 def test_the_command_line_names_dimensions_or_means_the_usual_one():
     assert parse_profile([], REGIONS, unnamed="regions") == REGIONS
     asked = parse_profile(["2,9, 50"], REGIONS, unnamed="regions")
-    assert asked == {"regions": Range(least=2, usual=9, most=50)}
+    assert asked == {"regions": ProfileRange(min=2, opt=9, max=50)}
     asked = parse_profile(["past=0,4,64", "3,4,5"], DECODER, unnamed="tokens")
     assert asked == {
-        "batch": DECODER["batch"], "tokens": Range(least=3, usual=4, most=5), "past": Range(least=0, usual=4, most=64),
+        "batch": DECODER["batch"],
+        "tokens": ProfileRange(min=3, opt=4, max=5), "past": ProfileRange(min=0, opt=4, max=64),
     }  # fmt: skip
     assert list(asked) == list(DECODER)
 
@@ -73,8 +74,8 @@ def test_every_input_gets_its_shapes():
     found = shapes(inputs, DECODER)
     assert set(found) == {"hidden", "past_key"}
     hidden, past = found["hidden"], found["past_key"]
-    assert (hidden.least, hidden.usual, hidden.most) == ((1, 1, 32), (1, 256, 32), (8, 1024, 32))
-    assert (past.least, past.usual, past.most) == ((1, 2, 0, 16), (1, 2, 512, 16), (8, 2, 8192, 16))
+    assert (hidden.min, hidden.opt, hidden.max) == ((1, 1, 32), (1, 256, 32), (8, 1024, 32))
+    assert (past.min, past.opt, past.max) == ((1, 2, 0, 16), (1, 2, 512, 16), (8, 2, 8192, 16))
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,16 @@ from topt_deploy.data.features import POSITION, all_widths, features
 from topt_deploy.errors import BadConfig
 from topt_deploy.model.gaussian_process import maximise_evidence
 from topt_deploy.model.leverage import Leverage
-from topt_deploy.model.residual_mlp import Network
+from topt_deploy.model.residual_mlp import ResidualMlp
 from topt_deploy.model.target import BEYOND
 from topt_deploy.model.topt import all_features
 from topt_deploy.train import loop as fit_module
 from topt_deploy.train import stacking
 from topt_deploy.train.ensemble import train_ensemble
-from topt_deploy.train.loop import Engine, Workplace, fit
+from topt_deploy.train.loop import TrainingDevice, Workplace, fit
 from topt_deploy.train.prompt4re import fold_of, training_sets
 
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True, prompts={"prompt_crime": 10})
 N = 24
 
@@ -292,7 +292,7 @@ def test_every_network_trains_as_if_it_were_alone(monkeypatch):
         known = ~np.isnan(labels[member // settings.ensemble.members])
         roots = np.cbrt(labels[member // settings.ensemble.members][known])
         aims = torch.tensor((roots - roots.mean()) / roots.std()).float()
-        alone = Network(members=1, inputs=x.shape[1], config=settings.ensemble)
+        alone = ResidualMlp(members=1, inputs=x.shape[1], config=settings.ensemble)
         own = {name: t if "standardize" in name else t[[member]] for name, t in start.state_dict().items()}
         alone.load_state_dict(own)
 

@@ -8,10 +8,10 @@ from builders import ENSEMBLE, PROMPT4RE, SREL, quiet
 from torch import nn
 
 from topt_deploy.errors import BadConfig, Exit, NoDevice
-from topt_deploy.train.loop import LOG_EVERY, Engine, fit, learning_rate
+from topt_deploy.train.loop import LOG_EVERY, TrainingDevice, fit, learning_rate
 from topt_deploy.train.progress import Reporter
 
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 X = torch.linspace(-2, 2, 24).reshape(8, 3)
 Y = X.square().sum(dim=1, keepdim=True)
 
@@ -230,19 +230,19 @@ def test_a_loss_that_is_not_finite_stops_training():
 
 class TestEngine:
     def test_defaults_on_a_cpu(self):
-        engine = Engine.choose("cpu", None, None)
+        engine = TrainingDevice.choose("cpu", None, None)
         assert (engine.device.type, engine.precision, engine.compile) == ("cpu", "fp32", False)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
     def test_absent_cuda_is_named_and_never_replaced(self):
         with pytest.raises(NoDevice, match="CUDA was requested") as caught:
-            Engine.choose("cuda", None, None)
+            TrainingDevice.choose("cuda", None, None)
         assert caught.value.exit_code == Exit.NO_DEVICE
         assert "--device cpu" in caught.value.fix
 
     def test_tf32_on_a_cpu_is_refused(self):
         with pytest.raises(BadConfig, match="tf32 exists on CUDA only") as caught:
-            Engine.choose("cpu", "tf32", None)
+            TrainingDevice.choose("cpu", "tf32", None)
         assert caught.value.exit_code == Exit.BAD_CONFIG
 
     def test_seeds_differ_by_seed_and_stage_and_repeat(self):
@@ -255,7 +255,7 @@ class TestEngine:
         assert torch.equal(torch.rand(3), draws[0, "a"])
 
     def test_bf16_computes_in_bf16_and_keeps_float32_weights(self):
-        engine = Engine.choose("cpu", "bf16", None)
+        engine = TrainingDevice.choose("cpu", "bf16", None)
         module, kinds = network(dropout=0.0), set()
 
         def loss():

@@ -27,12 +27,12 @@ from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train import loop as fit_module
 from topt_deploy.train.boosted_trees import boosted_trees
 from topt_deploy.train.datasets.city_files import write_city
-from topt_deploy.train.loop import Engine, Workplace, fit
+from topt_deploy.train.loop import TrainingDevice, Workplace, fit
 from topt_deploy.train.prompt4re import HeadResult, fold_of, one_label, train_head, training_sets
-from topt_deploy.train.run import Outcome, report, start_run, train_run
+from topt_deploy.train.run import TaskOutcome, report, start_run, train_run
 from topt_deploy.train.srel import embed, flow_target, similarity_targets, train_embedding
 
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
 N = 24
 
@@ -184,7 +184,7 @@ class TestTrainingSets:
 
     def test_a_held_out_prediction_is_the_one_of_the_fold_that_did_not_see_the_region(self):
         predicted = np.arange(18.0).reshape(3, 6)
-        outcome = Outcome.of(HeadResult(head=None, predicted=predicted), self.FOLD)
+        outcome = TaskOutcome.of(HeadResult(head=None, predicted=predicted), self.FOLD)
         np.testing.assert_array_equal(outcome.held_out, [6, np.nan, np.nan, 3, 10, 5])
         np.testing.assert_array_equal(outcome.in_sample, predicted[2])
 
@@ -206,7 +206,7 @@ def problem(n=N, seed=0, prompted=True, dtype=torch.float32):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trained(Outcome):
+class Trained(TaskOutcome):
     """A head trained on a run's training sets, and what it says of its own city."""
 
     head: TaskHead
@@ -226,7 +226,7 @@ def head(inputs, labels=None, config=None, checkpoints=None, **settings):
         "crime",
         place(checkpoints=checkpoints),
     )
-    return Trained(head=result.head, **vars(Outcome.of(result, fold)))
+    return Trained(head=result.head, **vars(TaskOutcome.of(result, fold)))
 
 
 def adjusted(**prompt4re):

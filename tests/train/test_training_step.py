@@ -26,7 +26,7 @@ from topt_deploy.model.topt import all_features
 from topt_deploy.train import ensemble, prompt4re
 from topt_deploy.train import srel as stage1
 from topt_deploy.train.ensemble import train_ensemble, train_ensembles
-from topt_deploy.train.loop import Engine, Workplace, fit
+from topt_deploy.train.loop import TrainingDevice, Workplace, fit
 from topt_deploy.train.prompt4re import fold_of, train_head, training_sets
 from topt_deploy.train.srel import embed, train_embedding
 from topt_deploy.train.training_step import WARM_UP, Step
@@ -37,7 +37,7 @@ CITY = tiny_city(N, prompts=PROMPTS)
 SCHEMA = infer_schema(
     tiny_city_tables(N, prompts=PROMPTS)[0], views=("poi", "land_use"), mobility=True, prompts=PROMPTS
 )
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 DROPOUT = 0.1
 
 
@@ -135,7 +135,7 @@ def test_captured_steps_are_the_same_steps(monkeypatch):
         CPU.seed(3, "test")
         module = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
         x = torch.linspace(-2, 2, 24).reshape(8, 3)
-        monkeypatch.setattr(Engine, "graph", lambda self, generators: graph)
+        monkeypatch.setattr(TrainingDevice, "graph", lambda self, generators: graph)
         # capturable itself is CUDA's alone
         monkeypatch.setattr(torch.optim, "Adam", lambda *a, capturable, **k: adam(*a, **k))
         seen = []
@@ -261,7 +261,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["srel", "prompt4re", "ensemble"])
 def test_a_step_on_cuda_mixes_no_devices_and_waits_for_nothing(cuda, stage):
-    place, settings = Workplace(engine=Engine(device=CUDA), reporter=quiet()), config()
+    place, settings = Workplace(engine=TrainingDevice(device=CUDA), reporter=quiet()), config()
     with fake_cuda(), ExitStack() as stack:
         inputs = inputs_on(CUDA)
         if stage == "srel":

@@ -15,10 +15,10 @@ from .settings import (
     DEFAULT_PRESET,
     RESERVED_TASKS,
     RESERVED_VIEWS,
+    Bounds,
     Config,
     EnsembleConfig,
     Prompt4ReConfig,
-    Range,
     SrelConfig,
     TargetConfig,
     TaskConfig,
@@ -245,7 +245,7 @@ def _build(cls: Any, values: Mapping[str, Any], where: str, known: Iterable[str]
 
 
 def _convert(value: Any, kind: Any, key: str, where: str) -> Any:
-    allowed = Range()
+    allowed = Bounds()
     if get_origin(kind) is Annotated:
         kind, allowed = get_args(kind)
     expected = getattr(kind, "__name__", str(kind))

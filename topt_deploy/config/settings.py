@@ -32,15 +32,15 @@ RESERVED_TASKS = {
 
 
 @dataclass(frozen=True)
-class Range:
+class Bounds:
     """The values that a number may take: ``low ≤ x < high``."""
 
     low: float = 0
     high: float = math.inf
 
 
-Positive = Annotated[int, Range(1)]
-Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[int, Bounds(1)]
+Share = Annotated[float, Bounds(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class EnsembleConfig:
     topt: bool = False
     embedding: bool = True
     inner_folds: int = 0
-    clip: Annotated[float, Range(0)] = 0.0
+    clip: Annotated[float, Bounds(0)] = 0.0
     lengths: tuple[float, ...] = (0.7, 1.5)
     position_lengths: tuple[float, ...] = (0.3, 1.0)
     not_linear: tuple[str, ...] = ("land_use", "position", "destinations")

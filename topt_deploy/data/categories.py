@@ -9,7 +9,7 @@ import numpy as np
 from topt_deploy.errors import BadData
 
 from .columns import (
-    Source,
+    TableReader,
     canonical,
     check_counts,
     floats,
@@ -21,7 +21,7 @@ from .columns import (
 Array = np.ndarray[Any, Any]
 
 
-def find_categories(source: Source, view: str) -> tuple[str, ...]:
+def find_categories(source: TableReader, view: str) -> tuple[str, ...]:
     """Categories of a view: the list column's own names, or the sorted suffixes of its wide columns."""
     if source.has(view):
         width = list_width(source, view)
@@ -45,7 +45,7 @@ def find_categories(source: Source, view: str) -> tuple[str, ...]:
     return tuple(sorted(c.removeprefix(prefix) for c in source.names if c.startswith(prefix)))
 
 
-def _unnamed(source: Source, view: str, found: str, expected: Sequence[str] = ()) -> BadData:
+def _unnamed(source: TableReader, view: str, found: str, expected: Sequence[str] = ()) -> BadData:
     """Counts by position would mean something else in the next table, and no number would tell."""
     return BadData(
         f"the list column {view!r} does not name its categories",
@@ -63,7 +63,7 @@ def _numbered(categories: Sequence[str]) -> bool:
     return tuple(categories) == tuple(f"{i:02d}" for i in range(len(categories)))
 
 
-def read_view(source: Source, ids: Array, view: str, categories: Sequence[str]) -> Array:
+def read_view(source: TableReader, ids: Array, view: str, categories: Sequence[str]) -> Array:
     if in_list := source.has(view):
         values = lists(source, ids, view, len(categories)).astype(np.float64)
         if b"categories" in (source.field(view).metadata or {}):
@@ -86,7 +86,7 @@ def read_view(source: Source, ids: Array, view: str, categories: Sequence[str]) 
     return values
 
 
-def _refuse_categories(source: Source, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
+def _refuse_categories(source: TableReader, view: str, expected: Sequence[str], found: Sequence[str]) -> None:
     ours, theirs = ({canonical(name) for name in names} for names in (expected, found))
     missing = [name for name in expected if canonical(name) not in theirs]
     unknown = [name for name in found if canonical(name) not in ours]

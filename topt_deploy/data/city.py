@@ -22,7 +22,7 @@ from .columns import (
     PROMPT_PREFIX,
     REGION_ID,
     Given,
-    Source,
+    TableReader,
     canonical,
     check_counts,
     checked_ids,
@@ -107,7 +107,7 @@ def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompt
     Raises:
         BadData: If a view or prompt column is absent.
     """
-    source = Source(regions, BadRows.REGIONS)
+    source = TableReader(regions, BadRows.REGIONS)
     vocabularies: dict[str, tuple[str, ...]] = {}
     for view in views:
         vocabularies[view] = find_categories(source, view)
@@ -157,7 +157,7 @@ def read_city(
         NoInput: If a file is missing, or flows are needed and no mobility is given.
     """
     labels = tuple(labels)
-    source = Source(regions, BadRows.REGIONS, _wanted(schema, labels, id_col))
+    source = TableReader(regions, BadRows.REGIONS, _wanted(schema, labels, id_col))
     ids = _region_ids(source, id_col)
     city_id = _city_id(source) or city_id
     order = np.argsort(ids, kind="stable")
@@ -171,7 +171,7 @@ def read_city(
                 expected="mobility.parquet with origin_id, dest_id, flow",
                 fix="put mobility.parquet beside the regions, or name it with --mobility",
             )
-        flows = read_flows(Source(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
+        flows = read_flows(TableReader(mobility, BadRows.MOBILITY), sorted_ids, source.name, city_id)
     return City(
         region_id=sorted_ids,
         input_row=order,
@@ -200,7 +200,7 @@ def add_prompts(city: City, regions: Given, schema: Schema) -> City:
     Raises:
         BadData: If a prompt column is absent, or holds something else than vectors of its width.
     """
-    source = Source(regions, BadRows.REGIONS, lambda column: column in schema.prompts)
+    source = TableReader(regions, BadRows.REGIONS, lambda column: column in schema.prompts)
     ids, order = np.empty_like(city.region_id), city.input_row
     ids[order] = city.region_id
     return replace(
@@ -219,7 +219,7 @@ def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str
     return lambda column: column in exact or column.startswith(prefixes)
 
 
-def _region_ids(source: Source, id_col: str) -> Array:
+def _region_ids(source: TableReader, id_col: str) -> Array:
     if not source.has(id_col):
         raise BadData(
             "the region ids are absent",
@@ -261,7 +261,7 @@ def _region_ids(source: Source, id_col: str) -> Array:
     return ids
 
 
-def _city_id(source: Source) -> str | None:
+def _city_id(source: TableReader) -> str | None:
     if source.has(CITY_ID):
         cities = sorted(set(filter(None, city_names(source)[0])))
         if len(cities) > 1:
@@ -292,13 +292,13 @@ def hive_city(file: Path) -> str | None:
     return None if name is None else canonical(name)
 
 
-def _made_with(source: Source, schema: Schema, what: bytes) -> dict[str, str]:
+def _made_with(source: TableReader, schema: Schema, what: bytes) -> dict[str, str]:
     """Encoder, template and precision that the metadata of the prompt columns name, if any."""
     said = {column: (source.field(column).metadata or {}).get(what, b"") for column in schema.prompts}
     return {column: name.decode(errors="replace") for column, name in said.items() if name}
 
 
-def _label(source: Source, ids: Array, task: str) -> Array:
+def _label(source: TableReader, ids: Array, task: str) -> Array:
     if not source.has(task):
         raise BadData(
             "label column is absent",

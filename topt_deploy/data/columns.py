@@ -41,7 +41,7 @@ def file_of(table: Given) -> Path | None:
     return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
 
 
-class Source:
+class TableReader:
     """A table, or a Parquet file that is read when its columns are: prompt vectors one column at a time.
 
     Args:
@@ -139,7 +139,7 @@ class Source:
         return self.schema.metadata or {}
 
 
-def texts(source: Source, column: str, fix: str) -> tuple[list[str | None], Array]:
+def texts(source: TableReader, column: str, fix: str) -> tuple[list[str | None], Array]:
     """A text column, dictionary-encoded or not; numbers are refused, for they lose leading zeros.
 
     Returns:
@@ -160,13 +160,13 @@ def texts(source: Source, column: str, fix: str) -> tuple[list[str | None], Arra
     return different(source, column)
 
 
-def strings(source: Source, column: str, fix: str) -> list[str | None]:
+def strings(source: TableReader, column: str, fix: str) -> list[str | None]:
     """:func:`texts`, one per row."""
     values, places = texts(source, column, fix)
     return [values[place] for place in places.tolist()]
 
 
-def different(source: Source, column: str) -> tuple[list[Any], Array]:
+def different(source: TableReader, column: str) -> tuple[list[Any], Array]:
     """The different values of a column, and int64 (N,), each row's place among them.
 
     Raises:
@@ -195,7 +195,7 @@ def different(source: Source, column: str) -> tuple[list[Any], Array]:
     return list(places), np.concatenate(parts)
 
 
-def city_names(source: Source) -> tuple[list[str | None], Array]:
+def city_names(source: TableReader) -> tuple[list[str | None], Array]:
     """:func:`different` of the column ``city_id`` as names: a city that is a number is "7", however it is stored."""
     values, places = different(source, CITY_ID)
     names = [_name(value) for value in values]
@@ -221,7 +221,7 @@ def _name(value: Any) -> str | None:
     return canonical(str(value))
 
 
-def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Array:
+def floats(source: TableReader, ids: Array, column: str, nulls: bool = False) -> Array:
     """A numeric column as float64 (N,); nulls are an error unless allowed, and then NaN."""
     data = source.column(column)
     numeric = pa.types.is_integer(data.type) or pa.types.is_floating(data.type) or pa.types.is_decimal(data.type)
@@ -245,7 +245,7 @@ def floats(source: Source, ids: Array, column: str, nulls: bool = False) -> Arra
     return values
 
 
-def check_counts(source: Source, ids: Array, column: str, values: Array, part_of: str | None = None) -> None:
+def check_counts(source: TableReader, ids: Array, column: str, values: Array, part_of: str | None = None) -> None:
     """Refuse what is no count; ``column`` may be a part of a list column, ``part_of``."""
     bad = ~np.isfinite(values) | (values < 0)
     if bad.any():
@@ -262,7 +262,7 @@ def check_counts(source: Source, ids: Array, column: str, values: Array, part_of
         )
 
 
-def list_width(source: Source, column: str) -> int:
+def list_width(source: TableReader, column: str) -> int:
     """The width of a list column: of its type where fixed, else of its first list that is not null."""
     kind = source.field(column).type
     if pa.types.is_fixed_size_list(kind):
@@ -272,7 +272,7 @@ def list_width(source: Source, column: str) -> int:
     return next((len(value) for value in source.column(column) if value.is_valid), 0)
 
 
-def lists(source: Source, ids: Array, column: str, width: int) -> Array:
+def lists(source: TableReader, ids: Array, column: str, width: int) -> Array:
     """A list column as float64 or float32 (N, width), finite."""
     if not source.has(column):
         prompt = column.startswith(PROMPT_PREFIX)
@@ -342,7 +342,7 @@ def some(names: Sequence[str], limit: int = 8) -> str:
 ID_LIMIT = 256
 
 
-def checked_ids(source: Source, column: str, raw: Sequence[str | None]) -> Array:
+def checked_ids(source: TableReader, column: str, raw: Sequence[str | None]) -> Array:
     """Ids as an array, in which each takes the room of the longest."""
     longest = max(map(len, filter(None, raw)), default=0)
     if longest > ID_LIMIT:

@@ -12,7 +12,7 @@ from topt_deploy.errors import BadData
 
 from .columns import (
     GEOMETRY,
-    Source,
+    TableReader,
     floats,
     some,
 )
@@ -20,7 +20,7 @@ from .columns import (
 Array = np.ndarray[Any, Any]
 
 
-def read_lonlat(source: Source, ids: Array) -> Array:
+def read_lonlat(source: TableReader, ids: Array) -> Array:
     given = source.has("lon") and source.has("lat")
     if given:
         lonlat = np.stack([floats(source, ids, "lon"), floats(source, ids, "lat")], axis=1)
@@ -53,7 +53,7 @@ def read_lonlat(source: Source, ids: Array) -> Array:
     return lonlat
 
 
-def _check_plausible(source: Source, ids: Array, lonlat: Array, fill: Sequence[str]) -> None:
+def _check_plausible(source: TableReader, ids: Array, lonlat: Array, fill: Sequence[str]) -> None:
     """Refuse positions that no city's regions have, and warn of such as hardly any have: one wrong region moves all."""
     for what, bad, fix in positions.implausible(lonlat):
         if bad.any():
@@ -92,7 +92,7 @@ def _check_plausible(source: Source, ids: Array, lonlat: Array, fill: Sequence[s
         )  # fmt: skip
 
 
-def described_geometry(source: Source) -> tuple[pa.ChunkedArray, bytes | None] | None:
+def described_geometry(source: TableReader) -> tuple[pa.ChunkedArray, bytes | None] | None:
     if source.geometry is None:
         return None
     geo = (_described(source).schema.metadata or {}).get(b"geo")
@@ -112,7 +112,7 @@ def _alone(geo: bytes, column: str) -> bytes:
         return geo  # whoever reads the shapes refuses it
 
 
-def _described(source: Source) -> pa.Table:
+def _described(source: TableReader) -> pa.Table:
     """The table with GeoParquet's key, which a file of Parquet's own GEOMETRY type may lack."""
     if source.file is None or b"geo" in source.metadata:
         return source.table

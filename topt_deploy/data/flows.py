@@ -11,7 +11,7 @@ from .columns import (
     CITY_ID,
     FLOW_COLUMNS,
     TARGET_FLOW,
-    Source,
+    TableReader,
     canonical,
     check_counts,
     checked_ids,
@@ -40,7 +40,7 @@ class Flows:
     target: Array
 
 
-def read_flows(source: Source, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
+def read_flows(source: TableReader, sorted_ids: Array, regions_name: str, city_id: str | None) -> Flows:
     """The flows of a city.
 
     Args:
@@ -76,7 +76,7 @@ def read_flows(source: Source, sorted_ids: Array, regions_name: str, city_id: st
     )
 
 
-def _columns(source: Source) -> dict[str, str]:
+def _columns(source: TableReader) -> dict[str, str]:
     """The table's columns of origins, destinations and flows, each by one of its names."""
     columns = {}
     for role, aliases in FLOW_COLUMNS.items():
@@ -92,7 +92,7 @@ def _columns(source: Source) -> dict[str, str]:
     return columns
 
 
-def _choose_city(source: Source, regions_name: str, city_id: str | None) -> None:
+def _choose_city(source: TableReader, regions_name: str, city_id: str | None) -> None:
     """Go on with the flows of this city alone."""
     if source.has(CITY_ID):
         cities, places = city_names(source)
@@ -110,7 +110,7 @@ def _choose_city(source: Source, regions_name: str, city_id: str | None) -> None
             source.choose(mine)
 
 
-def _ends(source: Source, column: str, sorted_ids: Array, regions_name: str) -> Array:
+def _ends(source: TableReader, column: str, sorted_ids: Array, regions_name: str) -> Array:
     """One end of every flow, int64 (E,), as its region's position in ``sorted_ids``."""
     values, places = texts(source, column, fix=f"write the ids as they stand in {regions_name}")
     names = checked_ids(source, column, [value or "" for value in values])
@@ -145,7 +145,7 @@ def _find_composed(sorted_ids: Array, names: Array, position: Array, unknown: Ar
             position[row], unknown[row] = place, False
 
 
-def _flow_values(source: Source, column: str, sorted_ids: Array, pairs: Array) -> Array:
+def _flow_values(source: TableReader, column: str, sorted_ids: Array, pairs: Array) -> Array:
     origins = sorted_ids[pairs[:, 0]]
     values = floats(source, origins, column)
     check_counts(source, origins, column, values)

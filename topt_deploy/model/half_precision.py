@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .prompt4re import MemberLinear
-from .residual_mlp import Network
+from .residual_mlp import ResidualMlp
 from .srel import Srel
 
 HALVED = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, F.linear})
@@ -62,6 +62,6 @@ def never_in_few_bits(model: nn.Module) -> frozenset[str]:
     for name, module in model.named_modules():
         if isinstance(module, Srel):
             names.append(f"{name}.mlp.{len(module.mlp) - 1}.weight")
-        elif isinstance(module, Network):
+        elif isinstance(module, ResidualMlp):
             names += [f"{name}.first.weight", f"{name}.skip.weight"]
     return frozenset(names)

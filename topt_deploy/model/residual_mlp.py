@@ -18,7 +18,7 @@ SKIP_SCALE = 0.1
 """The direct linear path starts this much smaller than a layer would, for it sees every feature at once."""
 
 
-class Network(nn.Module):
+class ResidualMlp(nn.Module):
     """h = relu(W₀x), then residual layers h + relu(W h), then a linear map of h and of x itself.
 
     *Shape:* (N, F) → (M, N), on the standardised target scale
@@ -38,7 +38,7 @@ class Network(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     @classmethod
-    def joined(cls, networks: Sequence["Network"], config: EnsembleConfig) -> "Network":
+    def joined(cls, networks: Sequence["ResidualMlp"], config: EnsembleConfig) -> "ResidualMlp":
         """The members of several networks of the same inputs, in order, as one batch."""
         states = [network.state_dict() for network in networks]
         inputs = len(networks[0].standardize.mean)

@@ -15,7 +15,7 @@ from .gaussian_process import PROMPT, RADIAL, KernelHead
 from .layers import ByName, Standardize
 from .leverage import Leverage
 from .prompt4re import Prompt4Re, PromptBasis
-from .residual_mlp import Network
+from .residual_mlp import ResidualMlp
 from .srel import Srel
 from .target import Target
 
@@ -130,7 +130,9 @@ class EnsembleHead(nn.Module):
         prompt = {PROMPT: rank} if rank else {}
         self.kernel = KernelHead({**widths, **prompt}, config, rows) if config.kernel or config.radial else None
         inputs = sum(widths.values())
-        self.network = Network(members=rows * config.members, inputs=inputs, config=config) if config.network else None
+        self.network = (
+            ResidualMlp(members=rows * config.members, inputs=inputs, config=config) if config.network else None
+        )
         self.embeds = config.topt and config.embedding
         self.topt = None
         if config.topt:

@@ -16,7 +16,7 @@ from .encoder_spec import TEXT, EncoderSpec
 from .images import Picture, open_image
 from .pooling import Backend, pooled
 from .prompt import Array, Family, Prompt
-from .table import IMAGES, Regions, prompt_table
+from .table import IMAGES, PromptRegions, prompt_table
 from .templates import Templates
 
 FAIL, SKIP = "fail", "skip"
@@ -151,7 +151,7 @@ class _Waiting:
 
 
 def encode(
-    regions: Regions,
+    regions: PromptRegions,
     encoder: Encoder,
     templates: Templates,
     tasks: Sequence[str],
@@ -214,7 +214,7 @@ def encode(
     return Encoded(table=table, encoded=work.encoded, cached=work.cached, skipped=work.skipped)
 
 
-def _check_reads_images(encoder: Encoder, regions: Regions) -> None:
+def _check_reads_images(encoder: Encoder, regions: PromptRegions) -> None:
     if encoder.spec.family == TEXT and any(regions.images):
         raise BadData(
             f"{encoder.spec.name} reads no images",
@@ -242,7 +242,7 @@ class _Encoding:
 
     def __init__(
         self,
-        regions: Regions,
+        regions: PromptRegions,
         encoder: Encoder,
         questions: Sequence[str],
         *,

@@ -35,7 +35,7 @@ class Team(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EncodeJob:
     """A city to encode; the fields are what the user asked for.
 
     Attributes:

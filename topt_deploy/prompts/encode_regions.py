@@ -15,7 +15,7 @@ from topt_deploy.errors import BadRows, UsageError
 
 from .encode import FAIL, SKIP, Encoded, Encoder
 from .encode import encode as encode_texts_and_images
-from .encode_job import Job
+from .encode_job import EncodeJob
 from .options import TASKS
 from .table import merge_prompts, read_regions
 from .templates import Templates, load_templates
@@ -144,7 +144,7 @@ def encode(
     given = as_given(regions, BadRows.REGIONS)
     job = None
     if isinstance(given, Path):
-        job = Job(
+        job = EncodeJob(
             city=given, tasks=several(tasks), out=None if out is None else Path(out), update_regions=update_regions,
             images_root=None if images_root is None else Path(images_root), on_bad_image=on_bad_image, resume=resume,
             no_cache=no_cache,

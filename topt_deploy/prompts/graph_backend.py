@@ -31,7 +31,7 @@ class Runner(Protocol):
         """Compute the named outputs: of arrays, and of what other runners of its kind have put out."""
 
 
-class Between(Protocol):
+class Connector(Protocol):
     """The steps from one network's outputs to the next one's inputs, on the device where the outputs are."""
 
     def join(self, features: Sequence[Held]) -> Held:
@@ -50,8 +50,8 @@ class Between(Protocol):
         """Sums over ranges of tokens (:meth:`.pooling.Backend.sums`)."""
 
 
-class OnHost:
-    """:class:`Between` of runners that give numpy arrays."""
+class HostConnector:
+    """:class:`Connector` of runners that give numpy arrays."""
 
     def join(self, features: Sequence[Array]) -> Array:
         """One behind the other."""
@@ -71,7 +71,7 @@ class OnHost:
         return np.array(sums)
 
 
-class Rows(Protocol):
+class EmbeddingRows(Protocol):
     """Token embeddings (vocabulary, H): an array, or what reads as one."""
 
     def __getitem__(self, ids: Array, /) -> Array:
@@ -107,14 +107,14 @@ class GraphBackend:
         self,
         networks: Mapping[str, Runner],
         *,
-        embedding: Rows,
+        embedding: EmbeddingRows,
         past: Mapping[str, Sequence[int]],
         spec: EncoderSpec,
         chunk: int,
-        between: Between | None = None,
+        between: Connector | None = None,
     ) -> None:
         self._networks, self._embedding, self._past, self._spec = networks, embedding, past, spec
-        self._between = between or OnHost()
+        self._between = between or HostConnector()
         self.chunk = chunk
 
     def embed(self, ids: Array, features: Held = None, places: Array | None = None) -> Held:

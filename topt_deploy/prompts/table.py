@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.data.city import infer_schema, read_city
-from topt_deploy.data.columns import CITY_ID, PROMPT_PREFIX, REGION_ID, Source, some, strings
+from topt_deploy.data.columns import CITY_ID, PROMPT_PREFIX, REGION_ID, TableReader, some, strings
 from topt_deploy.errors import BadData, BadRows
 
 from .geotext import geo_text
@@ -26,7 +26,7 @@ REASON = "reason"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Regions:
+class PromptRegions:
     """The regions to encode, sorted by region id. N regions.
 
     Attributes:
@@ -45,7 +45,7 @@ class Regions:
         return len(self.region_id)
 
 
-def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = REGION_ID) -> Regions:
+def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = REGION_ID) -> PromptRegions:
     """Read geo-texts and the names of images.
 
     A region's text is its ``text`` where it has one, and is built from position, ``address`` and ``poi_*`` where not.
@@ -59,7 +59,7 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
         BadData: If a column is not of its type, or a region has nothing to be encoded but its position.
         NoInput: If the file is missing.
     """
-    source = Source(regions, BadRows.REGIONS, lambda column: column in (TEXT, ADDRESS, IMAGES))
+    source = TableReader(regions, BadRows.REGIONS, lambda column: column in (TEXT, ADDRESS, IMAGES))
     texts, addresses, images = _strings(source, TEXT), _strings(source, ADDRESS), _images(source)
     counted = None in texts and any(column == POI or column.startswith(f"{POI}_") for column in source.everything)
     if counted:
@@ -82,7 +82,7 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
         lon, lat = city.lonlat[position].tolist()
         pois = dict(zip(schema.views[POI], city.views[POI][position].tolist(), strict=True)) if counted else None
         built.append(texts[row] or geo_text(wording, lon=lon, lat=lat, address=addresses[row], pois=pois))
-    return Regions(
+    return PromptRegions(
         region_id=city.region_id,
         city_id=city.city_id,
         texts=tuple(built),
@@ -91,7 +91,7 @@ def read_regions(regions: Path | pa.Table, wording: Wording, *, id_col: str = RE
 
 
 def prompt_table(
-    regions: Regions,
+    regions: PromptRegions,
     vectors: Mapping[str, Array],
     *,
     reasons: Sequence[str | None],
@@ -168,7 +168,7 @@ def merge_prompts(regions: pa.Table, prompts: pa.Table, *, id_col: str = REGION_
 
 def _ids(table: pa.Table, id_col: str, role: str) -> dict[str | None, int]:
     """Rows by region id."""
-    source = Source(table, role)
+    source = TableReader(table, role)
     if not source.has(id_col):
         raise BadData("the region ids are absent", file=source.name, column=id_col, found=some(source.everything))
     ids = strings(source, id_col, fix="encode again")
@@ -182,11 +182,11 @@ def _cities(table: pa.Table) -> set[str]:
     return set(table.column(CITY_ID).to_pylist()) - {None} if CITY_ID in table.column_names else set()
 
 
-def _rows(source: Source) -> int:
+def _rows(source: TableReader) -> int:
     return source.table.num_rows if source.file is None else source.file.rows
 
 
-def _strings(source: Source, column: str) -> list[str | None]:
+def _strings(source: TableReader, column: str) -> list[str | None]:
     """A column of texts, None where null, blank or absent."""
     if not source.has(column):
         return [None] * _rows(source)
@@ -200,7 +200,7 @@ def _strings(source: Source, column: str) -> list[str | None]:
     return [text if text and text.strip() else None for text in texts]
 
 
-def _images(source: Source) -> list[tuple[str, ...]]:
+def _images(source: TableReader) -> list[tuple[str, ...]]:
     """Names of each region's images; none where null or absent."""
     if not source.has(IMAGES) or pa.types.is_null(source.field(IMAGES).type):
         return [()] * _rows(source)
@@ -219,7 +219,7 @@ def _images(source: Source) -> list[tuple[str, ...]]:
     return [tuple(name for name in names or [] if name) for names in named]
 
 
-def _check_named(source: Source) -> None:
+def _check_named(source: TableReader) -> None:
     """Refuse counts in a list without names: "12 of 03" tells a language model nothing."""
     if POI in source.everything and b"categories" not in (source.field(POI).metadata or {}):
         raise BadData(

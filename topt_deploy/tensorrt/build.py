@@ -206,13 +206,13 @@ def _inputs(work: _Work) -> dict[str, tuple[int | str | None, ...]]:
 def _add_profile(work: _Work, config: Any, sizes: Mapping[str, Shapes]) -> None:
     profile = work.builder.create_optimization_profile()
     for name, of in sizes.items():
-        profile.set_shape(name, of.least, of.usual, of.most)
+        profile.set_shape(name, of.min, of.opt, of.max)
     if sizes and config.add_optimization_profile(profile) < 0:
         raise UsageError("the library rejects the profile", expected="a valid one", found=_listed(sizes))
 
 
 def _listed(sizes: Mapping[str, Shapes]) -> str:
-    each = (f"{name} {list(of.least)}, {list(of.usual)}, {list(of.most)}" for name, of in sizes.items())
+    each = (f"{name} {list(of.min)}, {list(of.opt)}, {list(of.max)}" for name, of in sizes.items())
     return "; ".join(each) or "inputs of fixed size"
 
 

@@ -18,35 +18,35 @@ LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
+class ProfileRange:
     """Sizes of a dimension.
 
     Attributes:
-        least, usual, most: An engine takes every size from least to most, and is fastest at the usual one.
+        min, opt, max: An engine takes every size from min to max, and is fastest at opt.
     """
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
     def as_list(self) -> list[int]:
         """As it stands in a manifest."""
-        return [self.least, self.usual, self.most]
+        return [self.min, self.opt, self.max]
 
 
-Profile = Mapping[str, Range]
+Profile = Mapping[str, ProfileRange]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
     """An input's shapes under a profile, as TensorRT is told them."""
 
-    least: Shape
-    usual: Shape
-    most: Shape
+    min: Shape
+    opt: Shape
+    max: Shape
 
 
-def read_range(name: str, sizes: Sequence[Any]) -> Range:
+def read_range(name: str, sizes: Sequence[Any]) -> ProfileRange:
     """The range of a dimension.
 
     Args:
@@ -65,10 +65,10 @@ def read_range(name: str, sizes: Sequence[Any]) -> Range:
             found=",".join(map(str, sizes)) or "nothing",
             fix=f"--profile {name}={smallest},256,1024, for example",
         )
-    return Range(least=sizes[0], usual=sizes[1], most=sizes[2])
+    return ProfileRange(min=sizes[0], opt=sizes[1], max=sizes[2])
 
 
-def parse_profile(texts: Sequence[str], default: Profile, *, unnamed: str) -> dict[str, Range]:
+def parse_profile(texts: Sequence[str], default: Profile, *, unnamed: str) -> dict[str, ProfileRange]:
     """The profile that a command line asks for.
 
     Args:
@@ -79,7 +79,7 @@ def parse_profile(texts: Sequence[str], default: Profile, *, unnamed: str) -> di
     Raises:
         UsageError: If a text is neither, or names a dimension that is not there, or the same one twice.
     """
-    asked: dict[str, Range] = {}
+    asked: dict[str, ProfileRange] = {}
     for text in texts:
         before, equals, after = text.partition("=")
         name, sizes = (before.strip(), after) if equals else (unnamed, text)
@@ -93,7 +93,7 @@ def parse_profile(texts: Sequence[str], default: Profile, *, unnamed: str) -> di
     return {**default, **asked}
 
 
-def read_profile(record: Mapping[str, Any]) -> dict[str, Range]:
+def read_profile(record: Mapping[str, Any]) -> dict[str, ProfileRange]:
     """A profile of a manifest's values.
 
     Raises:
@@ -142,8 +142,8 @@ def shapes(inputs: Mapping[str, Sequence[int | str | None]], profile: Profile) -
                 )
         if free:
             found[name] = Shapes(
-                least=tuple(dim if isinstance(dim, int) else profile[str(dim)].least for dim in dims),
-                usual=tuple(dim if isinstance(dim, int) else profile[str(dim)].usual for dim in dims),
-                most=tuple(dim if isinstance(dim, int) else profile[str(dim)].most for dim in dims),
+                min=tuple(dim if isinstance(dim, int) else profile[str(dim)].min for dim in dims),
+                opt=tuple(dim if isinstance(dim, int) else profile[str(dim)].opt for dim in dims),
+                max=tuple(dim if isinstance(dim, int) else profile[str(dim)].max for dim in dims),
             )
     return found

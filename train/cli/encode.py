@@ -12,7 +12,7 @@ import click
 from topt_deploy.errors import Exit
 from topt_deploy.progress import ProgressBar
 from topt_deploy.prompts.encode import limit_pixels
-from topt_deploy.prompts.encode_job import Job
+from topt_deploy.prompts.encode_job import EncodeJob
 from topt_deploy.prompts.options import shared_options
 from topt_deploy.prompts.table import read_regions
 from topt_deploy.prompts.templates import load_templates
@@ -79,7 +79,7 @@ def encode(
     What was encoded before and has not changed is taken from a cache, so that a run that was cut off goes on where it
     was.
     """
-    job = Job(city=city, **shared)
+    job = EncodeJob(city=city, **shared)
     asked = load_templates(templates)
     for task in job.tasks:
         asked.question(task)
@@ -120,7 +120,7 @@ def encode(
     return job.exit_code(done)
 
 
-def _in_processes(context: click.Context, processes: int, job: Job, *, device: str, threads: int) -> None:
+def _in_processes(context: click.Context, processes: int, job: EncodeJob, *, device: str, threads: int) -> None:
     """Run this very command in several processes; without a cache of the city's, they meet in one for the time."""
     check_team(processes, device)
     arguments = arguments_of(context, leave_out=("processes", "no_cache"))

@@ -59,7 +59,7 @@ def evaluate(
 
     from ..evaluation.evaluate import evaluate_city
     from ..evaluation.registry import choose
-    from ..loop import Engine
+    from ..loop import TrainingDevice
     from ..progress import Reporter
     from ..settle import settle
 
@@ -80,7 +80,7 @@ def evaluate(
         protocol=protocol,
         seeds=range(FIRST_SEED, FIRST_SEED + seeds),
         nominal=coverage,
-        engine=Engine.choose(device, None, None),
+        engine=TrainingDevice.choose(device, None, None),
         reporter=reporter,
         out=out,
     )

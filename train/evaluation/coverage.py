@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from topt_deploy.data.features import POSITION, all_widths
-from topt_deploy.intervals import cv_plus, fold_scores, interval, scores
+from topt_deploy.intervals import cv_plus, fold_scores, interval, nonconformity_scores
 from topt_deploy.model.leverage import Leverage
 
 from .problem import Method, Problem
@@ -78,7 +78,7 @@ def nested_intervals(
                 held_out.prediction[0, mine], prediction[:, mine].T, by_fold, fitted[k][mine], nominal
             )
             continue
-        pooled = scores(splits.labels, splits.held_out(prediction)[0])
+        pooled = nonconformity_scores(splits.labels, splits.held_out(prediction)[0])
         lower[mine], upper[mine] = interval(held_out.prediction[0, mine], pooled, nominal)
     return lower, upper
 

@@ -21,7 +21,7 @@ from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
 from topt_deploy.storage.text_files import write_json, write_text
 
 from ..datasets.city_files import MOBILITY, REGIONS
-from ..loop import Engine
+from ..loop import TrainingDevice
 from ..progress import Reporter
 from .coverage import measure
 from .problem import Method, Problem
@@ -103,7 +103,7 @@ def evaluate_city(
     protocol: str,
     seeds: Sequence[int],
     nominal: float | None,
-    engine: Engine,
+    engine: TrainingDevice,
     reporter: Reporter,
     out: Path,
 ) -> str:
@@ -131,7 +131,7 @@ def evaluate_city(
 
 
 def read_problem(
-    city_dir: Path, config: Config, engine: Engine, reporter: Reporter
+    city_dir: Path, config: Config, engine: TrainingDevice, reporter: Reporter
 ) -> tuple[Problem, Mapping[str, Array], dict[str, Any]]:
     """A city's folder as a problem without labels, the labels apart, and the hashes of what was read."""
     regions, mobility = city_dir / REGIONS, city_dir / MOBILITY if config.mobility else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import features
 
-from ..loop import Engine
+from ..loop import TrainingDevice
 from ..progress import Reporter
 
 Array = np.ndarray[Any, Any]
@@ -32,11 +32,11 @@ class Problem:
     city: City
     schema: Schema
     inputs: Mapping[str, Tensor]
-    engine: Engine
+    engine: TrainingDevice
     reporter: Reporter
 
     @classmethod
-    def of(cls, city: City, schema: Schema, engine: Engine, reporter: Reporter) -> "Problem":
+    def of(cls, city: City, schema: Schema, engine: TrainingDevice, reporter: Reporter) -> "Problem":
         """Leave the labels behind."""
         inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
         return cls(city=replace(city, labels={}), schema=schema, inputs=inputs, engine=engine, reporter=reporter)

@@ -24,7 +24,7 @@ FACTS_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
+class MethodResult:
     """The result of a method for a task.
 
     Attributes:
@@ -139,14 +139,14 @@ class Store:
         """Add the coverage of a method's intervals to its figures."""
         self._write(method, task, _read(self._file(method, task)) | {"coverage": asdict(coverage)})
 
-    def load(self, methods: Mapping[str, Entry]) -> Iterator[Result]:
+    def load(self, methods: Mapping[str, Entry]) -> Iterator[MethodResult]:
         """Everything that is there of these methods, task by task, methods in their order."""
         for task in sorted(path.name for path in self.folder.iterdir() if path.is_dir()):
             for method, entry in methods.items():
                 if (file := self._file(method, task)).exists():
                     record = _read(file)
                     ran = record["reason"] is None
-                    yield Result(
+                    yield MethodResult(
                         method=method,
                         group=entry.group,
                         task=task,

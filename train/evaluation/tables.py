@@ -12,7 +12,7 @@ from .coverage import SIZES
 from .paired_tests import SIGNIFICANT, Paired, compare
 from .protocols import PROTOCOLS
 from .registry import MAIN, Group
-from .results import Result
+from .results import MethodResult
 from .splits import HeldOut
 
 FIGURES = {"mae": 1, "rmse": 1, "r2": 3}
@@ -75,7 +75,7 @@ def spreads(held_out: HeldOut) -> dict[str, Spread]:
     return {figure: Spread.of([getattr(m, figure) for m in repetitions]) for figure in FIGURES}
 
 
-def verdicts(results: Sequence[Result]) -> list[Verdict]:
+def verdicts(results: Sequence[MethodResult]) -> list[Verdict]:
     """A verdict for every task that both the main method and some plain baseline ran on."""
     found = []
     for task in _tasks(results):
@@ -89,7 +89,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
     return found
 
 
-def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
+def markdown(facts: Mapping[str, Any], results: Sequence[MethodResult]) -> str:
     """The whole page: protocol, figures, verdicts, coverage, and what did not run.
 
     Args:
@@ -116,7 +116,7 @@ def markdown(facts: Mapping[str, Any], results: Sequence[Result]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+def as_json(facts: Mapping[str, Any], results: Sequence[MethodResult]) -> dict[str, Any]:
     """The same for machines."""
     return {
         **facts,
@@ -138,7 +138,7 @@ def as_json(facts: Mapping[str, Any], results: Sequence[Result]) -> dict[str, An
     }
 
 
-def _figures(results: Sequence[Result]) -> str:
+def _figures(results: Sequence[MethodResult]) -> str:
     """Methods × tasks."""
     cells = {(r.method, r.task): spreads(r.held_out) for r in results if r.held_out is not None}
     rows = [["method", "", *_tasks(results)]]
@@ -161,7 +161,7 @@ def _cell(cells: Mapping[tuple[str, str], Mapping[str, Spread]], method: str, ta
     return " / ".join(parts)
 
 
-def _coverage(results: Sequence[Result]) -> str:
+def _coverage(results: Sequence[MethodResult]) -> str:
     """Coverage and mean width, of all regions and of its strata."""
     rows = [["method", "task", "nominal", "all", "mean width", *SIZES, "lowest block"]]
     for r in results:
@@ -178,10 +178,10 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
 
 
-def _tasks(results: Sequence[Result]) -> list[str]:
+def _tasks(results: Sequence[MethodResult]) -> list[str]:
     return list(dict.fromkeys(result.task for result in results))
 
 
-def _held_out(result: Result) -> HeldOut:
+def _held_out(result: MethodResult) -> HeldOut:
     assert result.held_out is not None
     return result.held_out

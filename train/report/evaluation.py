@@ -40,7 +40,7 @@ class CoverageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class ShownEvaluation:
     """The part of the page about an evaluation.
 
     Attributes:
@@ -63,7 +63,7 @@ class Evaluation:
     strata: list[str]
 
 
-def read_evaluation(folder: Path, run: Run) -> Evaluation:
+def read_evaluation(folder: Path, run: Run) -> ShownEvaluation:
     """Read an evaluation of the run's own city.
 
     Raises:
@@ -91,11 +91,11 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
     return shown
 
 
-def _shown(found: Mapping[str, Any]) -> Evaluation:
+def _shown(found: Mapping[str, Any]) -> ShownEvaluation:
     results = found["results"]
     measured = [result for result in results if result["coverage"]]
     sizes = list(measured[0]["coverage"]["by_size"]) if measured else []
-    return Evaluation(
+    return ShownEvaluation(
         protocol=found["protocol"],
         meaning=PROTOCOLS[found["protocol"]].meaning,
         repetitions=len(found["seeds"]),

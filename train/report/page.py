@@ -17,7 +17,7 @@ from topt_deploy.storage.os_errors import check_place
 from topt_deploy.storage.text_files import write_text
 
 from ..cli.train import verdict
-from .evaluation import Evaluation, read_evaluation
+from .evaluation import ShownEvaluation, read_evaluation
 from .explanations import MadeOf, attention_section, exchanged, made_of
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
@@ -83,7 +83,7 @@ def write_report(run: Run, out: Path, evaluation: Path | None = None) -> int:
     return len(page.encode())
 
 
-def render(facts: Facts, evaluation: Evaluation | None = None) -> str:
+def render(facts: Facts, evaluation: ShownEvaluation | None = None) -> str:
     """The page of a run, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

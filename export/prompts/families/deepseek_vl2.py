@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
-from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import Layer, language_norm, rotary, routed
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DecoderLayer, language_norm, rotary, routed
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import (
-    Patches,
+    PatchEmbedding,
     Projector,
     VisionBlock,
     arrange,
@@ -54,7 +54,10 @@ def _vision(config: DeepseekVL2Config) -> Network:
     hidden = {"hidden": spec(TILES, vision.side**2, vision.width)}
     features = spec(TILES, tokens**2, width)
     patches = Piece(
-        name="patches", build=lambda: OneOutput(Patches(vision)), inputs={"pixel_values": pixels}, outputs=("hidden",)
+        name="patches",
+        build=lambda: OneOutput(PatchEmbedding(vision)),
+        inputs={"pixel_values": pixels},
+        outputs=("hidden",),
     )
     block = Piece(name="vision_block", build=lambda: OneOutput(VisionBlock(vision)), inputs=hidden, outputs=("hidden",))
     norm = Piece(name="vision_norm", build=lambda: OneOutput(vision_norm(vision)), inputs=hidden, outputs=("hidden",))
@@ -92,15 +95,15 @@ def _decoder(config: DeepseekVL2Config) -> Network:
         rotary=lambda: rotary(language),
         rotary_width=head,
         layers=[
-            ("routed", lambda: Layer(language, 0, routed=True))
+            ("routed", lambda: DecoderLayer(language, 0, routed=True))
             if routed(language, i)
-            else ("dense", lambda: Layer(language, 0, routed=False))
+            else ("dense", lambda: DecoderLayer(language, 0, routed=False))
             for i in range(language.num_hidden_layers)
         ],
         cache=(1, latent, head) if language.use_mla else (heads, head, head),
         norm=lambda: language_norm(language),
         prefix="language.model.",
-        for_engines={"routed": lambda: Layer(language, 0, routed=True, dense=True)},
+        for_engines={"routed": lambda: DecoderLayer(language, 0, routed=True, dense=True)},
     )
 
 

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.errors import BadBundle
 from topt_deploy.export.prompts.graph_builder import MICROSOFT
-from topt_deploy.export.quantize_weights import in_8_bits
+from topt_deploy.export.quantize_weights import quantize_int8
 from topt_deploy.runtime import prompt_encoder as runtime_encoder
 from topt_deploy.runtime.prompt_encoder import open_encoder
 
@@ -70,11 +70,11 @@ class TestCodes:
         return weight
 
     def test_of_the_old_form_leave_16_bits(self, weight):
-        codes, _ = in_8_bits(weight, np.float32)
+        codes, _ = quantize_int8(weight, np.float32)
         assert worst_pairs(codes.T)[1] > INT16.max
 
     def test_fit_16_bits_and_waste_nothing(self, weight):
-        codes, scale = in_8_bits(weight, np.float32, pairs_fit_16_bits=True)
+        codes, scale = quantize_int8(weight, np.float32, pairs_fit_16_bits=True)
         for code in codes:
             least, most = worst_pairs(code[:, None])
             assert INT16.min <= least <= most <= INT16.max
@@ -86,7 +86,7 @@ class TestCodes:
             assert np.abs(code * step - row).max() <= 0.5001 * step
 
     def test_a_pair_of_two_signs_keeps_all_8_bits(self, weight):
-        codes, _ = in_8_bits(weight[2:3], np.float32, pairs_fit_16_bits=True)
+        codes, _ = quantize_int8(weight[2:3], np.float32, pairs_fit_16_bits=True)
         assert codes[0, 4:6].tolist() == [127, -127]
 
 

@@ -20,14 +20,14 @@ from topt_deploy.export.prompts.checkpoint_tensors import Tensors, recipe
 from topt_deploy.export.prompts.default_profiles import default_profile, of_network
 from topt_deploy.export.prompts.lower import TENSORRT
 from topt_deploy.export.prompts.parity_gate import Candidate, FileRunner, gate
-from topt_deploy.export.tensorrt_engines import Target, make_engines
+from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.graph_backend import VISION
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
 from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import RTX
-from topt_deploy.tensorrt.profile import Range
+from topt_deploy.tensorrt.profile import ProfileRange
 
 PRECISIONS = ("fp16", "int8", "int4")
 
@@ -62,8 +62,8 @@ def test_every_network_builds_for_two_capabilities(graphs, family, precision):
     rtx()
     files, spec = graphs(family, precision)
     profile = default_profile(spec)
-    assert profile["past"].least == 0
-    target = Target(flavour=RTX, precision=precision, capabilities=("8.0", "8.9"))
+    assert profile["past"].min == 0
+    target = EngineTarget(flavour=RTX, precision=precision, capabilities=("8.0", "8.9"))
     for network, file in files.items():
         own = of_network(network, profile)
         made = make_engines(target, file, own)
@@ -128,7 +128,7 @@ def test_a_wrong_profile_names_the_dimension(graphs):
     with pytest.raises(UsageError, match="no sizes for dimension 'past' of input 'past_key_0'"):
         build_engine(library, file, without, capability="8.9")
     with pytest.raises(UsageError, match="has sizes for 'tiles'"):
-        build_engine(library, file, {**profile, "tiles": Range(least=1, usual=1, most=4)}, capability="8.9")
+        build_engine(library, file, {**profile, "tiles": ProfileRange(min=1, opt=1, max=4)}, capability="8.9")
 
 
 @pytest.mark.parametrize(("precision", "operator"), [("int4", "MatMulNBits"), ("int8", "QuantizeLinear")])

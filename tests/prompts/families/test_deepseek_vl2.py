@@ -27,7 +27,7 @@ from topt_deploy.export.prompts.pieces import execute
 from topt_deploy.export.prompts.trace import trace
 from topt_deploy.prompts.families.deepseek_vl2 import host
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
-from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2Model
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import arrange
 from topt_deploy.prompts.pooling import pooled
 from topt_deploy.prompts.tokens import Tokens
@@ -64,7 +64,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return DeepseekVL2.load(folder)
+    return DeepseekVL2Model.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +366,7 @@ class TestParts:
 
 def loaded(config, tensors):
     """The port with weights of these names, without files."""
-    model = DeepseekVL2(DeepseekVL2Config.read(config))
+    model = DeepseekVL2Model(DeepseekVL2Config.read(config))
     ours = {name: t for name, t in tensors.items() if name in model.state_dict()}
     ours["vision.patch_embed.proj.weight"] = tensors["vision.patch_embed.proj.weight"].flatten(1)
     model.load_state_dict(ours)
@@ -383,7 +383,7 @@ class TestLoading:
         assert all(torch.equal(tensor.reshape(files[name].shape), files[name]) for name, tensor in state.items())
 
     def test_half_precision(self, folder, model):
-        half = DeepseekBackend(DeepseekVL2.load(folder, torch.bfloat16))
+        half = DeepseekBackend(DeepseekVL2Model.load(folder, torch.bfloat16))
         prompt = family_of(folder).prompt("12 cafés", [photo(60, 90)], QUESTIONS)
         found, exact = pooled(half, [prompt]), pooled(DeepseekBackend(model), [prompt])
         assert found.dtype == np.float32
@@ -412,20 +412,20 @@ class TestLoading:
         change(tensors)
         save_file(tensors, own / "model.safetensors")
         with pytest.raises(BadData, match="not those of the model") as error:
-            DeepseekVL2.load(own)
+            DeepseekVL2Model.load(own)
         assert (error.value.expected, error.value.found) == (expected, found)
 
     def test_missing_files(self, own):
         for path in own.glob("*.safetensors"):
             path.unlink()
         with pytest.raises(NoInput, match="no weights"):
-            DeepseekVL2.load(own)
+            DeepseekVL2Model.load(own)
         (own / "model.safetensors").write_bytes(b"\xff" * 100)
         with pytest.raises(BadData, match="not a safetensors file"):
-            DeepseekVL2.load(own)
+            DeepseekVL2Model.load(own)
         (own / "config.json").unlink()
         with pytest.raises(NoInput, match="no such file"):
-            DeepseekVL2.load(own)
+            DeepseekVL2Model.load(own)
 
     @pytest.mark.parametrize(
         "changes",
@@ -525,7 +525,9 @@ class TestExport:
                 with torch.device("meta"):
                     used |= {use.weight(name) for name, _ in use.piece.build().named_parameters()}
         with torch.device("meta"):
-            state = DeepseekVL2(DeepseekVL2Config.read(json.loads((folder / "config.json").read_text()))).state_dict()
+            state = DeepseekVL2Model(
+                DeepseekVL2Config.read(json.loads((folder / "config.json").read_text()))
+            ).state_dict()
         assert used == set(state) - {"language.model.embed_tokens.weight"}
 
     @pytest.mark.parametrize(

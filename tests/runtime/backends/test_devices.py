@@ -18,13 +18,13 @@ from fake_gpu import FAKE_TRT, fake_libcuda
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.errors import BadBundle, BadData, NoDevice
 from topt_deploy.prompts.encode import _batches
-from topt_deploy.prompts.graph_backend import GraphBackend, OnHost
+from topt_deploy.prompts.graph_backend import GraphBackend, HostConnector
 from topt_deploy.prompts.pooling import pooled
 from topt_deploy.runtime.backends import onnxruntime as session
 from topt_deploy.runtime.backends import onnxruntime_bound as bound_module
-from topt_deploy.runtime.backends.onnxruntime_bound import GLUE, BetweenBound, BoundSession, OnDevice
+from topt_deploy.runtime.backends.onnxruntime_bound import GLUE, BoundConnector, BoundSession, OnDevice
 from topt_deploy.runtime.backends.tensorrt import HostSession
-from topt_deploy.runtime.backends.tensorrt_engine import BetweenEngines, Engine, OnGpu, download, upload
+from topt_deploy.runtime.backends.tensorrt_engine import Engine, EngineConnector, OnGpu, download, upload
 from topt_deploy.runtime.prompt_encoder import open_encoder
 from topt_deploy.tensorrt.cuda_driver import Driver
 from topt_deploy.tensorrt.library import Library
@@ -48,14 +48,14 @@ def host(encoders):
 def bound(bundle, form):
     files = {name: bundle.path / facts["graphs"][form] for name, facts in bundle.manifest.networks.items()}
     networks = {name: BoundSession(file, device="cpu", threads=1, exact=True) for name, file in files.items()}
-    between = BetweenBound(networks["decoder"], networks.get("vision"), device="cpu", threads=1)
+    between = BoundConnector(networks["decoder"], networks.get("vision"), device="cpu", threads=1)
     return networks, between
 
 
 def engines(bundle, driver):
     files = {name: bundle.path / facts["graphs"]["standard"] for name, facts in bundle.manifest.networks.items()}
     networks = {name: Engine(LIBRARY, f"path:{file}".encode(), driver) for name, file in files.items()}
-    return networks, BetweenEngines(driver, networks["decoder"], networks.get("vision"))
+    return networks, EngineConnector(driver, networks["decoder"], networks.get("vision"))
 
 
 @pytest.mark.parametrize("how", ["bound, standard", "bound, onnxruntime", "engines"])
@@ -104,7 +104,7 @@ class TestSmallGraphs:
         index = np.array([[0, 2, 3], [8, 1, 4]])
         session = ort.InferenceSession(GLUE / "place-float16-float32.onnx")
         (embeds,) = session.run(None, {"text": text, "features": joined, "index": index})
-        assert np.array_equal(embeds, OnHost().place(text, joined.astype(np.float32), places))
+        assert np.array_equal(embeds, HostConnector().place(text, joined.astype(np.float32), places))
 
 
 @pytest.mark.parametrize("how", ["bound", "engines"])
@@ -119,7 +119,7 @@ def test_embeddings_stand_in_their_places(how, driver, encoders):
         np.array([[0, 1], [2, 3], [-1, 0]]),
     ):  # fmt: skip
         text = rng.normal(size=(int((places < 0).sum()), width)).astype(np.float32)
-        expected = OnHost().place(text, np.concatenate(parts), places)
+        expected = HostConnector().place(text, np.concatenate(parts), places)
         if how == "bound":
             held = [OnDevice(ort.OrtValue.ortvalue_from_numpy(part), part) for part in parts]
             found = between.place(text, between.join(held), places).value.numpy()
@@ -171,7 +171,7 @@ class TestEngines:
         vision = Engine(LIBRARY, (GLUE / "join-float16.onnx").read_bytes(), driver)
         vision.types["features"] = vision.types["joined"]
         with pytest.raises(BadBundle, match="another type"):
-            BetweenEngines(driver, decoder, vision)
+            EngineConnector(driver, decoder, vision)
 
     def test_what_it_puts_out_can_be_put_in(self, driver):
         engine = Engine(LIBRARY, (GLUE / "join-float32.onnx").read_bytes(), driver)

@@ -15,12 +15,12 @@ from topt_deploy.errors import BadBundle, BadData, NoDevice, UsageError
 from topt_deploy.hardening.onnx_operators import graph_inputs
 from topt_deploy.runtime import load
 from topt_deploy.runtime.backends import onnxruntime, tensorrt
-from topt_deploy.runtime.backends.tensorrt import Provider, Target, find_way, provider_shapes
+from topt_deploy.runtime.backends.tensorrt import Provider, TensorRTNetwork, find_way, provider_shapes
 from topt_deploy.runtime.prompt_encoder import open_encoder
 from topt_deploy.tensorrt import cuda_driver
 from topt_deploy.tensorrt.build import Built
 from topt_deploy.tensorrt.library import Library
-from topt_deploy.tensorrt.profile import Range
+from topt_deploy.tensorrt.profile import ProfileRange
 
 FAKE = Library(flavour="tensorrt", version="11.0", module=FAKE_TRT)
 CAPABILITY = "8.9"
@@ -196,9 +196,9 @@ class TestWays:
 
     def test_the_profile_in_onnx_runtimes_words(self, demo_bundle):
         graph = demo_bundle / "models" / "topt.onnx"
-        target = Target(
+        target = TensorRTNetwork(
             graph=graph, graph_sha256="", weights_sha256="", precision="fp32",
-            profile={"regions": Range(least=1, usual=77, most=500)},
+            profile={"regions": ProfileRange(min=1, opt=77, max=500)},
         )  # fmt: skip
         told = provider_shapes(target)
         names = list(graph_inputs(graph.read_bytes()))

@@ -351,7 +351,7 @@ graph, library = Path(sys.argv[1]), find_library("rtx")
 def build(timing):
     with open("built", "a") as file:
         file.write("x")
-    return build_engine(library, graph, {"regions": Range(least=1, usual=7, most=100)}, capability="8.9")
+    return build_engine(library, graph, {"regions": ProfileRange(min=1, opt=7, max=100)}, capability="8.9")
 hashes = {"graph": sha256_file(graph), "weights": sha256_file(graph.with_name("weights.bin"))}
 print(len(EngineCache(Path("engines"), 10**9).engine(replace(MADE, **hashes), build)))
 """

@@ -14,7 +14,7 @@ from batch import NAMES, alive, children, done, kill, outputs, spoil, start, wai
 from commands import PATIENCE_S, shell, without_privileges
 
 from topt_deploy.runtime.batch import local_workers
-from topt_deploy.runtime.predict_city import Job
+from topt_deploy.runtime.predict_city import CityJob
 
 DONE, USAGE, PARTIAL, BAD_DATA, NO_INPUT, NO_DEVICE, CANNOT_CREATE, TRY_AGAIN = 0, 2, 3, 65, 66, 69, 73, 75
 BAD_BUNDLE, INTERRUPTED = 76, 130
@@ -331,7 +331,8 @@ def test_small_cities_have_two_workers_per_processor(monkeypatch):
     """They wait for the disk as long as they are worked on; large ones take memory."""
     monkeypatch.setattr(local_workers, "usable_cpus", lambda: 3)
     small, large = (
-        Job(name="", regions="", mobility=None, out="", size=size) for size in (10_000, local_workers.SMALL_BYTES + 1)
+        CityJob(name="", regions="", mobility=None, out="", size=size)
+        for size in (10_000, local_workers.SMALL_BYTES + 1)
     )
     assert local_workers.workers_for([small, small]) == 6
     assert local_workers.workers_for([small, large]) == 3

@@ -8,14 +8,14 @@ import pytest
 from batch import NAMES, spoil
 from commands import shell
 
-from topt_deploy.runtime.summary import Result, Summary
+from topt_deploy.runtime.summary import CityResult, Summary
 
 DONE, PARTIAL, BAD_DATA, NO_INPUT, BUG, IO_ERROR, TRY_AGAIN, BAD_BUNDLE = 0, 3, 65, 66, 70, 74, 75, 76
 
 
 def result(status="done", code=None, set_aside=None):
     error = None if code is None else {"error": "X", "exit_code": code, "message": "m"}
-    return Result(city="a", file="b", status=status, regions={"ok": 3}, set_aside=set_aside or {}, error=error)
+    return CityResult(city="a", file="b", status=status, regions={"ok": 3}, set_aside=set_aside or {}, error=error)
 
 
 GOOD, ASIDE = result(), result("partial", set_aside={"regions": {"bad_count": 2}})

@@ -10,16 +10,16 @@ from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import KFold
 
 from topt_deploy.errors import UsageError
-from topt_deploy.intervals import interval, scores
+from topt_deploy.intervals import interval, nonconformity_scores
 from topt_deploy.train.evaluation.coverage import measure, nested_intervals
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, fit_and_hold_out
 from topt_deploy.train.evaluation.splits import honest
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 
 N = 41
 CITY = tiny_city(N)
-PROBLEM = Problem.of(CITY, None, Engine(device=torch.device("cpu")), quiet())
+PROBLEM = Problem.of(CITY, None, TrainingDevice(device=torch.device("cpu")), quiet())
 LABELS = np.where(np.isin(np.arange(N), [6, 30]), np.nan, CITY.labels["crime"])
 X = PROBLEM.inputs["poi"].double().numpy()
 
@@ -44,7 +44,7 @@ def test_scores_and_interval_are_mapies_on_the_root_scale(n, coverage):
     mapie = SplitConformalRegressor(Given().fit(None, None), coverage, conformity_score="absolute", prefit=True)
     mapie.conformalize(np.cbrt(predicted)[:, None], np.cbrt(labels))
     _, ends = mapie.predict_interval(np.cbrt(new)[:, None])
-    lower, upper = interval(new, scores(labels, predicted), coverage)
+    lower, upper = interval(new, nonconformity_scores(labels, predicted), coverage)
     np.testing.assert_allclose(lower, np.maximum(ends[:, 0, 0], 0) ** 3)
     np.testing.assert_allclose(upper, ends[:, 1, 0] ** 3)
 

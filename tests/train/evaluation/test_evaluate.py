@@ -19,18 +19,18 @@ from topt_deploy.train.cli import evaluate as command
 from topt_deploy.train.datasets.city_files import write_city
 from topt_deploy.train.evaluation import plain_baselines, topt_variants
 from topt_deploy.train.evaluation.evaluate import Evaluation
-from topt_deploy.train.evaluation.literature.embedding import Recipe
+from topt_deploy.train.evaluation.literature.embedding import TrainingRecipe
 from topt_deploy.train.evaluation.plain_baselines import Mean
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, Protocol, fit_and_hold_out
 from topt_deploy.train.evaluation.registry import METHODS, Entry
 from topt_deploy.train.evaluation.results import Store
 from topt_deploy.train.evaluation.splits import Splits
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 
 N = 14
 CITY = tiny_city(N, prompts=("prompt_crime", "prompt_none"))
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 SCHEMA = infer_schema(
     tiny_city_tables(N, prompts=("prompt_crime", "prompt_none"))[0],
     views=("poi", "land_use"),
@@ -50,7 +50,9 @@ def few_steps(monkeypatch):
     for module, name in ((boosted_trees, "GradientBoostingRegressor"), (plain_baselines, "ExtraTreesRegressor")):
         whole = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *_, whole=whole, **settings: whole(**settings | {"n_estimators": 3}))
-    monkeypatch.setattr(Recipe, "epochs", property(lambda recipe: 3, lambda recipe, epochs: None), raising=False)
+    monkeypatch.setattr(
+        TrainingRecipe, "epochs", property(lambda recipe: 3, lambda recipe, epochs: None), raising=False
+    )
     monkeypatch.setattr(
         topt_variants, "load_config", lambda overrides, **more: load_config(overrides=[*overrides, *FEW_STEPS], **more)
     )

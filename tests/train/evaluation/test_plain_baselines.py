@@ -18,11 +18,11 @@ from topt_deploy.train.evaluation.plain_baselines import PLAIN, RIDGE_ALPHAS, ne
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.evaluation.splits import Splits, honest
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 
 N = 19
 CITY = tiny_city(N, prompts=("prompt_crime",))
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 
 
 def problem(city=CITY):

@@ -23,7 +23,7 @@ from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
 from topt_deploy.train.evaluation.published_protocol import hold_out, selected_embedding
 from topt_deploy.train.evaluation.topt_variants import VARIANTS, Topt
-from topt_deploy.train.loop import Engine, Workplace
+from topt_deploy.train.loop import TrainingDevice, Workplace
 from topt_deploy.train.prompt4re import fold_of
 from topt_deploy.train.srel import embed, train_embedding
 
@@ -39,7 +39,7 @@ SOURCES = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def problem():
-    return Problem.of(CITY, SCHEMA, Engine(device=torch.device("cpu")), quiet())
+    return Problem.of(CITY, SCHEMA, TrainingDevice(device=torch.device("cpu")), quiet())
 
 
 def settings(srel=None, prompt4re=None, target=None):

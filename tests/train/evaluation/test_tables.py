@@ -5,7 +5,7 @@ import pytest
 
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
 from topt_deploy.train.evaluation.paired_tests import compare
-from topt_deploy.train.evaluation.results import Result
+from topt_deploy.train.evaluation.results import MethodResult
 from topt_deploy.train.evaluation.splits import HeldOut, honest
 from topt_deploy.train.evaluation.tables import Spread, as_json, markdown, spreads, verdicts
 
@@ -18,7 +18,7 @@ def result(method, group, error, task="crime", seed=1, **more):
     noise = np.random.default_rng(seed).normal(scale=error, size=FOLD.shape)
     held_out = HeldOut(labels=LABELS, fold=FOLD, prediction=np.maximum(LABELS + noise, 0))
     fields = {"held_out": held_out, "reason": None, "coverage": None, "seconds": 1.0} | more
-    return Result(method=method, group=group, task=task, **fields)
+    return MethodResult(method=method, group=group, task=task, **fields)
 
 
 def row(page, method):

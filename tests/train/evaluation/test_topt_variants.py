@@ -13,7 +13,7 @@ from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.evaluation import topt_variants
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.topt_variants import VARIANTS, Topt
-from topt_deploy.train.loop import Engine, Workplace
+from topt_deploy.train.loop import TrainingDevice, Workplace
 
 N = 13
 PROMPTS = ("prompt_crime", "prompt_none")
@@ -21,7 +21,7 @@ CITY = tiny_city(N, prompts=PROMPTS)
 SCHEMA = infer_schema(
     tiny_city_tables(N, prompts=PROMPTS)[0], views=("poi", "land_use"), mobility=True, prompts=PROMPTS
 )
-CPU = Engine(device=torch.device("cpu"))
+CPU = TrainingDevice(device=torch.device("cpu"))
 ENSEMBLE = ("ensemble.epochs=5", "ensemble.features=8", "ensemble.width=4", "ensemble.members=2")
 SREL = ("srel.epochs=3", "srel.width=8", "srel.heads=2", "prompt4re.epochs=3", "prompt4re.heads=2")
 

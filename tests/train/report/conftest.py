@@ -10,7 +10,7 @@ from builders import quiet
 
 from topt_deploy.config.settings import Config
 from topt_deploy.data.parquet import write_parquet
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 from topt_deploy.train.run import start_run, train_run
 
 
@@ -25,7 +25,7 @@ def make_run() -> Callable[[Path, pa.Table, pa.Table, Config], Path]:
         write_parquet(files["regions"], regions)
         write_parquet(files["mobility"], mobility)
         run = start_run(city / "runs" / "a", city, config, **files)
-        train_run(run, **files, engine=Engine(device=torch.device("cpu")), reporter=quiet())
+        train_run(run, **files, engine=TrainingDevice(device=torch.device("cpu")), reporter=quiet())
         return run.path
 
     return make

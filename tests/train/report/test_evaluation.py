@@ -12,7 +12,7 @@ from topt_deploy.errors import BadData, NoInput
 from topt_deploy.run_folder import Run
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
-from topt_deploy.train.evaluation.results import Result
+from topt_deploy.train.evaluation.results import MethodResult
 from topt_deploy.train.evaluation.splits import HeldOut
 from topt_deploy.train.evaluation.tables import as_json
 from topt_deploy.train.report.evaluation import read_evaluation
@@ -27,11 +27,11 @@ ERROR = {"topt": 1, "paper": 9, "hafusion": 5, "mvure": 4, "mean": 30, "ridge": 
 RUN = Run(path=Path(), config=tiny_config(), city_dir=Path(), regions_sha256=CITY, mobility_sha256=None, finished=True)
 
 
-def result(method: str, task: str, *, sign: int = 1, coverage: Coverage | None = None) -> Result:
+def result(method: str, task: str, *, sign: int = 1, coverage: Coverage | None = None) -> MethodResult:
     labels = np.arange(50.0, 50 + N)
     fold = np.stack([np.arange(N) % 4, np.arange(N) // 5])
     off = ERROR[method] * np.where(np.arange(N) % 2, 1, -1) * sign
-    return Result(
+    return MethodResult(
         method=method,
         group=GROUPS[method],  # type: ignore[arg-type]
         task=task,
@@ -42,13 +42,13 @@ def result(method: str, task: str, *, sign: int = 1, coverage: Coverage | None =
     )
 
 
-def failed(method: str, task: str) -> Result:
-    return Result(
+def failed(method: str, task: str) -> MethodResult:
+    return MethodResult(
         method=method, group="literature", task=task, held_out=None, reason="no such data", coverage=None, seconds=None
     )
 
 
-def write(folder: Path, results: list[Result], **facts: Any) -> Path:
+def write(folder: Path, results: list[MethodResult], **facts: Any) -> Path:
     recorded = {"protocol": "spatial", "seeds": [0, 1], "regions_sha256": CITY, "versions": {"topt-deploy": "9.9"}}
     (folder / "results.json").write_text(json.dumps(as_json(recorded | facts, results)))
     return folder

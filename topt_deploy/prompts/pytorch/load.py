@@ -12,7 +12,7 @@ from topt_deploy.errors import BadConfig
 from topt_deploy.model.training_device import check_device
 from topt_deploy.prompts.encode import Encoder, PooledEncoder, limit_pixels
 from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN
-from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2
+from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DeepseekBackend, DeepseekVL2Model
 from topt_deploy.prompts.families.mllama.pytorch import MllamaBackend
 from topt_deploy.prompts.families.qwen2_5_vl.pytorch import QwenBackend
 from topt_deploy.prompts.pooling import Backend, pooled
@@ -86,7 +86,7 @@ def torch_backend(checkpoint: Checkpoint, *, device: str, precision: str) -> Bac
     check_device(device)
     dtype, family = PRECISIONS[precision], checkpoint.spec.family
     if family == DEEPSEEK:
-        return DeepseekBackend(DeepseekVL2.load(checkpoint.path, dtype, device))
+        return DeepseekBackend(DeepseekVL2Model.load(checkpoint.path, dtype, device))
     if family == QWEN:
         # The base class alone does not know every name that its vision weights have had.
         return QwenBackend(from_pretrained(Qwen2_5_VLForConditionalGeneration, checkpoint, dtype).model.to(device))

@@ -25,7 +25,7 @@ FEWEST_LABELS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TrainingRecipe:
     """A paper's schedule: Adam on the full batch; every ``step`` epochs the rate is multiplied by ``decay``."""
 
     epochs: int
@@ -39,7 +39,9 @@ class Recipe:
         return self.lr * self.decay ** (epoch // self.step)
 
 
-def minimise(module: nn.Module, loss: Callable[[int], Tensor], recipe: Recipe, *, stage: str, problem: Problem) -> None:
+def minimise(
+    module: nn.Module, loss: Callable[[int], Tensor], recipe: TrainingRecipe, *, stage: str, problem: Problem
+) -> None:
     """Train ``module`` and leave it in evaluation mode. Nothing is selected: the last epoch is the result.
 
     Args:
@@ -86,7 +88,7 @@ class Learner:
     embed: Callable[[], Tensor]
 
 
-_embeddings: WeakKeyDictionary[Problem, dict[tuple[str, Recipe, int], Tensor]] = WeakKeyDictionary()
+_embeddings: WeakKeyDictionary[Problem, dict[tuple[str, TrainingRecipe, int], Tensor]] = WeakKeyDictionary()
 """One embedding per method's name, recipe and seed, whatever the task: all rows and tasks share it."""
 
 
@@ -102,9 +104,9 @@ class EmbeddingMethod(ABC):
     """
 
     name: str
-    paper: Recipe
+    paper: TrainingRecipe
 
-    def __init__(self, recipe: Recipe | None = None) -> None:
+    def __init__(self, recipe: TrainingRecipe | None = None) -> None:
         self.recipe = recipe or self.paper
 
     @abstractmethod

@@ -14,7 +14,7 @@ from topt_deploy.errors import BadData
 from ...loop import Workplace
 from ...prompt4re import train_head
 from ..problem import Problem
-from .embedding import Recipe
+from .embedding import TrainingRecipe
 from .hafusion import WIDTH, HaFusion
 
 PROMPT_COLUMN = "prompt_none"
@@ -36,7 +36,7 @@ class FlexiRegStyle(HaFusion):
 
     name = "flexireg-style"
 
-    def __init__(self, recipe: Recipe | None = None) -> None:
+    def __init__(self, recipe: TrainingRecipe | None = None) -> None:
         super().__init__(recipe)
         self.config = head_config()
 

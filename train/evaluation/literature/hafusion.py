@@ -13,12 +13,12 @@ from topt_deploy.model.srel import GraphormerLayer, SrelLoss
 
 from ...srel import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
+from .embedding import EmbeddingMethod, Learner, TrainingRecipe, need_flows
 from .graphs import od_matrix
 
 WIDTH = 144
 """Width of the embedding; the layers before it are N wide."""
-PAPER = Recipe(epochs=2000, lr=5e-4, weight_decay=5e-4)
+PAPER = TrainingRecipe(epochs=2000, lr=5e-4, weight_decay=5e-4)
 
 
 def chicago_settings(width: int) -> SrelConfig:

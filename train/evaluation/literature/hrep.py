@@ -11,7 +11,7 @@ from topt_deploy.model.prompt4re import ridge
 
 from ...srel import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Learner, Recipe, minimise, need_flows
+from .embedding import EmbeddingMethod, Learner, TrainingRecipe, minimise, need_flows
 from .graphs import Array, contiguity, mobility_similarities, nearest
 from .losses import flow_cross_entropy
 
@@ -19,8 +19,8 @@ WIDTH = 144
 RELATIONS = ("neighbour", "poi", "source", "destination")
 ALIKE = 10
 """k: a region is tied to the k most similar ones, itself counted, by POI and by flows."""
-PAPER = Recipe(epochs=2000, lr=1e-3, weight_decay=5e-3)
-PAPER_PROMPT = Recipe(epochs=6000, lr=1e-3, weight_decay=3e-4)
+PAPER = TrainingRecipe(epochs=2000, lr=1e-3, weight_decay=5e-3)
+PAPER_PROMPT = TrainingRecipe(epochs=6000, lr=1e-3, weight_decay=3e-4)
 RIDGE_ALPHA = 1.0
 
 
@@ -141,7 +141,7 @@ class Hrep(EmbeddingMethod):
     name = "hrep"
     paper = PAPER
 
-    def __init__(self, recipe: Recipe | None = None, prompt: Recipe = PAPER_PROMPT) -> None:
+    def __init__(self, recipe: TrainingRecipe | None = None, prompt: TrainingRecipe = PAPER_PROMPT) -> None:
         super().__init__(recipe)
         self.prompt = prompt
 

@@ -13,7 +13,7 @@ from topt_deploy.model.layers import Dropout
 
 from ...srel import flow_target, similarity_targets
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
+from .embedding import EmbeddingMethod, Learner, TrainingRecipe, need_flows
 from .graphs import Array, mobility_similarities, nearest
 from .losses import flow_cross_entropy
 
@@ -28,7 +28,7 @@ FUSED = 0.5
 """1 − β, how much of a view's output is the fused embedding."""
 MOBILITY_NEIGHBOURS = 20
 ATTRIBUTE_NEIGHBOURS = 15
-PAPER = Recipe(epochs=5000, lr=1e-3)
+PAPER = TrainingRecipe(epochs=5000, lr=1e-3)
 
 
 def mutual_neighbours(similarity: Array, k: int) -> Array:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..problem import Problem
-from .embedding import EmbeddingMethod, Learner, Recipe, need_flows
+from .embedding import EmbeddingMethod, Learner, TrainingRecipe, need_flows
 from .graphs import Array, distributions, od_matrix
 
 HIDDEN = (128, 128, 48)
@@ -28,7 +28,7 @@ CHANGED = 0.1
 """Share of the POIs that an augmentation adds, takes away or relabels."""
 FLOW_COPIES = 4
 FLOW_NOISE = 1e-4
-PAPER = Recipe(epochs=1000, lr=0.01, weight_decay=1e-6, step=100, decay=0.3)
+PAPER = TrainingRecipe(epochs=1000, lr=0.01, weight_decay=1e-6, step=100, decay=0.3)
 
 
 def augmented_counts(counts: Array, rng: np.random.Generator) -> list[Array]:

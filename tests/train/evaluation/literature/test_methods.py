@@ -16,7 +16,7 @@ from topt_deploy.data.city import City, Schema, infer_schema, read_city
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ALPHAS
 from topt_deploy.train.evaluation.literature import LITERATURE
-from topt_deploy.train.evaluation.literature.embedding import EmbeddingMethod, Learner, Recipe, minimise
+from topt_deploy.train.evaluation.literature.embedding import EmbeddingMethod, Learner, TrainingRecipe, minimise
 from topt_deploy.train.evaluation.literature.flexireg import FlexiRegStyle
 from topt_deploy.train.evaluation.literature.hafusion import HaFusion
 from topt_deploy.train.evaluation.literature.hrep import Hrep
@@ -25,9 +25,9 @@ from topt_deploy.train.evaluation.literature.mvure import Mvure
 from topt_deploy.train.evaluation.literature.recp import Recp
 from topt_deploy.train.evaluation.literature.regiondcl import RegionDcl
 from topt_deploy.train.evaluation.problem import Method, Problem
-from topt_deploy.train.loop import Engine
+from topt_deploy.train.loop import TrainingDevice
 
-SHORT = Recipe(epochs=3, lr=1e-3)
+SHORT = TrainingRecipe(epochs=3, lr=1e-3)
 METHODS: Mapping[str, Callable[[], EmbeddingMethod]] = {
     "mvure": lambda: Mvure(SHORT),
     "hrep": lambda: Hrep(SHORT, prompt=SHORT),
@@ -44,7 +44,7 @@ def problem_of(city: City) -> Problem:
         mobility=city.flows is not None,
         prompts={column: x.shape[1] for column, x in city.prompts.items()},
     )
-    return Problem.of(city, schema, Engine(device=torch.device("cpu")), quiet())
+    return Problem.of(city, schema, TrainingDevice(device=torch.device("cpu")), quiet())
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ class Counted(EmbeddingMethod):
     """Random embeddings, counted."""
 
     name = "counted"
-    paper = Recipe(epochs=0, lr=1.0)
+    paper = TrainingRecipe(epochs=0, lr=1.0)
     calls = 0
 
     def build(self, problem: Problem) -> Learner:
@@ -168,7 +168,7 @@ def test_seeds_give_different_embeddings(problem: Problem) -> None:
 
 
 def test_a_recipe_lowers_the_rate_in_steps() -> None:
-    recipe = Recipe(epochs=10, lr=1.0, step=4, decay=0.5)
+    recipe = TrainingRecipe(epochs=10, lr=1.0, step=4, decay=0.5)
     assert [recipe.rate(epoch) for epoch in (0, 3, 4, 9)] == [1, 1, 0.5, 0.25]
 
 
@@ -185,14 +185,14 @@ def test_minimise_reaches_a_known_minimum_and_refuses_what_is_not_finite(problem
     minimise(
         point,
         lambda _: (point.at - goal).square().sum(),
-        Recipe(epochs=400, lr=0.05),
+        TrainingRecipe(epochs=400, lr=0.05),
         stage="point",
         problem=problem,
     )
     torch.testing.assert_close(point.at.detach(), goal, rtol=0, atol=1e-3)
     assert not point.training
     with pytest.raises(BadConfig, match="not finite at epoch 1"):
-        minimise(point, lambda _: point.at.sum() / 0, Recipe(epochs=1, lr=1.0), stage="point", problem=problem)
+        minimise(point, lambda _: point.at.sum() / 0, TrainingRecipe(epochs=1, lr=1.0), stage="point", problem=problem)
 
 
 @EACH

@@ -135,7 +135,7 @@ class Experts(nn.Module):
         return out.reshape(hidden.shape) + self.shared_experts(hidden)
 
 
-class Layer(DeepseekV2DecoderLayer):
+class DecoderLayer(DeepseekV2DecoderLayer):
     """One layer of the language model.
 
     Args:
@@ -176,13 +176,15 @@ class Decoder(DeepseekV2Model):
     def __init__(self, config: DeepseekV2Config) -> None:
         super(DeepseekV2Model, self).__init__(config)  # not its own, which would build the layers that these replace
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i, routed=routed(config, i)) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, routed=routed(config, i)) for i in range(config.num_hidden_layers)
+        )
         self.norm = language_norm(config)
         with torch.device("cpu"):  # its frequencies are computed, not loaded
             self.rotary_emb = rotary(config)  # type: ignore[assignment]
 
 
-class DeepseekVL2(nn.Module):
+class DeepseekVL2Model(nn.Module):
     """The model without its language-model head."""
 
     def __init__(self, config: DeepseekVL2Config) -> None:
@@ -199,7 +201,7 @@ class DeepseekVL2(nn.Module):
         return arrange(features, layout, self.image_newline, self.view_seperator)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "DeepseekVL2":
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "DeepseekVL2Model":
         """Read a published checkpoint: config.json and safetensors files.
 
         Raises:
@@ -250,7 +252,7 @@ def _some(tensors: set[tuple[str, tuple[int, ...]]]) -> str:
 class DeepseekBackend(TorchBackend):
     """Runs DeepSeek-VL2 (:class:`topt_deploy.prompts.pooling.Backend`)."""
 
-    def __init__(self, model: DeepseekVL2) -> None:
+    def __init__(self, model: DeepseekVL2Model) -> None:
         decoder = model.language["model"]
         super().__init__(decoder.embed_tokens, decoder)  # type: ignore[arg-type]
         self.model = model

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .config import DeepseekVL2Config, VisionConfig
 
 
-class Patches(nn.Module):
+class PatchEmbedding(nn.Module):
     """Patches of tiles with their positions: the tower's first layer, a convolution written as a linear map."""
 
     def __init__(self, config: VisionConfig) -> None:
@@ -77,7 +77,7 @@ def vision_norm(config: VisionConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.width, eps=1e-6)
 
 
-class VisionTower(Patches):
+class VisionTower(PatchEmbedding):
     """SigLIP without its pooling head."""
 
     def __init__(self, config: VisionConfig) -> None:
