@@ -252,7 +252,7 @@ def _facts(
         "city_id": city.city_id,
         "synthetic": city.synthetic,
         "protocol": PROTOCOL,
-        "nonconformity_scores": {
+        "scores": {
             task: nonconformity_scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()
         },
         "fold_scores": {
