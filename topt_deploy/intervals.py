@@ -97,7 +97,7 @@ def fold_scores(labels: Array, held_out: Array, fold: Array, leverage: Array) ->
     """
     normal = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0))) / spread(leverage)
     own = [normal[(fold == k) & ~np.isnan(normal)] for k in range(int(fold.max()) + 1)]
-    return [sorted(float(score) for score in nonconformity_scores) for nonconformity_scores in own]
+    return [sorted(float(score) for score in scores) for scores in own]
 
 
 def coverage_by_size(labels: Array, held_out: Array, fold: Array, leverage: Array, coverage: float) -> dict[str, float]:
@@ -132,9 +132,9 @@ def cv_plus(
     Raises:
         UsageError: If so few labels cannot carry so high a coverage.
     """
-    flat = np.array([s for nonconformity_scores in score for s in nonconformity_scores])
+    flat = np.array([s for scores in score for s in scores])
     _check(flat, coverage)
-    column = np.repeat(np.arange(len(score)), [len(nonconformity_scores) for nonconformity_scores in score])
+    column = np.repeat(np.arange(len(score)), [len(scores) for scores in score])
     root, wide = np.cbrt(np.maximum(folds, 0)), spread(leverage)
     rank = _rank(flat, coverage) - 1
     ends = np.empty((2, len(folds)))

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, PreTrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModel, PreTrainedConfig
+
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
 
 from .pieces import Network, Piece, Spec, Use
 from .traced_operators import transformers_attention
@@ -200,3 +202,8 @@ def networks(config: PreTrainedConfig) -> tuple[Network, ...]:
 def canonical(name: str) -> str:
     """The name of a weight as :func:`networks` calls it: as the causal model's checkpoint does."""
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
+def auto_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """A checkpoint's configuration as transformers reads it; none of the model's own code is run."""
+    return AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)

@@ -1,26 +1,19 @@
 """A checkpoint's tensors by the names that the export uses, one at a time, and which recipe of networks fits it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
 
 from topt_deploy.errors import BadData, UsageError
-from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN, TEXT
-from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
+from topt_deploy.prompts.families.registry import FAMILIES
 from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
 
-from . import causal_decoder
-from .families import deepseek_vl2, mllama, qwen2_5_vl
+from .families import family_export
 from .pieces import Network
-
-RECIPES: Mapping[str, ModuleType] = {TEXT: causal_decoder, QWEN: qwen2_5_vl, MLLAMA: mllama, DEEPSEEK: deepseek_vl2}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,20 +38,16 @@ def recipe(checkpoint: Checkpoint) -> ExportRecipe:
         UsageError: If the family has none.
     """
     family = checkpoint.spec.family
-    if family not in RECIPES:
+    if family not in FAMILIES:
         raise UsageError(
             f"models of type {checkpoint.config.get('model_type')!r} can be run in PyTorch only",
             file=checkpoint.path,
-            expected=f"one of {', '.join(RECIPES)}",
+            expected=f"one of {', '.join(FAMILIES)}",
             fix="encode with topt-deploy encode, and predict from regions that hold the prompts",
         )
-    config: Any = (
-        DeepseekVL2Config.read(dict(checkpoint.config))
-        if family == DEEPSEEK
-        else AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
-    )
-    module = RECIPES[family]
-    return ExportRecipe(networks=module.networks(config), embedding=module.EMBEDDING, canonical=module.canonical)
+    module = family_export(family)
+    networks = module.networks(module.read_config(checkpoint))
+    return ExportRecipe(networks=networks, embedding=module.EMBEDDING, canonical=module.canonical)
 
 
 class Tensors:

@@ -26,7 +26,8 @@ from topt_deploy.bundle.sealed import seal_bundle
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
 from topt_deploy.prompts.encode import limit_pixels
-from topt_deploy.prompts.encoder_spec import TEXT, EncoderSpec
+from topt_deploy.prompts.encoder_spec import EncoderSpec
+from topt_deploy.prompts.families.registry import TEXT
 from topt_deploy.prompts.golden_regions import GoldenRegion, write_golden
 from topt_deploy.prompts.graph_backend import VISION, GraphBackend
 from topt_deploy.prompts.prompt import Array, Family

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.prompts.encoder_spec import FAMILIES, TEXT, EncoderSpec
+from topt_deploy.prompts.encoder_spec import EncoderSpec
+from topt_deploy.prompts.families.registry import FAMILIES, TEXT
 from topt_deploy.prompts.graph_backend import DECODER, VISION
 from topt_deploy.prompts.templates import Templates
 from topt_deploy.prompts.tokens import Chat

@@ -12,7 +12,8 @@ import pyarrow as pa
 from topt_deploy.errors import BadData, UsageError
 
 from .cache import Cache, content_key
-from .encoder_spec import TEXT, EncoderSpec
+from .encoder_spec import EncoderSpec
+from .families.registry import TEXT
 from .images import Picture, open_image
 from .pooling import Backend, pooled
 from .prompt import Array, Family, Prompt

@@ -4,13 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from topt_deploy.errors import BadData
-
+from .families.registry import host_module
 from .prompt import Family
 from .tokens import Chat, Tokens
 
-TEXT, QWEN, MLLAMA, DEEPSEEK = "text", "qwen2_5_vl", "mllama", "deepseek_vl2"
-FAMILIES = (TEXT, QWEN, MLLAMA, DEEPSEEK)
 CHANNELS, FILTERS = 3, range(6)
 """Of colours, and Pillow's numbers of what resizes."""
 
@@ -20,7 +17,7 @@ class EncoderSpec:
     """A frozen model as prompt encoder.
 
     Attributes:
-        family: One of :data:`FAMILIES`.
+        family: One of :data:`topt_deploy.prompts.families.registry.FAMILIES`.
         name: The model's own name.
         weights_sha256: Of its weight files: what tells two models of one name apart.
         width: H, of a prompt vector.
@@ -50,11 +47,11 @@ class EncoderSpec:
             TypeError: If one is missing, unknown, or of another type.
             BadConfig: If they exclude each other.
         """
-        if self.family == TEXT:
+        kind = host_module(self.family).SETTINGS
+        if kind is None:
             if self.settings:
                 raise TypeError("a model that reads text alone has none")
             return None
-        kind = _settings_of(self.family)
         _check_types(kind, self.settings)
         return kind(**self.settings)
 
@@ -64,24 +61,7 @@ class EncoderSpec:
         Args:
             tokenizer: The bytes of tokenizer.json.
         """
-        chat, tokens = Chat(**self.chat), Tokens(tokenizer)
-        if self.family == TEXT:
-            from topt_deploy.prompts.families.text.host import TextOnly
-
-            return TextOnly(chat, tokens)
-        if self.family == QWEN:
-            from topt_deploy.prompts.families.qwen2_5_vl.host import Qwen25VL
-
-            return Qwen25VL(self.read_settings(), chat, tokens)
-        if self.family == MLLAMA:
-            from topt_deploy.prompts.families.mllama.host import Mllama
-
-            return Mllama(self.read_settings(), chat, tokens, Chat(**(self.imageless or self.chat)))
-        if self.family == DEEPSEEK:
-            from topt_deploy.prompts.families.deepseek_vl2.host import DeepseekVL2
-
-            return DeepseekVL2(self.read_settings(), chat, tokens)
-        raise BadData("an encoder of an unknown family", expected=f"one of {', '.join(FAMILIES)}", found=self.family)
+        return host_module(self.family).make_host(self, Chat(**self.chat), Tokens(tokenizer))
 
 
 def check_image_token(spec: EncoderSpec, tokenizer: bytes) -> None:
@@ -93,23 +73,6 @@ def check_image_token(spec: EncoderSpec, tokenizer: bytes) -> None:
     token = spec.settings.get("image_token")
     if token is not None and token not in Tokens(tokenizer).ids(Chat(**spec.chat).image).tolist():
         raise ValueError(f"the image token {token} is not the chat frame's")
-
-
-def _settings_of(family: str) -> Any:
-    """A family's class of settings."""
-    if family == QWEN:
-        from topt_deploy.prompts.families.qwen2_5_vl.host import Qwen25VLSettings
-
-        return Qwen25VLSettings
-    if family == MLLAMA:
-        from topt_deploy.prompts.families.mllama.host import MllamaSettings
-
-        return MllamaSettings
-    if family == DEEPSEEK:
-        from topt_deploy.prompts.families.deepseek_vl2.host import DeepseekVL2Settings
-
-        return DeepseekVL2Settings
-    raise BadData("an encoder of an unknown family", expected=f"one of {', '.join(FAMILIES)}", found=family)
 
 
 def _check_types(kind: Any, settings: Mapping[str, Any]) -> None:

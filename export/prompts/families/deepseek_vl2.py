@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.config import DeepseekVL2Config
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.model import DecoderLayer, language_norm, rotary, routed
 from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import (
@@ -14,6 +15,8 @@ from topt_deploy.prompts.families.deepseek_vl2.pytorch.vision import (
     arrange,
     vision_norm,
 )
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
+from topt_deploy.tensorrt.profile import ProfileRange
 
 from ..causal_decoder import ATTENTION, decoder, for_export
 from ..causal_decoder import Norm as OneOutput
@@ -110,3 +113,21 @@ def _decoder(config: DeepseekVL2Config) -> Network:
 def canonical(name: str) -> str:
     """The name of a weight as :func:`networks` calls it: as published."""
     return name
+
+
+def read_config(checkpoint: Checkpoint) -> DeepseekVL2Config:
+    """The published configuration, which transformers does not know."""
+    return DeepseekVL2Config.read(dict(checkpoint.config))
+
+
+def image_profile(spec: EncoderSpec) -> dict[str, ProfileRange]:
+    """Tiles and tokens of one image: the whole view, and the tiles of the shapes that it may be fitted into."""
+    side, (tile, _) = spec.settings["side"], spec.settings["resolutions"][0]
+    shapes = [(width // tile, height // tile) for width, height in spec.settings["resolutions"]]
+    view = side * (side + 1) + 1
+    tokens = [view + down * side * (across * side + 1) for across, down in shapes]
+    tiles = [1 + across * down if across * down > 1 else 1 for across, down in shapes]
+    return {
+        TILES: ProfileRange(min=1, opt=min(3, max(tiles)), max=max(tiles)),
+        TOKENS: ProfileRange(min=min(tokens), opt=sorted(tokens)[len(tokens) // 2], max=max(tokens)),
+    }

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.models.mllama import modeling_mllama as mllama
 
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.mllama.pytorch import see
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
+from topt_deploy.tensorrt.profile import ProfileRange
 
-from ..causal_decoder import BATCH, TOKENS, decoder, for_export
+from ..causal_decoder import BATCH, TOKENS, auto_config, decoder, for_export
 from ..pieces import Network, Piece, Spec, Use
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -279,3 +282,22 @@ def canonical(name: str) -> str:
     name = re.sub(r"^(model\.)?language_model\.(model\.)?", TEXT, name)
     name = re.sub(r"^(vision_model|multi_modal_projector)\.", r"model.\1.", name)
     return name.removeprefix(TEXT) if "lm_head" in name else name
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The published configuration."""
+    return auto_config(checkpoint)
+
+
+IMAGES = 8
+"""As many images as a region may have where the decoder attends to all of them."""
+
+
+def image_profile(spec: EncoderSpec) -> dict[str, ProfileRange]:
+    """Tiles of one image; tiles and states of all, of which there are some even where there is no image."""
+    tiles, states = spec.settings["tiles"], spec.settings["patches"]
+    return {
+        VALID: ProfileRange(min=1, opt=tiles, max=tiles),
+        TILES: ProfileRange(min=1, opt=tiles, max=tiles * IMAGES),
+        STATES: ProfileRange(min=states, opt=states * tiles, max=states * tiles * IMAGES),
+    }

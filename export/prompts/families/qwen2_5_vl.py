@@ -5,12 +5,20 @@ image of another size. Here the windows are an input, made by the host
 (topt_deploy/prompts/families/qwen2_5_vl/host.py). M tokens of U patches each, D wide, in W windows of K tokens.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
+from topt_deploy.prompts.encoder_spec import EncoderSpec
+from topt_deploy.prompts.families.qwen2_5_vl.host import LONGEST
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint
+from topt_deploy.tensorrt.profile import ProfileRange
+
 from .. import causal_decoder
+from ..causal_decoder import auto_config
 from ..pieces import Network, Piece, Spec, Use
 from ..traced_operators import attention
 
@@ -150,3 +158,22 @@ def _decoder(config: PreTrainedConfig) -> Network:
         norm=lambda: qwen.Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps),
         prefix="model.",
     )
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The published configuration."""
+    return auto_config(checkpoint)
+
+
+def image_profile(spec: EncoderSpec) -> dict[str, ProfileRange]:
+    """Of one image: tokens up to its limit of pixels, and windows for the longest shape that it may have."""
+    edge = spec.settings["patch"] * spec.settings["merge"]
+    most = max(spec.settings["max_pixels"] // edge**2, 1)
+    side = max(spec.settings["window"] // edge, 1)
+    both_edges = math.sqrt(most) * (math.sqrt(LONGEST) + 1 / math.sqrt(LONGEST))
+    windows = min(most, math.ceil(most / side**2 + both_edges / side) + 1)
+    usual = min(most, 1024)
+    return {
+        TOKENS: ProfileRange(min=1, opt=usual, max=most),
+        WINDOWS: ProfileRange(min=1, opt=min(windows, max(usual // side**2, 1)), max=windows),
+    }

@@ -1,8 +1,8 @@
 """The model families, and where the parts of each are. This is the one place that lists them.
 
-A family NAME is a folder ``topt_deploy/prompts/families/NAME`` with ``host.py`` (how it reads a prompt, without PyTorch)
-and ``pytorch`` (its networks), a module ``export/prompts/families/NAME.py`` (how it is taken apart for export), and an
-entry in :data:`FAMILIES`. The protocols below say what these modules have.
+A family NAME is a folder ``topt_deploy/prompts/families/NAME`` with ``host.py`` (how it reads a prompt, without
+PyTorch) and ``pytorch`` (its networks), a module ``export/prompts/families/NAME.py`` (how it is taken apart for
+export), and an entry in :data:`FAMILIES`. The protocols below say what these modules have.
 """
 
 from collections.abc import Mapping

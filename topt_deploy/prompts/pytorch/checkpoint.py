@@ -13,10 +13,8 @@ from safetensors import SafetensorError
 
 from topt_deploy.errors import BadConfig, BadData, NoInput, UsageError
 from topt_deploy.prompts.cache import content_key
-from topt_deploy.prompts.encoder_spec import DEEPSEEK, MLLAMA, QWEN, TEXT, EncoderSpec
-from topt_deploy.prompts.families.deepseek_vl2.host import CHAT, DeepseekVL2Settings
-from topt_deploy.prompts.families.mllama.host import MllamaSettings
-from topt_deploy.prompts.families.qwen2_5_vl.host import Qwen25VLSettings
+from topt_deploy.prompts.encoder_spec import EncoderSpec
+from topt_deploy.prompts.families.registry import FAMILIES, TEXT, ModelFamily, host_module
 from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
 from topt_deploy.storage.os_errors import reading
 
@@ -25,8 +23,8 @@ from .chat_frames import chat_frames
 OTHER = "other"
 """Models that run in PyTorch alone (:mod:`.transformers_encoder`), and are not exported."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TYPES = {"qwen2_5_vl": QWEN, "mllama": MLLAMA, "deepseek_vl_v2": DEEPSEEK}
-_SETTINGS: dict[str, Any] = {QWEN: Qwen25VLSettings, MLLAMA: MllamaSettings, DEEPSEEK: DeepseekVL2Settings}
+_OTHER = ModelFamily(model_type=None, images=True, imageless_frame=True)
+_TYPES = {family.model_type: name for name, family in FAMILIES.items() if family.model_type is not None}
 _WANTED = ("*.safetensors", "*.json", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -104,28 +102,31 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
             f'.save_pretrained({str(path)!r})" writes it',
         )
     weights = _weights(path)
-    preprocessor = {} if family == TEXT else _preprocessor(path)
+    facts = FAMILIES.get(family, _OTHER)
+    host = host_module(family) if family in FAMILIES else None
+    preprocessor = _preprocessor(path) if facts.images else {}
     settings = dict(preprocessor)
-    if family in _SETTINGS:
+    if host is not None and host.SETTINGS is not None:
         try:
-            settings = asdict(_SETTINGS[family].from_config(config, preprocessor))
+            settings = asdict(host.SETTINGS.from_config(config, preprocessor))
         except KeyError as error:
             raise BadConfig(
                 f"{error} is absent",
                 file=path,
                 expected=f"config.json and preprocessor_config.json of a {family} model",
             ) from error
-    chat, imageless = (CHAT, CHAT) if family == DEEPSEEK else chat_frames(path, images=family != TEXT)
-    if family == QWEN and (chat.before, chat.after) != (imageless.before, imageless.after):
+    own = None if host is None else host.CHAT
+    chat, imageless = (own, own) if own is not None else chat_frames(path, images=facts.images)
+    if facts.imageless_frame is False and (chat.before, chat.after) != (imageless.before, imageless.after):
         raise BadConfig("the chat template has another frame without images", file=path, expected="the published one")
     spec = EncoderSpec(
         family=family,
         name=model if not Path(model).is_dir() else path.resolve().name,
         weights_sha256=content_key(files=sorted((file.name, sha256_file(file)) for file in weights)),
         width=width,
-        settings=settings if family != TEXT else {},
+        settings=settings if facts.images else {},
         chat=asdict(chat),
-        imageless=asdict(imageless) if family in (MLLAMA, OTHER) else None,
+        imageless=asdict(imageless) if facts.imageless_frame else None,
         context=_context(config),
     )
     with reading(tokenizer):
@@ -298,8 +299,11 @@ def _family(config: Mapping[str, Any], path: Path) -> tuple[str, int]:
             expected=f"a model_type of {', '.join(_TYPES)}, or one that transformers reads text or images with",
             found=repr(kind),
         )
-    if family == DEEPSEEK:
-        return family, int(config["language_config"]["hidden_size"])
+    if family in FAMILIES and (keys := FAMILIES[family].hidden_size) is not None:
+        width: Any = config
+        for key in keys:
+            width = width[key]
+        return family, int(width)
     try:
         text = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).get_text_config()
         width = int(text.hidden_size)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadData
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.prompt import Array, Prompt, TokenSequence
 from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
 
@@ -167,3 +168,11 @@ def _fitted(image: Array, size: tuple[int, int], settings: DeepseekVL2Settings) 
 def _lines(tokens: Array) -> Array:
     """Rows of tokens with a line's end behind each."""
     return np.pad(tokens, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()
+
+
+SETTINGS = DeepseekVL2Settings
+
+
+def make_host(spec: EncoderSpec, chat: Chat, tokens: Tokens) -> DeepseekVL2:
+    """The host side of a model (:class:`topt_deploy.prompts.families.registry.HostModule`)."""
+    return DeepseekVL2(spec.read_settings(), chat, tokens)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadConfig
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.images import normalised
 from topt_deploy.prompts.prompt import Array, Prompt, TokenSequence
 from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
@@ -180,3 +181,11 @@ def visible_tiles(ids: Array, tiles: Sequence[int], settings: MllamaSettings) ->
         first = image * settings.tiles
         visible[here:end, first : first + tiles[image]] = True
     return visible
+
+
+SETTINGS, CHAT = MllamaSettings, None
+
+
+def make_host(spec: EncoderSpec, chat: Chat, tokens: Tokens) -> Mllama:
+    """The host side of a model (:class:`topt_deploy.prompts.families.registry.HostModule`)."""
+    return Mllama(spec.read_settings(), chat, tokens, Chat(**(spec.imageless or spec.chat)))

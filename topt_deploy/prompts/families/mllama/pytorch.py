@@ -10,6 +10,7 @@ from transformers import MllamaModel
 
 from topt_deploy.prompts.prompt import Array
 from topt_deploy.prompts.pytorch.causal_backend import TorchBackend
+from topt_deploy.prompts.pytorch.checkpoint import Checkpoint, from_pretrained
 
 
 class MllamaBackend(TorchBackend):
@@ -80,3 +81,8 @@ def see(visible: Tensor, states: int) -> tuple[Tensor, Tensor]:
     seeing = visible.any(dim=-1, keepdim=True)
     mask = (visible | ~seeing)[..., None].expand(-1, -1, -1, states).flatten(2)
     return mask[:, None], seeing
+
+
+def make_backend(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> MllamaBackend:
+    """Load a model (:class:`topt_deploy.prompts.families.registry.PyTorchModule`)."""
+    return MllamaBackend(from_pretrained(MllamaModel, checkpoint, dtype).to(device))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadConfig, BadData
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.images import normalised
 from topt_deploy.prompts.prompt import Array, Prompt, TokenSequence
 from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
@@ -201,3 +202,11 @@ def sequence(ids: Array, grids: Sequence[tuple[int, int]], image_token: int) -> 
         at += max(rows, columns)
     positions.append(np.tile(np.arange(at, at + len(ids) - done), (3, 1)))
     return TokenSequence(ids=np.repeat(ids, counts), positions=np.concatenate(positions, axis=1).astype(np.int64))
+
+
+SETTINGS, CHAT = Qwen25VLSettings, None
+
+
+def make_host(spec: EncoderSpec, chat: Chat, tokens: Tokens) -> Qwen25VL:
+    """The host side of a model (:class:`topt_deploy.prompts.families.registry.HostModule`)."""
+    return Qwen25VL(spec.read_settings(), chat, tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from topt_deploy.errors import BadData
+from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.prompt import Array, Prompt, TokenSequence
 from topt_deploy.prompts.tokens import Chat, Tokens, task_ids
 
@@ -33,3 +34,11 @@ class TextOnly:
             )
         ids = task_ids(self.chat, self.tokens, text, 0, questions)
         return Prompt(sequences=tuple(TokenSequence(ids=i, positions=np.arange(len(i))[None]) for i in ids))
+
+
+SETTINGS = CHAT = None
+
+
+def make_host(spec: EncoderSpec, chat: Chat, tokens: Tokens) -> TextOnly:
+    """The host side of a model (:class:`topt_deploy.prompts.families.registry.HostModule`)."""
+    return TextOnly(chat, tokens)
