@@ -30,7 +30,7 @@ class ProgressBar:
         self._unit, self._label, self._start, self._quiet = unit, label, start, quiet
         self.terminal = not quiet and sys.stderr.isatty()
         self._began = time.monotonic()
-        self._said = self._began - (BAR_EVERY_S if self.terminal else 0)
+        self._said = float("-inf") if self.terminal else self._began
         self._bar: Any = None
 
     def __enter__(self) -> "ProgressBar":
@@ -70,7 +70,7 @@ class ProgressBar:
     def _draw(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
             self._bar = click.progressbar(
-                length=total, label=self._label, file=sys.stderr, show_eta=False, show_percent=False, show_pos=False,
-                item_show_func=lambda shown: shown,
+                length=total, label=self._label, file=sys.stderr, item_show_func=lambda shown: shown,
+                show_eta=False, show_percent=False, update_min_steps=0,
             )  # fmt: skip
         self._bar.update(done - self._bar.pos, text)

@@ -1,10 +1,10 @@
 """Parquet files, local and small: read by column, written whole.
 
 This works on the classes beneath ``pyarrow.parquet``, because importing that module also imports file systems of
-four clouds and TLS. Measured in processor time and peak memory of `topt-run predict` as a multiple of importing its
-libraries, best of 15 interleaved runs on two cores of an AMD EPYC (2026-11-28): memory 1.36 as it is and 1.56 with
-``pyarrow.parquet``, where 1.5 is the most allowed; time 1.39 and 1.36. tests/data/test_parquet.py holds both to be the
-same on the versions that are tested.
+four clouds and TLS. Peak memory of `topt-run predict`, as a multiple of importing its libraries, is 1.39 as it is and
+1.59 with ``pyarrow.parquet``, where 1.5 is the most allowed; processor time is 1.19 and 1.21 (best of 12 interleaved
+runs each, two cores of an AMD EPYC, 2026-11-28). tests/data/test_parquet.py holds both to be the same on the versions
+that are tested.
 """
 
 import os
