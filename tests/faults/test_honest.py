@@ -151,8 +151,8 @@ class TestFolders:
         assert model.predict(inner).equals(table)
 
     def test_another_part_is_another_input(self, desk, topt_run):
-        folder = desk.folder / "city=A"
-        self.spark(folder, pq.read_table(desk.regions).drop_columns("city_id"), 2)
+        folder = desk.folder / "parts"
+        self.spark(folder, pq.read_table(desk.regions), 2)
         shutil.copy(desk.mobility, folder)
         assert topt_run("predict", folder, "--bundle", desk.bundle).code == 0
         last = sorted(folder.glob("part-*"))[-1]

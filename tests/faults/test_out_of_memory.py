@@ -1,18 +1,27 @@
 """One allocation of a command fails, be it Python's, Arrow's or ONNX Runtime's: it ends as to be tried again, or does
 its work all the same, and nothing is torn.
 
+Two libraries end the process by a signal, which a scheduler takes for a process that was killed, and tries again:
+tokenizers, whose language knows no other way (SIGABRT), and ONNX Runtime at some places where it makes a session
+(SIGSEGV).
+
 ``make oom`` tries 200 places of each command; what is here is every so-manieth of them.
 """
 
 import hashlib
 import os
 import shutil
+import signal
+from collections import Counter
 
 import pytest
 from memory_injection import commands, compiled
 
 PLACES = int(os.environ.get("TOPT_OOM_PLACES", "8"))
 DONE, TRY_AGAIN = 0, 75
+KILLED = (-signal.SIGABRT, -signal.SIGSEGV)
+LEAST = {"predict": 0.7, "encode": 0.2}
+"""Share of places where it ends with the code for it."""
 COMMANDS = {
     "predict": (
         ("regions.parquet", "mobility.parquet"),
@@ -52,7 +61,7 @@ def test_one_allocation_fails(command, allocator, library, demo_bundle, prompted
             (tmp_path / name).write_bytes(b"old")
         count = topt_run.run(arguments, tmp_path).allocations
         assert count > 10_000
-        odd = []
+        odd, codes = [], Counter[int]()
         for place in range(PLACES):
             for name in outputs:
                 (tmp_path / name).write_bytes(b"old")
@@ -61,9 +70,12 @@ def test_one_allocation_fails(command, allocator, library, demo_bundle, prompted
             found = sha256(tmp_path / outputs[-1])
             torn = found not in {whole, sha256(b"old")} or (ended.code == DONE and found != whole)
             left = [file.name for file in tmp_path.iterdir() if file.name.startswith(".") and file.is_file()]
-            if ended.code not in {DONE, TRY_AGAIN} or torn or (left and ended.code == DONE):
+            codes[ended.code] += 1
+            if ended.code not in {DONE, TRY_AGAIN, *KILLED} or torn or (left and ended.code == DONE):
                 odd.append((fail_at, ended.code, torn, left, ended.told[-800:]))
         assert not odd, f"of {count} allocations: {odd}"
+        assert codes[TRY_AGAIN] >= PLACES * LEAST[command], codes
+        print(command, allocator, dict(codes))
 
 
 def sha256(file):

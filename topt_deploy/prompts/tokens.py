@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.errors import BadBundle, BadData
+from topt_deploy.errors import BadBundle, BadData, OutOfMemory
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +51,8 @@ class Tokens:
         except BaseException as error:  # the library raises bare exceptions
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise
+            if _found_no_memory(error):
+                raise OutOfMemory("tokenizer.json") from error
             raise BadData(f"not a tokenizer ({error})", file="tokenizer.json", fix="fetch the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -65,6 +67,8 @@ class Tokens:
         except BaseException as error:
             if not _is_panic(error):
                 raise
+            if _found_no_memory(error):
+                raise OutOfMemory("tokenizer.json") from error
             raise BadBundle(
                 f"the tokenizer fails ({error})", file="tokenizer.json", fix="export the encoder again"
             ) from error
@@ -104,6 +108,11 @@ class Tokens:
 def _is_panic(error: BaseException) -> bool:
     """Tell if it is a panic of Rust's code, which is no :class:`Exception` to Python."""
     return type(error).__name__ == "PanicException"
+
+
+def _found_no_memory(error: BaseException) -> bool:
+    """Tell if what the library raised is about memory, in the words of its regular expressions' library."""
+    return isinstance(error, MemoryError) or "memory allocation" in str(error)
 
 
 def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:
