@@ -14,6 +14,7 @@ from builders import LAND_USE, POI, replaced, tiny_city_tables
 
 import topt_deploy
 from topt_deploy.config.load import load_config
+from topt_deploy.data import parquet
 from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.parquet import ParquetFile
@@ -197,9 +198,11 @@ class TestFolders:
             assert read.to_pydict() == {"a": ["x", None, "y"], "b": [None, None, 1.5]}
             assert read.column("a").num_chunks == 1
 
-    def test_many_small_parts_may_not_take_more_memory_than_one_file(self, tmp_path):
+    def test_many_small_parts_may_not_take_more_memory_than_one_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(parquet, "MEMORY_FREE_BYTES", 1 << 20)
         for number in range(3):
-            pq.write_table(pa.table({"a": np.zeros(60_000_000)}), tmp_path / f"part-{number}.parquet")
+            pq.write_table(pa.table({"a": np.zeros(60_000)}), tmp_path / f"part-{number}.parquet")
+            assert ParquetFile(tmp_path / f"part-{number}.parquet").read().num_rows == 60_000
         with pytest.raises(BadData, match="great deal of memory"):
             open_table(tmp_path).read()
 

@@ -1,23 +1,26 @@
-"""The end of a process whose C++ libraries find no memory, as one with the exit code for that.
+"""The end of a process whose native libraries find no memory, as one with the exit code for that.
 
 Arrow and ONNX Runtime throw std::bad_alloc also where no exception may pass. Then C++ calls a handler, whose default
-ends the process by SIGABRT, which says nothing of why. Whatever else gets there still ends like that.
+ends the process by SIGABRT, which says nothing of why. Whatever else gets there still ends like that. Rust's libraries
+know no other way than SIGABRT: where one is at work that has no other reason for it, that is taken for the same.
 """
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from topt_deploy.errors import Exit, OutOfMemory
 
 LIBRARY = "libstdc++.so.6"
 NAMES = (b"St9bad_alloc", b"St20bad_array_new_length")
 """As the compiler writes std::bad_alloc, and what an array throws that is too large for it."""
-_Handler = ctypes.CFUNCTYPE(None)
+_Handler, _SignalHandler = ctypes.CFUNCTYPE(None), ctypes.CFUNCTYPE(None, ctypes.c_int)
 _installed: list[Any] = []
 _tell: list[Callable[[OutOfMemory], object]] = []
+_rust_at_work: list[bool] = []
 
 
 def end_without_memory(tell: Callable[[OutOfMemory], object]) -> None:
@@ -43,14 +46,33 @@ def end_without_memory(tell: Callable[[OutOfMemory], object]) -> None:
     def end() -> None:
         if _name(thrown()) not in NAMES:
             before[0]()
-        try:
-            with suppress(Exception):
-                _tell[0](OutOfMemory())
-        finally:
-            os._exit(Exit.TRY_AGAIN)
+        _leave()
 
-    _installed.append(_Handler(end))
+    def abort(number: int) -> None:  # where this comes back, the process ends by the signal all the same
+        if _rust_at_work:
+            _leave()
+
+    _installed.extend((_Handler(end), _SignalHandler(abort)))
     before.append(_Handler(install(_installed[0])))
+    ctypes.CDLL(None)["signal"](signal.SIGABRT, _installed[1])
+
+
+def _leave() -> NoReturn:
+    try:
+        with suppress(Exception):
+            _tell[0](OutOfMemory())
+    finally:
+        os._exit(Exit.TRY_AGAIN)
+
+
+@contextmanager
+def rust_at_work() -> Iterator[None]:
+    """While this is open, SIGABRT counts as want of memory, where :func:`end_without_memory` was called."""
+    _rust_at_work.append(True)
+    try:
+        yield
+    finally:
+        _rust_at_work.pop()
 
 
 def _name(kind: int | None) -> bytes | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadBundle, BadData, OutOfMemory
+from topt_deploy.hardening.no_memory import rust_at_work
 
 Array = np.ndarray[Any, Any]
 
@@ -63,7 +64,8 @@ class Tokens:
     def ids(self, text: str) -> Array:
         """Token ids, int64 (n,)."""
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+            with rust_at_work():
+                return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         except BaseException as error:
             if not _is_panic(error):
                 raise
