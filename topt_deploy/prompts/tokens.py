@@ -67,10 +67,10 @@ class Tokens:
             with rust_at_work():
                 return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         except BaseException as error:
-            if not _is_panic(error):
-                raise
             if _found_no_memory(error):
                 raise OutOfMemory("tokenizer.json") from error
+            if not _is_panic(error):
+                raise
             raise BadBundle(
                 f"the tokenizer fails ({error})", file="tokenizer.json", fix="export the encoder again"
             ) from error
@@ -113,8 +113,9 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _found_no_memory(error: BaseException) -> bool:
-    """Tell if what the library raised is about memory, in the words of its regular expressions' library."""
-    return isinstance(error, MemoryError) or "memory allocation" in str(error)
+    """Tell if what the library raised is about memory: in the words of its regular expressions' library, or because
+    there was none for a copy of the text, which it then takes for no text."""
+    return isinstance(error, MemoryError) or any(told in str(error) for told in ("memory allocation", "must be str"))
 
 
 def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:
