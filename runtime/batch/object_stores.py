@@ -126,7 +126,10 @@ def _told(given: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ToptError as error:
-        error.file = given.get(error.file or "", error.file)
+        for here, there in given.items():
+            if error.file is not None and (error.file == here or error.file.startswith(f"{here}/")):  # or one of parts
+                error.file = there.rstrip("/") + error.file.removeprefix(here)
+                break
         raise
 
 

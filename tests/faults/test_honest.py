@@ -188,6 +188,17 @@ class TestFolders:
             assert said.code == 65
             assert "no folders inside" in said.err
 
+    def test_a_damaged_part_is_named_where_the_user_has_it(self, desk, topt_run):
+        folder = desk.folder / "cities" / "city=A"
+        self.spark(folder, pq.read_table(desk.regions), 2)
+        shutil.copy(desk.mobility, folder)
+        last = sorted(folder.glob("part-*"))[-1]
+        last.write_bytes(b"PAR1")
+        for given, told in ((folder.parent, str(last)), (folder.parent.as_uri(), f"{folder.as_uri()}/{last.name}")):
+            said = topt_run("predict", given, "--bundle", desk.bundle, "--out", desk.folder / "out")
+            assert said.code == 65
+            assert told.replace("%3D", "=") in said.err
+
     def test_empty_parts_and_columns_without_a_value(self, tmp_path):
         table = pa.table({"a": ["x", None], "b": pa.array([None, None], pa.null())})
         full = pa.table({"b": [1.5], "a": ["y"]})

@@ -10,6 +10,8 @@ from topt_deploy.errors import BadBundle, BadData, OutOfMemory
 from topt_deploy.hardening.no_memory import rust_at_work
 
 Array = np.ndarray[Any, Any]
+NO_MEMORY = ("memory allocation", "TextInputSequence must be str", "PyObject pointer is null")
+"""What the library says where it has no memory for a regular expression, for a copy of the text, or for its answer."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,8 @@ def _is_panic(error: BaseException) -> bool:
 
 
 def _found_no_memory(error: BaseException) -> bool:
-    """Tell if what the library raised is about memory: in the words of its regular expressions' library, or because
-    there was none for a copy of the text, which it then takes for no text."""
-    return isinstance(error, MemoryError) or any(told in str(error) for told in ("memory allocation", "must be str"))
+    """Tell if what the library raised is about memory (:data:`NO_MEMORY`)."""
+    return isinstance(error, MemoryError) or any(told in str(error) for told in NO_MEMORY)
 
 
 def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:
