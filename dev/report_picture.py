@@ -1,10 +1,10 @@
 """Draw docs/images/report.png: the top of a report on Chicago, with the shapes of its community areas.
 
     python dev/report_picture.py --hafusion HAFusion --prompt4re Prompt4RE
-    python dev/report_picture.py --hafusion HAFusion --prompt4re Prompt4RE --city chicago/   # go on with its files
+    python dev/report_picture.py --hafusion HAFusion --prompt4re Prompt4RE --city chicago/   # keep its files
 
-Imports the published data with libpysal's Chicago77.shp, trains the default preset, makes the report and photographs it
-in Chromium without a window. A city that is there already is not imported again, nor a finished run trained again.
+Imports the published data with libpysal's Chicago77.shp, trains the default preset, makes the report and photographs
+it in Chromium without a window. A city that is there already is neither imported nor trained again.
 """
 
 import argparse
