@@ -18,7 +18,8 @@ from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_
 from topt_deploy.errors import BadBundle, BadRows
 
 from .bad_rows import POLICIES
-from .predictor import GoldenCheck, Predictor, open_predictor
+from .golden_checks import GoldenCheck
+from .predictor import Predictor, open_predictor
 
 Device: TypeAlias = Literal["cpu", "cuda", "tensorrt", "auto"]
 EncoderEngine: TypeAlias = Literal["onnxruntime", "openvino"]
