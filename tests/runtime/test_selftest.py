@@ -8,6 +8,7 @@ import pytest
 from builders import fixed_lists, replaced
 
 from topt_deploy.bundle.manifest import ENCODER
+from topt_deploy.runtime.processor import deciding_sets
 
 BAD_BUNDLE = 76
 
@@ -99,6 +100,7 @@ def test_info_says_what_encoder_a_bundle_is(topt_run, encoders):
     assert said.code == 0, said.err
     assert "family text" in said.out
     assert "precision  int8" in said.out
+    assert f"gated on   a processor with {', '.join(deciding_sets())}" in said.out
     told = json.loads(topt_run("info", encoders("text", "int8"), "--log-format", "json").out)
     assert told["precision"] == "int8"
     assert {measured["form"] for measured in told["parity"]} == {"onnxruntime", "standard"}

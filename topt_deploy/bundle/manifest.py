@@ -200,7 +200,7 @@ def _check_enlarged(manifest: Manifest) -> None:
     for facts in manifest.enlarged.values():
         require(isinstance(facts, dict) and facts.get("of") in manifest.golden, "enlarged")
         require(type(facts.get("regions")) is int and 0 < facts["regions"] <= ENLARGED_LIMIT, "enlarged")
-        rows = facts.get("rows")
+        rows = facts.get("rows", [])
         require(isinstance(rows, list) and bool(rows), "enlarged")
         require(all(type(row) is int and 0 <= row < facts["regions"] for row in rows), "enlarged")
 
