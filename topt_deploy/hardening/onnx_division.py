@@ -2,8 +2,8 @@
 
 ONNX Runtime looks at divisors that are constants, and at zero alone. So a divisor must be known to be positive: a
 positive constant, what Max makes of one and of something else, as the exporter writes it, or the first size of an input
-of the graph, as earlier exporters wrote it: nothing is predicted for no region. Fractions have no such trap, so the kind
-of number of every value is followed through the graph. What cannot be followed counts as whole.
+of the graph, as earlier exporters wrote it: nothing is predicted for no region. Fractions have no such trap, so the
+kind of number of every value is followed through the graph. What cannot be followed counts as whole.
 """
 
 import struct
