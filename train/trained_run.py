@@ -143,12 +143,15 @@ class TrainedRun:
         ).path  # fmt: skip
         return place
 
-    def report(self, out: Location | None = None, *, evaluation: Location | None = None) -> Path:
+    def report(
+        self, out: Location | None = None, *, evaluation: Location | None = None, check: Location | None = None
+    ) -> Path:
         """Write one HTML page with maps, errors and their pattern: ``topt-deploy report``.
 
         Args:
             out: The page, ``report.html`` in the run's folder by default.
             evaluation: Also show what ``topt-deploy evaluate --out`` left in this folder.
+            check: Also show this result of ``topt-run check --out`` on predictions of this run's bundle.
 
         Returns:
             The page's path.
@@ -156,7 +159,8 @@ class TrainedRun:
         from .report.page import write_report
 
         place = self.path / REPORT_FILE if out is None else Path(out)
-        write_report(self._run, place, None if evaluation is None else Path(evaluation))
+        folder, checked = (None if given is None else Path(given) for given in (evaluation, check))
+        write_report(self._run, place, folder, checked)
         return place
 
 

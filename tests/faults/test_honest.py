@@ -277,9 +277,11 @@ class TestPython:
         found = predictor.predict(str(demo_city / "regions.parquet"), str(demo_city / "mobility.parquet"))
         assert found.equals(expected)
 
-    def test_text_and_an_encoder(self, prompted):
+    def test_text_and_an_encoder(self, prompted, tmp_path):
+        for name in ("bare.parquet", "mobility.parquet"):  # prompts are kept beside the regions, which others share
+            shutil.copy(prompted / name, tmp_path)
         found = load(prompted / "model.topt").predict(
-            str(prompted / "bare.parquet"), str(prompted / "mobility.parquet")
+            str(tmp_path / "bare.parquet"), str(tmp_path / "mobility.parquet")
         )
         assert found.num_rows > 0
 
