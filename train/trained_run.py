@@ -18,7 +18,8 @@ import pyarrow as pa
 from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.config.load import load_config, presets
 from topt_deploy.config.settings import CONFIG_FILE, Config
-from topt_deploy.data.parquet import ParquetFile, read_parquet
+from topt_deploy.data.parquet import read_parquet
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.run_folder import RUNS_DIR, Run, newest_run, open_run
 from topt_deploy.storage.hashed_file import Held
@@ -300,4 +301,4 @@ def _train(
 
 def _threads(regions: Path) -> int:
     """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
-    return 1 if ParquetFile(regions).rows <= SMALL_CITY else os.cpu_count() or 1
+    return 1 if open_table(regions).rows <= SMALL_CITY else os.cpu_count() or 1

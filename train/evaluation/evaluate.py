@@ -15,9 +15,9 @@ from topt_deploy import __version__
 from topt_deploy.config.settings import Config
 from topt_deploy.data.city import infer_schema, read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import ToptError
-from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.hashed_file import Held, sha256_bytes
 from topt_deploy.storage.text_files import write_json, write_text
 
 from ..datasets.city_files import MOBILITY, REGIONS
@@ -135,13 +135,13 @@ def read_problem(
 ) -> tuple[Problem, Mapping[str, Array], dict[str, Any]]:
     """A city's folder as a problem without labels, the labels apart, and the hashes of what was read."""
     regions, mobility = city_dir / REGIONS, city_dir / MOBILITY if config.mobility else None
-    prompts = [column for column in ParquetFile(regions).names if column.startswith(PROMPT_PREFIX)]
+    prompts = [column for column in open_table(regions).names if column.startswith(PROMPT_PREFIX)]
     schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=prompts)
     city = read_city(regions, mobility, schema, labels=config.tasks)
     problem = Problem.of(city, schema, engine, reporter)
     hashes = {
-        "regions_sha256": sha256_file(regions),
-        "mobility_sha256": None if mobility is None else sha256_file(mobility),
+        "regions_sha256": Held(regions).sha256,
+        "mobility_sha256": None if mobility is None else Held(mobility).sha256,
         "inputs_sha256": _sha256(problem.inputs),
     }
     return problem, city.labels, hashes

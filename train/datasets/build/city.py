@@ -20,6 +20,7 @@ from topt_deploy.storage.atomic import atomic_files, sweep
 from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
 from topt_deploy.storage.locks import locked
 from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.outputs import check_outputs
 from topt_deploy.storage.text_files import json_text, write_text
 
 from .locate import CELLS, CELLS_MOST, Locator
@@ -74,6 +75,7 @@ def build(
         BadConfig: If the recipe is not one, naming the key.
         NoInput, BadData: If a file is absent, or is not what the recipe says.
         TryAgain: If another process builds there.
+        UsageError: If tables stand there that no build wrote, or that the recipe reads.
         CannotCreate, IOFailure: If the operating system refuses.
     """
     out, began, started = Path(out), time.monotonic(), datetime.now(UTC)
@@ -81,8 +83,10 @@ def build(
     chosen = as_recipe(recipe, name=out.resolve().name, changes=changes)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    places = [out / name for name in (REGIONS, MOBILITY, REJECTS, RECEIPT)]
     with locked(out / RECEIPT):
-        sweep(*(out / name for name in (REGIONS, MOBILITY, REJECTS, RECEIPT)))
+        check_outputs(places, read=files_of(chosen, _region_files(chosen)), ours=lambda file: bool(_receipt(out)))
+        sweep(*places)
         regions = read_regions(chosen)
         wkb = geo_library("shapely").to_wkb(regions.published())
         hashed = sha256_bytes(b"\0".join([*(str(i).encode() for i in regions.ids), *wkb]))
@@ -266,6 +270,10 @@ def _named(name: str, sources: tuple[Source, ...]) -> list[tuple[str, Source]]:
     return [(name if len(sources) == 1 else f"{name}.{place}", one) for place, one in enumerate(sources, start=1)]
 
 
+def _region_files(recipe: Recipe) -> list[str]:
+    return [recipe.regions.file or recipe.regions.boundary or ""]
+
+
 def _receipt(out: Path) -> dict[str, Any]:
     """The earlier build's receipt; empty where there is none, or it is none."""
     try:
@@ -280,8 +288,7 @@ def _write(
 ) -> None:
     """Write all files, the receipt last; those of an earlier build that this one has none of are removed before it."""
     places = [*(out / name for name in tables), out / RECEIPT]
-    region_files = [recipe.regions.file or recipe.regions.boundary or ""]
-    for path in files_of(recipe, region_files):
+    for path in files_of(recipe, _region_files(recipe)):
         sources.hashes.of(path)
     with atomic_files(places) as temporaries:
         outputs = {}
