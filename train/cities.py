@@ -10,7 +10,7 @@ import pyarrow as pa
 from topt_deploy.data.cities import stack_cities
 from topt_deploy.data.city import City, Schema, hive_city, infer_schema, read_city
 from topt_deploy.data.columns import REGION_ID, some
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import UsageError
 from topt_deploy.storage.hashed_file import Held
 
@@ -88,7 +88,7 @@ def read_placed(
 
 def _placed(regions: Path | Held, say: Callable[[str], None]) -> pa.Table | None:
     """The table with a position for all; None where nothing is missing, or all positions are."""
-    file = ParquetFile(regions)
+    file = open_table(regions)
     if not {"lon", "lat"} <= set(file.names):
         return None
     lon, lat = (file.read([axis])[axis] for axis in ("lon", "lat"))

@@ -18,6 +18,7 @@ from topt_deploy.config.settings import Config, EnsembleConfig
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths, feature_widths
 from topt_deploy.model.gaussian_process import PROMPT, RADIAL, KernelHead, maximise_evidence
+from topt_deploy.model.layers import repeated
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import ResidualMlp
@@ -268,9 +269,9 @@ def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: s
         place = replace(place, engine=engine, checkpoints=None)
     known = torch.cat([one.known for one in begun])
     counts = [_members(one.rows, settings) for one in begun]
-    each = torch.tensor([count for own in counts for count in own], device=known.device)
-    weights = (known / known.sum(dim=1, keepdim=True)).repeat_interleave(each, dim=0)
-    aims = torch.cat([one.scaled for one in begun]).float().repeat_interleave(each, dim=0)
+    each = [count for own in counts for count in own]
+    weights = repeated(known / known.sum(dim=1, keepdim=True), each, dim=0)
+    aims = repeated(torch.cat([one.scaled for one in begun]).float(), each, dim=0)
     place.fit(
         network,
         lambda: {"fit": ((network(x) - aims).square() * weights).sum()},

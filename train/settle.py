@@ -7,7 +7,7 @@ from pathlib import Path
 
 from topt_deploy.config.settings import CONFIG_FILE, Config
 from topt_deploy.data.columns import PROMPT_PREFIX
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadConfig
 from topt_deploy.storage.os_errors import reading
 
@@ -34,7 +34,7 @@ def settle(
     if file is not None:
         with reading(file):
             asked |= set(tomllib.loads(file.read_text(encoding="utf-8")))
-    columns = ParquetFile(regions).names
+    columns = open_table(regions).names
     said: list[str] = []
     there = [view for view in config.views if any(c == view or c.startswith(f"{view}_") for c in columns)]
     if "views" not in asked and there and len(there) < len(config.views):

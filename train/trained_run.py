@@ -18,7 +18,8 @@ import pyarrow as pa
 from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.config.load import load_config, presets
 from topt_deploy.config.settings import Config
-from topt_deploy.data.parquet import ParquetFile, read_parquet
+from topt_deploy.data.parquet import read_parquet
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.run_folder import RUNS_DIR, Run, newest_run, open_run
 from topt_deploy.storage.hashed_file import Held
@@ -143,12 +144,15 @@ class TrainedRun:
         ).path  # fmt: skip
         return place
 
-    def report(self, out: Location | None = None, *, evaluation: Location | None = None) -> Path:
+    def report(
+        self, out: Location | None = None, *, evaluation: Location | None = None, check: Location | None = None
+    ) -> Path:
         """Write one HTML page with maps, errors and their pattern: ``topt-deploy report``.
 
         Args:
             out: The page, ``report.html`` in the run's folder by default.
             evaluation: Also show what ``topt-deploy evaluate --out`` left in this folder.
+            check: Also show this result of ``topt-run check --out`` on predictions of this run's bundle.
 
         Returns:
             The page's path.
@@ -156,7 +160,8 @@ class TrainedRun:
         from .report.page import write_report
 
         place = self.path / REPORT_FILE if out is None else Path(out)
-        write_report(self._run, place, None if evaluation is None else Path(evaluation))
+        folder, checked = (None if given is None else Path(given) for given in (evaluation, check))
+        write_report(self._run, place, folder, checked)
         return place
 
 
@@ -320,5 +325,5 @@ def _train(run: Run, cities: "Sequence[CityFiles]", engine: "TrainingDevice", sa
 
 def _threads(cities: Sequence[Path]) -> int:
     """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
-    regions = sum(ParquetFile(city / REGIONS_FILE).rows for city in cities)
+    regions = sum(open_table(city / REGIONS_FILE).rows for city in cities)
     return 1 if regions <= SMALL_CITY else os.cpu_count() or 1

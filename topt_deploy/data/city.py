@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.errors import BadData, BadRows, NoInput
+from topt_deploy.storage.table_parts import is_city_partition
 
 from .categories import find_categories, read_view
 from .columns import (
@@ -39,8 +40,6 @@ from .flows import Flows, read_flows
 Array = np.ndarray[Any, Any]
 REGION_LIMIT = 2_000_000
 """Regions of one city. More than that are several cities, or nobody's."""
-HIVE = ("city", CITY_ID)
-"""Names that a Hive partition's folder may give to the city."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -298,10 +297,12 @@ def _city_id(source: TableReader) -> str | None:
 def hive_city(file: Path) -> str | None:
     """The city that a Hive partition, a folder ``city=…`` or ``city_id=…`` above the file, is of.
 
-    A relative path means the same as its absolute one: the folder that a command is started in counts.
+    A relative path means the same as its absolute one: the folder that a command is started in counts. So does the
+    folder of a table in parts itself.
     """
-    folders = reversed(Path(os.path.abspath(file)).parent.parts)
-    name = next((value for key, mark, value in (part.partition("=") for part in folders) if mark and key in HIVE), None)
+    whole = Path(os.path.abspath(file))
+    folders = reversed(whole.parts if os.path.isdir(whole) else whole.parent.parts)
+    name = next((folder.partition("=")[2] for folder in folders if is_city_partition(folder)), None)
     if name is not None and "%" in name:  # as Hive escapes what a folder's name cannot hold
         from urllib.parse import unquote
 

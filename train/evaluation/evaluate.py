@@ -14,9 +14,9 @@ from torch import Tensor
 from topt_deploy import __version__
 from topt_deploy.config.settings import Config
 from topt_deploy.data.columns import PROMPT_PREFIX
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import ToptError
-from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
+from topt_deploy.storage.hashed_file import Held, sha256_bytes
 from topt_deploy.storage.text_files import write_json, write_text
 
 from ..cities import CityFiles, read_cities
@@ -141,7 +141,7 @@ def read_problem(
         CityFiles(folder=city, regions=city / REGIONS, mobility=city / MOBILITY if config.mobility else None)
         for city in cities
     ]
-    columns = [ParquetFile(own.regions).names for own in files]
+    columns = [open_table(own.regions).names for own in files]
     prompts = [name for name in columns[0] if name.startswith(PROMPT_PREFIX) and all(name in own for own in columns)]
     city, schema = read_cities(files, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
     problem = Problem.of(city, schema, engine, reporter)
@@ -199,8 +199,8 @@ def evaluate_problem(
 def _sha256_files(files: Sequence[Path]) -> str | None:
     """A file's hash; of several, the hash of theirs; None for none."""
     if len(files) < 2:
-        return sha256_file(files[0]) if files else None
-    return sha256_bytes("".join(sha256_file(file) for file in files).encode())
+        return Held(files[0]).sha256 if files else None
+    return sha256_bytes("".join(Held(file).sha256 for file in files).encode())
 
 
 def _sha256(inputs: Mapping[str, Tensor]) -> str:
