@@ -3,9 +3,10 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import quiet, replaced, tiny_city, tiny_city_tables
+from builders import quiet, tiny_city, tiny_city_tables
 from sklearn.metrics import mean_absolute_error
 
 from topt_deploy.config.load import load_config
@@ -13,7 +14,6 @@ from topt_deploy.data.cities import stack_cities
 from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadData, UsageError
 from topt_deploy.train import boosted_trees
-from topt_deploy.train.datasets.city_files import write_city
 from topt_deploy.train.evaluation import plain_baselines, topt_variants
 from topt_deploy.train.evaluation.literature import LITERATURE
 from topt_deploy.train.evaluation.paired_tests import compare
@@ -137,8 +137,10 @@ def folders(tmp_path):
     found = []
     for name, n in SIZES.items():
         regions, mobility = tiny_city_tables(n, n)
-        write_city(tmp_path / name, replaced(regions), mobility)
         found.append(tmp_path / name)
+        found[-1].mkdir()
+        pq.write_table(regions, found[-1] / "regions.parquet")
+        pq.write_table(mobility, found[-1] / "mobility.parquet")
     return found
 
 
