@@ -730,7 +730,7 @@ class TestBadFiles:
         refuse(path, parts=[str(path), "Parquet file"])
 
     def test_a_folder(self, tmp_path):
-        refuse(tmp_path, parts=[str(tmp_path)])
+        refuse(tmp_path, kind=NoInput, exit_code=Exit.NO_INPUT, parts=[str(tmp_path), "part-"])
 
     def test_damage_inside_is_never_a_traceback(self, path):
         """One byte changed anywhere: read, or refused as a user's error."""
