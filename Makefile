@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: install services demo test lint types docs check-install images-check benchmark cities results reliability batch fuzz gpu-check clean
+.PHONY: install services demo test lint types docs check-install images-check benchmark cities results reliability batch fuzz oom gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -122,9 +122,14 @@ batch: install
 gpu-check:
 	$(PYTHON) dev/benchmarks/gpu_check.py --write-docs
 
-# Every night: 60 seconds a target.
+# Every night: 60 seconds a parser, and a million altered manifests of each kind.
+FUZZ_RECORDS ?= 1000000
 fuzz: install
-	TOPT_FUZZ_SECONDS=60 $(BIN)/pytest --timeout=0 tests/fuzz
+	TOPT_FUZZ_SECONDS=60 TOPT_FUZZ_RECORDS=$(FUZZ_RECORDS) $(BIN)/pytest --timeout=0 tests/fuzz
+
+# Memory that runs out: one allocation of predict and of encode fails, at 200 places of each (two allocators, 100 each).
+oom: install
+	TOPT_OOM_PLACES=100 $(BIN)/pytest --timeout=0 tests/faults/test_out_of_memory.py
 
 # docs/background/cities.md: the default against the plain baselines on many cities. Goes on where it was stopped.
 cities: install

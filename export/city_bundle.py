@@ -139,7 +139,8 @@ def _cities(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[dict[s
     others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
     edges = [largest(tiles) + more for tiles in (1, 2) for more in (0, 1)]
     tiled = {f"enlarged-{n}": golden[LARGER_OF].enlarged(n) for n in edges}
-    cities = [GateCity(model=model, name="training city", inputs={name: x.numpy() for name, x in inputs.items()})]
+    trained_on = {name: inputs[name].numpy() for name in model.input_names()}  # a run keeps what some part may read
+    cities = [GateCity(model=model, name="training city", inputs=trained_on)]
     for name, city in (golden | others | tiled).items():
         arrays = features(read_city(city.regions, city.mobility, model.spec.schema), model.input_names())
         cities.append(GateCity(model=model, name=name, inputs=arrays, tables=city, for_tiles=name in tiled))

@@ -32,7 +32,8 @@ _TILES = "tiles"
 _LAY_TILES = """tiles (float[N, F] first) => (int64[T, t] rows)
     <int64 zero = {0}, int64 one = {1}, int64 entries = {%d}, int64 least = {%d}, int64[1] second = {1}> {
         shape = Shape <start = 0, end = 1> (first)
-        n = Squeeze (shape)
+        regions = Squeeze (shape)
+        n = Max (regions, one)
         fitting = Div (entries, n)
         some = Max (fitting, least)
         height = Min (some, n)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from topt_deploy.data.city import City, Schema, add_prompts, read_city
 from topt_deploy.data.columns import Given
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadData, BadRows
 
 Array = np.ndarray[Any, Any]
@@ -160,7 +160,7 @@ def in_memory(given: Given) -> pa.Table:
         return given
     from topt_deploy.data.geometry import with_geo_key
 
-    file = ParquetFile(given)
+    file = open_table(given)
     return with_geo_key(file.read(), file)
 
 

@@ -16,6 +16,7 @@ from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.data.columns import FLOW_COLUMNS, REGION_ID
 from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_kind_of
 from topt_deploy.errors import BadBundle, BadRows
+from topt_deploy.storage.table_parts import find_table, home_of
 
 from .bad_rows import POLICIES
 from .golden_checks import GoldenCheck
@@ -189,7 +190,7 @@ class Model:
 
         Args:
             regions: One row per region (docs/reference/files.md): the path of a ``regions.parquet`` or of its folder,
-                or a table of pyarrow, pandas, geopandas or polars.
+                of a table in parts, or a table of pyarrow, pandas, geopandas or polars.
             mobility: The flows between the regions, of any of these kinds. Where ``regions`` is a path, the
                 ``mobility.parquet`` beside it is the default.
             tasks: One task or several; all of the model's by default.
@@ -215,8 +216,8 @@ class Model:
         given = as_given(regions, BadRows.REGIONS)
         flows = None if mobility is None else as_given(mobility, BadRows.MOBILITY)
         if isinstance(given, Path):
-            given = given / REGIONS_FILE if given.is_dir() else given
-            beside = given.with_name(MOBILITY_FILE)
+            given = find_table(given) or given / REGIONS_FILE
+            beside = home_of(given) / MOBILITY_FILE
             flows = beside if flows is None and beside.exists() else flows
         predicted = predictor.predictions(
             given, flows, tasks=several(tasks), id_col=id_col, coverage=coverage, on_bad_row=on_bad_row,

@@ -6,7 +6,6 @@ stands and fits, the output is whole.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,9 +21,9 @@ from topt_deploy.data.columns import GEOMETRY, REGION_ID
 from topt_deploy.data.parquet import save_parquet
 from topt_deploy.errors import BadData, BadRows, UsageError
 from topt_deploy.storage.atomic import atomic_files, sweep
-from topt_deploy.storage.hashed_file import Held, sha256_file
+from topt_deploy.storage.hashed_file import Held, sha256_file, stamps
 from topt_deploy.storage.locks import locked
-from topt_deploy.storage.os_errors import check_place, reading, writing
+from topt_deploy.storage.os_errors import check_place, writing
 from topt_deploy.storage.outputs import TABLES, check_outputs, check_outside, check_suffix
 from topt_deploy.storage.text_files import json_text
 
@@ -110,7 +109,7 @@ def predict_city(
     with locked(out), nullcontext() if geo is None else locked(geo):
         sweep(*written)
         with watch.step("hash"):
-            stamps = {role: _stamp(file) for role, file in inputs.items()}
+            before = {role: stamps(file) for role, file in inputs.items()}
             held = {role: Held(file) for role, file in inputs.items()}
             hashes = {role: file.sha256 for role, file in held.items()}
         key = _key(predictor, hashes, options, hive_city(regions))
@@ -122,7 +121,7 @@ def predict_city(
                 coverage=options.coverage, on_bad_row=options.on_bad_row, cache=cache, progress=progress,
             )  # fmt: skip
             table = predictions.wide() if options.wide else predictions.long()
-        if {role: _stamp(file) for role, file in inputs.items()} != stamps:
+        if {role: stamps(file) for role, file in inputs.items()} != before:
             raise BadData("changed while it was read", file=regions, fix="run again when nothing writes to it")
         facts = {
             "key": key,
@@ -199,12 +198,6 @@ def _standing(out: Path, key: str) -> Mapping[str, Any] | None:
     made |= {out.with_name(facts["file"]): facts["sha256"] for facts in receipt["set_aside"].values()}
     found = {file: sha256_file(file) for file in (out, *_asides(out)) if file.is_file()}
     return receipt if found == made else None
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    with reading(file):
-        facts = os.stat(file)
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def check_map(path: Path) -> None:

@@ -17,10 +17,11 @@ from topt_deploy.data.city import City, hive_city
 from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.features import features
-from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
 from topt_deploy.storage.hashed_file import sha256_file
+from topt_deploy.storage.table_parts import home_of
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
 from .bad_rows import FAIL, BadRowFilter
@@ -210,7 +211,7 @@ class Predictor:
                 )
         file = file_of(regions)
         sieve = BadRowFilter(regions, mobility, on_bad_row, city_id=None if file is None else hive_city(file))
-        city, encoded = self._read(sieve, None if file is None else file.parent, id_col, cache, progress)
+        city, encoded = self._read(sieve, None if file is None else home_of(file), id_col, cache, progress)
         check_prompts(manifest, city, _name(regions))
         arrays = features(city, manifest.inputs)
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
@@ -320,7 +321,7 @@ class Predictor:
         manifest = self.bundle.manifest
         if manifest.encoder is None:
             return []  # the reader says what is absent
-        names = regions.column_names if isinstance(regions, pa.Table) else ParquetFile(regions).names
+        names = regions.column_names if isinstance(regions, pa.Table) else open_table(regions).names
         return [column for column in manifest.prompts if column not in names]
 
     def _prompt_encoder(self) -> "PromptEncoder":

@@ -30,7 +30,7 @@ SHORT = ["--set", "srel.epochs=2", "--set", "prompt4re.epochs=2", "--set", "ense
 """Added to every training, so that the pages run in a minute."""
 SHORT_SET = {key: int(value) for key, _, value in (setting.partition("=") for setting in SHORT[1::2])}
 """The same for training from Python."""
-FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md")
+FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md", "docs/tutorial/open-data.md")
 """Pages that begin in an empty folder; the others where a city, a run and a bundle are."""
 ELSEWHERE = {"topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it"}
 CHECKS = {
@@ -40,8 +40,9 @@ CHECKS = {
 }
 """What holds after each snippet of a page that makes predictions."""
 NEEDS = {
-    "docs/how-to/python.md": ("pandas", "tokenizers"),
+    "docs/how-to/python.md": ("pandas", "tokenizers", "pyogrio", "shapely"),
     "docs/how-to/build.md": ("pyogrio", "shapely"),
+    "docs/tutorial/open-data.md": ("pyogrio", "shapely"),
     "docs/how-to/mlflow.md": ("mlflow", "pandas"),
     "docs/how-to/sign.md": ("cryptography",),
     "docs/how-to/encode.md": ("tokenizers",),

@@ -481,7 +481,7 @@ class TestChicago:
     def test_it_passes_its_own_test(self, trained_chicago, topt_run):
         assert topt_run("selftest", trained_chicago / "model.topt").code == 0
         said = topt_run("info", trained_chicago / "model.topt")
-        assert "city       Chi, 77 regions" in said.out
+        assert "city       Chicago, 77 regions" in said.out
         assert "SYNTHETIC" not in said.out
         assert "4096 from meta-llama/Llama-3.2-11B-Vision-Instruct" in said.out
 

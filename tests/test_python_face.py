@@ -5,7 +5,9 @@ import inspect
 import os
 import pickle
 import sys
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from commands import PATIENCE_S, Desk, shell
+from open_data import middle, squares, write
 
 import topt_deploy as topt
 from topt_deploy.errors import BadBundle, BadConfig, BadData, NoInput, UsageError
@@ -25,6 +28,7 @@ from topt_deploy.export.cli.export import export as export_command
 from topt_deploy.export.export_run import export_run
 from topt_deploy.runtime.cli.encode import encode as encode_command
 from topt_deploy.runtime.cli.predict import predict as predict_command
+from topt_deploy.train.cli.build import build as build_command
 from topt_deploy.train.cli.encode import encode as encode_with_pytorch
 from topt_deploy.train.cli.report import report as report_command
 from topt_deploy.train.cli.train import train as train_command
@@ -248,6 +252,48 @@ def trained(small_city: Path) -> topt.TrainedRun:
     return topt.train(small_city, tasks="crime", set={"srel.epochs": 2, "prompt4re.epochs": 2}, seed=3)
 
 
+class TestBuild:
+    def test_a_recipe_is_a_file_or_a_mapping(self, tmp_path, monkeypatch):
+        squares(tmp_path)
+        (x, y), (x9, y9) = middle(1), middle(9)
+        write(tmp_path / "crimes.csv", f"day,lon,lat\n2019-05-01,{x},{y}\n2020-05-01,{x9},{y9}\n2020-06-01,{x9},{y9}")
+        write(tmp_path / "city.toml", """
+            [regions]
+            file = "areas.geojson"
+            id = "area_numbe"
+            [labels.crime]
+            file = "crimes.csv"
+            date = "day"
+            history = true
+            """)  # fmt: skip
+        period = {"since": "2020-01-01", "until": date(2021, 1, 1), "city": "Nine", "timezone": "America/Chicago"}
+        seen: list[tuple[int, int]] = []
+        found = topt.build(str(tmp_path / "city.toml"), tmp_path / "a", progress=lambda *n: seen.append(n), **period)
+        assert type(found) is topt.BuildReport
+        assert (found.out, found.city, found.regions, found.tasks) == (tmp_path / "a", "Nine", 9, {"crime": 2.0})
+        assert found.views == {"history": (1, 1.0)}
+        assert seen[-1][0] == seen[-1][1] > 0
+        monkeypatch.chdir(tmp_path)
+        recipe = tomllib.loads(Path("city.toml").read_text())
+        assert topt.build(recipe, "b", **period).tasks == found.tasks
+        assert Path("a/regions.parquet").read_bytes() == Path("b/regions.parquet").read_bytes()
+
+    def test_what_does_not_go_is_refused_by_name(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        recipe = {"regions": {"file": str(squares(tmp_path)), "id": "area_numbe"}}
+        for wrong, told in (
+            ({"since": "spring"}, "not a date"), ({"timezone": "Chicago"}, "unknown time zone"),
+            ({"on_bad_row": "mask"}, "not a way"), ({"since": "2020-01-01", "until": "2020-01-01"}, "empty"),
+        ):  # fmt: skip
+            with pytest.raises(BadConfig, match=told):
+                topt.build(recipe, "out", **wrong)
+        with pytest.raises(NoInput):
+            topt.build("absent.toml", "out")
+        with pytest.raises(BadConfig, match="needs regions"):
+            topt.build({}, "out")
+        assert not Path("out").exists()
+
+
 class TestTrain:
     def test_a_run_has_metrics_and_held_out_predictions(self, trained, small_city):
         assert trained.path.parent == small_city / "runs"
@@ -362,6 +408,11 @@ class TestNames:
         asked = options(predict_command, *outputs, *processes, "bundle", "mobility")
         assert parameters(topt.load, topt.Model.predict) - {"progress"} == asked
         assert parameters(topt.train) == options(train_command)
+        words = {"from": "since", "to": "until"}  # "from" is a word of Python's own
+        recipes = {"init", "regions", "id_col", "name_col", "src_crs", "grid", "boundary", "points", "areas", "flows"}
+        recipes |= {"labels", "embeddings", "history"}  # a mapping says these
+        asked = options(build_command, "out", "log_format", *recipes)
+        assert parameters(topt.build) - {"progress"} == {words.get(name, name) for name in asked}
         assert parameters(topt.TrainedRun.export) == options(export_command, "out", "encoder_only")
         assert parameters(topt.TrainedRun.report) == options(report_command, "out")
         both = options(encode_command, "log_format") | options(encode_with_pytorch, "processes", "shared_cache")

@@ -26,6 +26,9 @@ import polars as pl
 
 import topt_deploy as topt
 
+built: topt.BuildReport = topt.build("chicago.toml", Path("chicago"), since="2019-01-01", on_bad_row="quarantine")
+pairs: tuple[int, float] | None = built.flows
+set_aside: int = topt.build({"regions": {"grid": "h3:8", "boundary": "edge.geojson"}}, "chicago/").set_aside
 run = topt.train("chicago/", tasks=["crime"], set={"srel.epochs": 100})
 mae: float = run.metrics["crime"].held_out.mae
 bundle: Path = run.export("model.topt", encoder_precision="int8")
@@ -54,6 +57,8 @@ WRONG = {
     "topt.nothing": "attr-defined",
     'run.export(format="tflite")': "arg-type",
     'topt.train("chicago/", epochs=3)': "call-arg",
+    'topt.build("chicago.toml")': "call-arg",
+    'topt.build("chicago.toml", "chicago/", on_bad_row="mask")': "arg-type",
     "topt.encode(regions, bundle=3)": "call-overload",
 }
 

@@ -2,6 +2,7 @@
 
     import topt_deploy as topt
 
+    topt.build("chicago.toml", "chicago/")
     run = topt.train("chicago/", tasks=["crime"])
     run.export("model.topt")
     predictions = topt.load("model.topt").predict("chicago/")
@@ -15,18 +16,22 @@ import os
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BuildReport": "train.datasets.build.report",
     "Inputs": "runtime.model",
     "Model": "runtime.model",
     "RowsSetAside": "runtime.model",
     "ToptError": "errors",
     "TrainedRun": "train.trained_run",
+    "build": "train.datasets.build.city",
     "encode": "prompts.encode_regions",
     "load": "runtime.model",
 }
 """Each public name, and the module that it is in. Stages are named as text: the core imports none of them. ``train`` is
 a package that can be called."""
 
-__all__ = ["Inputs", "Model", "RowsSetAside", "ToptError", "TrainedRun", "encode", "load", "train"]
+__all__ = [
+    "BuildReport", "Inputs", "Model", "RowsSetAside", "ToptError", "TrainedRun", "build", "encode", "load", "train",
+]  # fmt: skip
 
 # From 1.29 on, ONNX Runtime tells its maker of every session, unless this is set before it is imported. It is set here
 # because nothing of ours is imported before.

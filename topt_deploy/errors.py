@@ -5,7 +5,7 @@ names, as far as they apply, the file, the column, the region ids, what was expe
 what to do; no user mistake ends in a traceback.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -222,7 +222,7 @@ def user_error(error: BaseException, file: object = None) -> ToptError | None:
     """
     if isinstance(error, ToptError):
         return error
-    if isinstance(error, MemoryError):
+    if any(isinstance(cause, MemoryError) for cause in _causes(error)):
         return OutOfMemory(file)
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
@@ -231,6 +231,15 @@ def user_error(error: BaseException, file: object = None) -> ToptError | None:
             fix="mend what it says, then run again",
         )  # fmt: skip
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came of: a module that found no memory while it was loaded is told as broken."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def exit_code(error: BaseException) -> Exit:

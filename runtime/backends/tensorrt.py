@@ -145,12 +145,11 @@ class Provider:
 def provider_shapes(target: TensorRTNetwork) -> dict[str, str]:
     """The profile as ONNX Runtime's provider is told it: ``hidden:1x1x64,positions:1x1x1``."""
     sizes = shapes(graph_inputs(target.graph.read_bytes()), target.profile)
-    ways = {"min": "least", "opt": "usual", "max": "most"}
     return {
         f"trt_profile_{name}_shapes": ",".join(
-            f"{tensor}:{'x'.join(map(str, getattr(of, attribute)))}" for tensor, of in sizes.items()
+            f"{tensor}:{'x'.join(map(str, getattr(of, name)))}" for tensor, of in sizes.items()
         )
-        for name, attribute in ways.items()
+        for name in ("min", "opt", "max")
     }
 
 

@@ -78,12 +78,10 @@ def work(job: CityJob, predictor: Predictor, setting: Setting) -> CityResult:
             outcome = predict_city(predictor, here, setting.options, resume=setting.resume, cache=setting.cache)
     except ToptError as error:
         return failed(job, error.as_dict(), str(error), time.perf_counter() - began)
-    except (OSError, MemoryError) as error:
-        known = user_error(error, shown(job.regions))
-        assert known is not None
-        return failed(job, known.as_dict(), str(known), time.perf_counter() - began)
     except Exception as error:
         place = shown(job.regions)
+        if (known := user_error(error, place)) is not None:
+            return failed(job, known.as_dict(), str(known), time.perf_counter() - began)
         bug = {"error": type(error).__name__, "exit_code": int(Exit.BUG), "message": str(error), "file": place}
         told = f"{traceback.format_exc()}This is a bug in topt-deploy. Please report it with the lines above."
         return failed(job, bug, told, time.perf_counter() - began)

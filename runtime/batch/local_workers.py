@@ -14,7 +14,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from topt_deploy.errors import Terminated
+from topt_deploy.no_memory import end_without_memory
 
 from ..predict_city import CityJob
 from ..summary import CityResult, too_long
@@ -26,6 +29,8 @@ SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """By which a process is ended from outside: for its memory, or by whoever stops the batch."""
 LOOK_EVERY_S = 0.2
 """How often workers' time is looked at, where it has a limit."""
+GRACE_S = 3.0
+"""How long workers that are ended may take to remove their temporary files and locks."""
 SMALL_BYTES = 4 << 20
 """Size of the largest city's tables, as files, up to which a second worker per processor takes little memory."""
 
@@ -80,9 +85,13 @@ def run_local(
                     worker = _Worker(work, pool)
                     pool.append(worker)
                     idle.append(worker)
-    except BaseException:
-        for worker, *_ in busy.values():
-            worker.kill()  # nobody waits for its result; what it has written so far is swept by the next run
+    except BaseException:  # nobody waits for the results of those that are at work
+        left = [worker for worker, *_ in busy.values()]
+        for worker in left:
+            worker.terminate()
+        until = time.monotonic() + GRACE_S
+        for worker in left:
+            worker.kill(until - time.monotonic())
         raise
     finally:
         for worker in pool:
@@ -126,8 +135,13 @@ class _Worker:
         """How long it has been at work on its city."""
         return time.monotonic() - self._since
 
-    def kill(self) -> None:
-        """End it whatever it is in."""
+    def terminate(self) -> None:
+        """Have it end as soon as it is not within a computation, its temporary files and its lock removed."""
+        self._process.terminate()
+
+    def kill(self, grace: float = 0.0) -> None:
+        """End it whatever it is in, after so many seconds; the next run removes the files that it then leaves."""
+        self._process.join(max(grace, 0.0))
         self._process.kill()
         self.connection.close()
         self._process.join()
@@ -151,15 +165,24 @@ def _serve(
 ) -> None:
     """Do jobs until the parent closes its end, or is gone; a result that nobody waits for any more is lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle: a terminal sends it to all
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _leave)
+    end_without_memory(lambda error: None)  # the parent tells of it
     _die_with(parent)
     gc.freeze()  # what the parent has made stays, and need not be looked through, nor copied, time and again
     for other in inherited:
         other.close()
-    with suppress(EOFError, OSError):
-        while True:
-            job: Any = connection.recv()
-            connection.send(work(job))
+    try:
+        with suppress(EOFError, OSError):
+            while True:
+                job: Any = connection.recv()
+                connection.send(work(job))
+    except Terminated:  # the parent sees by what
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def _die_with(parent: int) -> None:

@@ -19,6 +19,7 @@ from topt_deploy.errors import CannotCreate, IOFailure, NoInput, NoPermission, T
 from topt_deploy.storage.atomic import atomic_file
 from topt_deploy.storage.os_errors import writing
 from topt_deploy.storage.scratch import scratch_folder
+from topt_deploy.storage.table_parts import part_names
 
 from ..addresses import is_uri, joined, parted, shown
 from ..predict_city import CityJob
@@ -59,11 +60,15 @@ def listing(uri: str) -> dict[str, int]:
 
 
 def sizes(uris: Sequence[str], settings: str) -> dict[str, int]:
-    """Those URIs of one folder, without their settings, that are files, and their sizes in bytes."""
+    """Those URIs of one folder, without their settings, that exist, and their sizes in bytes; folders end in "/"."""
+    from pyarrow import fs
+
     system, _ = _system(uris[0] + settings)
     with _answers(uris[0]):
         infos = system.get_file_info([_system(uri + settings)[1] for uri in uris])
-    return {uri: info.size for uri, info in zip(uris, infos, strict=True) if info.is_file}
+    found = {uri: info.size for uri, info in zip(uris, infos, strict=True) if info.is_file}
+    folders = (uri for uri, info in zip(uris, infos, strict=True) if info.type == fs.FileType.Directory)
+    return found | {f"{uri.rstrip('/')}/": 0 for uri in folders}
 
 
 def _hidden(path: str) -> bool:
@@ -81,7 +86,9 @@ def local(job: CityJob) -> Iterator[CityJob]:
         yield job
         return
     with scratch_folder() as scratch:
-        city = hive_city(Path(unquote(parted(job.regions)[0])))  # a name that the tables themselves may not have
+        city = hive_city(
+            Path(unquote(parted(job.regions)[0]) + "part")
+        )  # a name that the tables themselves may not have
         folder = scratch / ("regions" if city is None else f"city={quote(city, safe='')}")
         folder.mkdir()
         here: dict[str, Any] = {}
@@ -119,7 +126,10 @@ def _told(given: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ToptError as error:
-        error.file = given.get(error.file or "", error.file)
+        for here, there in given.items():
+            if error.file is not None and (error.file == here or error.file.startswith(f"{here}/")):  # or one of parts
+                error.file = there.rstrip("/") + error.file.removeprefix(here)
+                break
         raise
 
 
@@ -130,7 +140,18 @@ def put_text(uri: str, text: str) -> None:
 
 
 def _fetch(uri: str, file: Path) -> None:
+    """Fetch a table: a file, or the parts in a folder whose URI ends in "/"."""
+    from pyarrow import fs
+
     system, path = _system(uri)
+    if parted(uri)[0].endswith("/"):
+        with _answers(uri):
+            inside = system.get_file_info(fs.FileSelector(path.rstrip("/")))
+        files, folders = ([info.base_name for info in inside if info.is_file is kind] for kind in (True, False))
+        file.mkdir()
+        for name in part_names(shown(uri), files, folders):
+            _fetch(joined(uri, name), file / name)
+        return
     with _answers(uri), system.open_input_stream(path) as source, file.open("wb") as target:
         _copy(source, target)
 

@@ -9,9 +9,9 @@ from urllib.parse import unquote
 
 from topt_deploy.bundle.manifest import SUFFIX
 from topt_deploy.data.city import hive_city
-from topt_deploy.data.parquet import is_part
-from topt_deploy.errors import BadData, NoInput, UsageError
+from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.storage.os_errors import reading
+from topt_deploy.storage.table_parts import is_city_partition, is_part, stands_for_file, table_files
 
 from ..addresses import is_uri, joined, parted, shown
 from ..inputs import MOBILITY, PREDICTIONS, REGIONS
@@ -19,7 +19,9 @@ from ..predict_city import CityJob
 from .object_stores import listing, sizes
 
 OURS = ("predictions", "prompts", "mobility")
-"""The names, up to the first dot, of files that are not regions tables."""
+"""The names, up to the first dot, of tables that are not regions tables."""
+# Here a table is a path or URI. That of a table in parts ends in "/". So does its name where it stands for a file; the
+# name is empty where the folder is the city's own, so that flows lie in it.
 
 
 def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[CityJob]:
@@ -46,14 +48,15 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[CityJob]:
                     f"two inputs are the city {name!r}", file=shown(regions), found=shown(jobs[name].regions),
                     fix="rename a file or its folder; folders city=NAME say it best",
                 )  # fmt: skip
-            size, flows = siblings[_last(regions)], None
+            folder, table = _split(regions)
+            size, flows = siblings[table], None
             if mobility:
-                flows = next((f for f in (f"{_stem(regions)}.{MOBILITY}", MOBILITY) if f in siblings), None)
-                size += siblings.get(flows or "", 0)
+                flows = next((f for file in _flows(table) for f in (f"{file}/", file) if f in siblings), None)
+                size += 0 if flows is None else siblings[flows]
             jobs[name] = CityJob(
                 name=name,
                 regions=regions + settings,
-                mobility=None if flows is None else regions.removesuffix(_last(regions)) + flows + settings,
+                mobility=None if flows is None else folder + flows + settings,
                 out=joined(out, f"city={_escaped(name)}/{PREDICTIONS}"),
                 size=size,
             )
@@ -61,7 +64,7 @@ def plan(inputs: Sequence[str], out: str, *, mobility: bool) -> list[CityJob]:
 
 
 def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
-    """Regions tables, each with the sizes of files in its folder, its flows' among them."""
+    """Regions tables, each with the sizes of tables in its folder, its flows' among them."""
     found: dict[str, int] = {}
     if is_uri(given):
         found = listing(given + settings)
@@ -70,24 +73,21 @@ def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
             found |= _walk(place)
     folders: dict[str, dict[str, int]] = {}
     for file, size in found.items():
-        folders.setdefault(file.removesuffix(_last(file)), {})[_last(file)] = size
+        folder, table = _split(_whole(file))
+        tables = folders.setdefault(folder, {})
+        tables[table] = tables.get(table, 0) + size
     count, city = 0, None
     for folder, files in sorted(folders.items()):
         if (city is not None and folder.startswith(city)) or SUFFIX + "/" in folder:
             continue  # what is below a city's own folder, its runs, or in a bundle, is no city
-        city = folder if REGIONS in files else city
-        parts = [file for file in sorted(files) if is_part(file)]
-        if len(parts) > 1:
-            raise BadData(
-                f"a table in {len(parts)} parts, as Spark writes it", file=shown(folder), expected="one file",
-                found=parts[0], fix="write one file per city, as with coalesce(1) in Spark",
-            )  # fmt: skip
+        own = [name for name in (REGIONS, f"{REGIONS}/", "regions/") if name in files]
+        own = own[:1] or [""] * ("" in files and folder.rstrip("/").rpartition("/")[2] not in OURS)
+        city = folder if own else city
         loose = [file for file in sorted(files) if _is_table(file) or folder + file == given]
-        tables = [REGIONS] if REGIONS in files else parts or loose
-        for file in tables:
+        for table in own or loose:
             count += 1
-            listed = is_uri(given) and folder + file != given
-            yield folder + file, files if listed else _beside(folder + file, settings)
+            listed = is_uri(given) and given not in found
+            yield folder + table, files if listed else files | _beside(folder + table, settings)
     if not count:
         raise NoInput(
             "no regions table found", file=shown(given), expected=f"{REGIONS} or other Parquet files, in it or below",
@@ -95,10 +95,28 @@ def _tables(given: str, settings: str) -> Iterator[tuple[str, dict[str, int]]]:
         )  # fmt: skip
 
 
+def _whole(file: str) -> str:
+    """The table that a file is, or is a part of."""
+    steps = file.split("/")
+    for depth, step in enumerate(steps[:-1], 1):
+        if step.endswith(".parquet") and not any(map(is_city_partition, steps[depth:-1])):
+            return "/".join(steps[:depth]) + "/"
+    return ("/".join(steps[:-1]) or ".") + "/" if is_part(steps[-1]) else file
+
+
+def _split(table: str) -> tuple[str, str]:
+    """A table's folder, and its name there."""
+    if table.endswith("/") and not stands_for_file(table[:-1].rpartition("/")[2]):
+        return table, ""
+    head, mark, name = table.removesuffix("/").rpartition("/")
+    return head + mark, name + "/" * table.endswith("/")
+
+
 def _walk(place: str) -> dict[str, int]:
     """Parquet files and their sizes, at or below a place. Hidden folders and links to others are not followed."""
     if os.path.isfile(place):
-        return _sizes([place])
+        whole = is_part(os.path.basename(place))  # of a table that is not predicted in part
+        return _sizes(map(str, table_files(Path(place).parent))) if whole else _sizes([place])
     found: list[str] = []
     for folder, folders, files in os.walk(place, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
@@ -117,12 +135,12 @@ def _sizes(files: Iterable[str]) -> dict[str, int]:
     return {file: os.path.getsize(file) if os.path.isfile(file) else 0 for file in files}
 
 
-def _beside(file: str, settings: str) -> dict[str, int]:
-    """The table's size, and those of the flows that may lie beside it; a folder of thousands is not listed for each."""
-    folder = file.removesuffix(_last(file))
-    places = [folder + name for name in (_last(file), f"{_stem(file)}.{MOBILITY}", MOBILITY)]
-    found = sizes(places, settings) if is_uri(file) else _sizes(p for p in places if p == file or os.path.lexists(p))
-    return {_last(place): size for place, size in found.items()}
+def _beside(table: str, settings: str) -> dict[str, int]:
+    """Sizes of the flows that may lie beside a table, and its own; a folder of thousands is not listed for each."""
+    folder, name = _split(table)
+    places = [folder + file for file in [name, *_flows(name)] if file]
+    found = sizes(places, settings) if is_uri(table) else _sizes(p for p in places if p == table or os.path.lexists(p))
+    return {_split(place)[1]: size for place, size in found.items()}
 
 
 def _is_parquet(name: str) -> bool:
@@ -130,17 +148,17 @@ def _is_parquet(name: str) -> bool:
 
 
 def _is_table(name: str) -> bool:
+    name = name.removesuffix("/")
     return _is_parquet(name) and name.partition(".")[0] not in OURS and not name.endswith(f".{MOBILITY}")
 
 
-def _city(regions: str) -> str:
+def _city(table: str) -> str:
     """The name of a Hive partition, else of the file, else of the folder that its regions.parquet is in."""
-    path = Path(unquote(regions)) if is_uri(regions) else Path(regions).absolute()
-    if path.name == REGIONS or is_part(path.name):
-        inner = path.parent.name in (REGIONS, REGIONS.removesuffix(".parquet"))
-        folder = path.parent.parent if inner else path.parent
-        return hive_city(path) or folder.name.removesuffix(".parquet")
-    return hive_city(path) or path.stem
+    place = unquote(table) if is_uri(table) else os.path.abspath(table) + "/" * table.endswith("/")
+    folder, name = _split(place)
+    path = Path(folder, name or "part")
+    own = name in ("", REGIONS, f"{REGIONS}/", "regions/")
+    return hive_city(path) or (path.parent.name if own else path.stem)
 
 
 def _escaped(name: str) -> str:
@@ -148,9 +166,7 @@ def _escaped(name: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f\"#%'*/:=?\\{\[\]^]", lambda found: f"%{ord(found[0]):02X}", name)
 
 
-def _last(file: str) -> str:
-    return file.rpartition("/")[2]
-
-
-def _stem(file: str) -> str:
-    return _last(file).removesuffix(".parquet")
+def _flows(table: str) -> list[str]:
+    """Names that the flows of a table of this name may have."""
+    stem = table.removesuffix("/").removesuffix(".parquet")
+    return [f"{stem}.{MOBILITY}", MOBILITY] if stem else [MOBILITY]

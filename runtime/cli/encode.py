@@ -35,6 +35,7 @@ def encode(
     **shared: Any,
 ) -> int:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
+    from topt_deploy.no_memory import end_without_memory
     from topt_deploy.prompts.encode_job import EncodeJob
     from topt_deploy.prompts.templates import load_templates
 
@@ -43,6 +44,7 @@ def encode(
 
     log = Log(log_format)
     log.listen()
+    end_without_memory(log.error)
     check_engine(encoder_engine, device)
     used = [path for path in (templates, require_signature) if path is not None]
     job = EncodeJob(city=regions, read=used, bundles=[bundle], **shared)

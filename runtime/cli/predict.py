@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from topt_deploy.console import Log
-from topt_deploy.errors import NoInput, UsageError, printable
+from topt_deploy.errors import NoInput, ToptError, UsageError, printable
 from topt_deploy.progress import ProgressBar
 from topt_deploy.storage.outputs import METRICS, check_outputs, check_suffix
 
@@ -81,7 +81,9 @@ def predict(
     With several INPUTs, globs, folders of cities (Hive partitions city=NAME among them) or URIs (s3://, gs://, az://),
     every city gets a folder city=NAME below --out. Exit code 3: something was set aside, or some cities failed.
     """
+    from topt_deploy.no_memory import end_without_memory
     from topt_deploy.storage.os_errors import check_file
+    from topt_deploy.storage.table_parts import table_files
 
     from ..inputs import one_city
 
@@ -92,9 +94,10 @@ def predict(
         check_outputs([metrics_file], bundles=[] if shared["bundle"] is None else [shared["bundle"]])
     with _measured(metrics_file) as summary:
         regions = one_city(inputs, out)
-        if regions is not None:
-            check_file(regions)
+        for file in table_files(regions) if regions is not None else ():
+            check_file(file)
         setting = _setting(regions or Path(inputs[0]), **shared)
+        end_without_memory(lambda error: _tell_the_end(error, summary, metrics_file, log))
         if regions is not None:
             if timeout is not None:
                 _end_after(timeout, regions, summary, metrics_file, log)
@@ -152,17 +155,20 @@ def _predict_one(
     out: str | None,
     geo: Path | None,
 ) -> int:
+    from topt_deploy.storage.table_parts import home_of
+
     from ..predict_city import SKIPPED, CityJob, check_map, predict_city
     from ..receipt import Stopwatch, receipt_path
     from ..summary import result_of
 
-    beside = regions.with_name(MOBILITY)
+    home = home_of(regions)
+    beside = home / MOBILITY
     mobility = mobility or (beside if beside.exists() else None)
     job = CityJob(
-        name=regions.parent.name,
+        name=home.name,
         regions=str(regions),
         mobility=None if mobility is None else str(mobility),
-        out=out if out is not None else str(regions.with_name(PREDICTIONS)),
+        out=out if out is not None else str(home / PREDICTIONS),
     )
     if geo is not None:
         check_map(geo)
@@ -238,15 +244,12 @@ def _end_after(seconds: float, regions: Path, summary: "Summary", metrics: Path 
     """End the process once it has taken so long, whatever it is in: what computes does not look at clocks."""
     import threading
 
-    from ..summary import too_long, write_metrics
+    from ..summary import too_long
 
     def end() -> None:
         error = too_long(str(regions), seconds)
         try:
-            summary.end(error)
-            if metrics is not None:
-                write_metrics(metrics, summary.metrics())
-            log.error(error)
+            _tell_the_end(error, summary, metrics, log)
         finally:
             os._exit(error.exit_code)
 
@@ -255,8 +258,20 @@ def _end_after(seconds: float, regions: Path, summary: "Summary", metrics: Path 
     timer.start()
 
 
+def _tell_the_end(error: ToptError, summary: "Summary", metrics: Path | None, log: Log) -> None:
+    """Tell why the process is about to end, where no exception can."""
+    from ..summary import write_metrics
+
+    summary.end(error)
+    if metrics is not None:
+        write_metrics(metrics, summary.metrics())
+    log.error(error)
+
+
 def _default_bundle(regions: Path) -> Path:
-    beside = (regions if regions.is_dir() else regions.parent) / DEFAULT_BUNDLE
+    from topt_deploy.storage.table_parts import home_of
+
+    beside = home_of(regions) / DEFAULT_BUNDLE
     if os.environ.get(BUNDLE_VARIABLE):  # what whoever runs this has set goes before what came with the data
         return Path(os.environ[BUNDLE_VARIABLE])
     if beside.exists():

@@ -337,3 +337,29 @@ def test_numbers_that_kernels_divide_by(attack, demo_bundle):
     attack(model)
     with pytest.raises(ValueError, match="no exporter writes"):
         check_graph(model.SerializeToString(), sizes)
+
+
+def a_division_of_the_least_number(model):
+    """What the process would end by: SIGFPE."""
+    nodes = [
+        node("Shape", "inner", outputs=["shape"]),
+        node("Mul", "shape", "least", outputs=["low"]),
+        node("Neg", "shape", outputs=["minus"]),
+        node("Div", "low", "minus", outputs=["gone"]),
+        node("ReduceSum", "gone", outputs=["sum"], keepdims=0),
+        node("Cast", "sum", outputs=["number"], to=TensorProto.FLOAT),
+    ]
+    after(model, *nodes, node("Add", "inner", "number"), least=np.int64(-(1 << 63)))
+
+
+def test_a_process_does_not_get_there(desk, refused, reseal):
+    """With one city there is no worker whose end could be told from that of the command."""
+    hostile(desk.bundle, a_division_of_the_least_number, reseal)
+    refused(BAD_BUNDLE, f"{GRAPH} is refused")
+
+
+def test_fractions_may_be_divided_by_anything(demo_bundle):
+    """The city's own graph does so dozens of times; here by 0, which is no trap."""
+    model = onnx.load(demo_bundle / GRAPH, load_external_data=False)
+    after(model, node("Div", "inner", "nothing"), nothing=np.float32(0))
+    check_graph(model.SerializeToString(), {"topt.weights": 1 << 30})

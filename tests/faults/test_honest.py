@@ -1,6 +1,7 @@
 """Honest input in forms that other tools write: read, or refused with what it is and what to do."""
 
 import io
+import json
 import shutil
 import unicodedata
 import zipfile
@@ -11,12 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from builders import LAND_USE, POI, replaced, tiny_city_tables
 
+import topt_deploy
 from topt_deploy.config.load import load_config
+from topt_deploy.data import parquet
 from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.parquet import ParquetFile
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadConfig, BadData, UsageError
 from topt_deploy.runtime.predictor import load
+from topt_deploy.storage.hashed_file import Held
 
 SCHEMA = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=True)
 
@@ -98,10 +103,12 @@ def test_a_file_that_is_cut_off_is_still_told_so(desk, topt_run):
 
 class TestFolders:
     def spark(self, folder, table, parts):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "_SUCCESS").touch()
+        (folder / "._SUCCESS.crc").write_bytes(b"crc")
         for number in range(parts):
-            rows = table.slice(number * len(table) // parts, (number + 1) * len(table) // parts)
+            first, end = (i * len(table) // parts for i in (number, number + 1))
+            rows = table.slice(first, end - first)
             pq.write_table(rows, folder / f"part-{number:05d}-1a2b-c000.snappy.parquet")
 
     def test_a_table_in_one_part(self, desk, topt_run):
@@ -114,14 +121,120 @@ class TestFolders:
             assert pq.read_table(out).num_rows == 231
             out.unlink()
 
-    @pytest.mark.parametrize("many", [False, True])
-    def test_a_table_in_several_parts_is_not_several_cities(self, many, desk, topt_run):
-        folder = desk.folder / "spark" / "regions.parquet"
-        self.spark(folder, pq.read_table(desk.regions), 3)
-        out = ("--out", desk.folder / "out" / "") if many else ()
-        said = topt_run("predict", *[folder.parent] * (2 if many else 1), "--bundle", desk.bundle, *out)
-        assert said.code == 65
-        assert "a table in 3 parts" in said.err
+    def test_parts_give_the_bytes_of_one_file(self, desk, topt_run):
+        """Alone, in a batch, from Python, as a city's folder and as regions.parquet; flows in parts too."""
+        assert topt_run("predict", desk.regions).code == 0
+        expected = desk.out.read_bytes()
+        city, inner = desk.folder / "spark" / "city=other", desk.folder / "spark" / "plain"
+        regions, mobility = pq.read_table(desk.regions), pq.read_table(desk.mobility)
+        self.spark(city, regions, 3)
+        shutil.copy(desk.mobility, city)
+        self.spark(inner / "regions.parquet", regions, 4)
+        self.spark(inner / "mobility.parquet", mobility, 5)
+        part = next(city.glob("part-*"))
+        for given, home in ((city, city), (part, city), (inner, inner), (inner / "regions.parquet", inner)):
+            done = topt_run("predict", given, "--bundle", desk.bundle)
+            assert done.code == 0, done.err
+            assert (home / "predictions.parquet").read_bytes() == expected
+            assert topt_run("predict", given, "--bundle", desk.bundle, "--resume").out.count("as they were") == 1
+            (home / "predictions.parquet").unlink()
+        for given in (city.parent, city.parent.as_uri()):
+            out = desk.folder / "out"
+            done = topt_run("predict", given, "--bundle", desk.bundle, "--out", out)
+            assert done.code == 0, done.err
+            assert {path.parent.name for path in out.glob("*/predictions.parquet")} == {"city=other", "city=plain"}
+            assert {path.read_bytes() for path in out.glob("*/predictions.parquet")} == {expected}
+            shutil.rmtree(out)
+        table = load(desk.bundle).predict(inner / "regions.parquet", inner / "mobility.parquet")
+        assert table.equals(pq.read_table(desk.out))
+        model = topt_deploy.load(desk.bundle)
+        assert model.predict(str(city)).equals(table)
+        assert model.predict(inner).equals(table)
+
+    def test_another_part_is_another_input(self, desk, topt_run):
+        folder = desk.folder / "parts"
+        self.spark(folder, pq.read_table(desk.regions), 2)
+        shutil.copy(desk.mobility, folder)
+        assert topt_run("predict", folder, "--bundle", desk.bundle).code == 0
+        last = sorted(folder.glob("part-*"))[-1]
+        pq.write_table(pq.read_table(last, partitioning=None).slice(1), last)
+        said = topt_run("predict", folder, "--bundle", desk.bundle, "--resume", "--on-bad-row", "quarantine")
+        assert "as they were" not in said.out
+        for name in ("part-9.parquet", last.name):
+            said = topt_run("predict", folder, "--bundle", desk.bundle, "--out", folder / name)
+            assert said.code == 2
+            assert "input" in said.err
+
+    def test_parts_that_do_not_go_together(self, desk, topt_run):
+        folder = desk.folder / "t.parquet"
+        table = pq.read_table(desk.regions)
+        for other, told in (
+            (table.drop_columns("lat"), "different columns"),
+            (replaced(table, lat=["x"] * len(table)), "different types"),
+            (table, "occur more than once"),
+        ):
+            self.spark(folder, table, 1)
+            pq.write_table(other, folder / "part-9.parquet")
+            said = topt_run("predict", folder, "--bundle", desk.bundle)
+            assert said.code == 65
+            assert told in said.err
+            shutil.rmtree(folder)
+
+    def test_a_table_that_is_divided_by_another_column_is_refused(self, desk, topt_run):
+        folder = desk.folder / "t.parquet"
+        self.spark(folder / "borough=Bronx", pq.read_table(desk.regions), 1)
+        for more in ((), ("--out", desk.folder / "out" / "")):
+            said = topt_run("predict", folder, "--bundle", desk.bundle, *more)
+            assert said.code == 65
+            assert "no folders inside" in said.err
+
+    def test_a_damaged_part_is_named_where_the_user_has_it(self, desk, topt_run):
+        folder = desk.folder / "cities" / "city=A"
+        self.spark(folder, pq.read_table(desk.regions), 2)
+        shutil.copy(desk.mobility, folder)
+        last = sorted(folder.glob("part-*"))[-1]
+        last.write_bytes(b"PAR1")
+        for given, told in ((folder.parent, str(last)), (folder.parent.as_uri(), f"{folder.as_uri()}/{last.name}")):
+            said = topt_run("predict", given, "--bundle", desk.bundle, "--out", desk.folder / "out")
+            assert said.code == 65
+            assert told.replace("%3D", "=") in said.err
+
+    def test_empty_parts_and_columns_without_a_value(self, tmp_path):
+        table = pa.table({"a": ["x", None], "b": pa.array([None, None], pa.null())})
+        full = pa.table({"b": [1.5], "a": ["y"]})
+        for number, part in enumerate((table.slice(0, 0), table, full)):
+            pq.write_table(part, tmp_path / f"part-{number}.parquet")
+        for coded in ((), ("a",)):
+            read = open_table(tmp_path, coded=coded).read()
+            assert read.to_pydict() == {"a": ["x", None, "y"], "b": [None, None, 1.5]}
+            assert read.column("a").num_chunks == 1
+
+    def test_many_small_parts_may_not_take_more_memory_than_one_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(parquet, "MEMORY_FREE_BYTES", 1 << 20)
+        for number in range(3):
+            pq.write_table(pa.table({"a": np.zeros(60_000)}), tmp_path / f"part-{number}.parquet")
+            assert ParquetFile(tmp_path / f"part-{number}.parquet").read().num_rows == 60_000
+        with pytest.raises(BadData, match="great deal of memory"):
+            open_table(tmp_path).read()
+
+    def test_training_reads_parts(self, tmp_path):
+        regions, mobility = tiny_city_tables()
+        self.spark(tmp_path / "regions.parquet", regions, 2)
+        self.spark(tmp_path / "mobility.parquet", mobility, 3)
+        city = read_city(Held(tmp_path / "regions.parquet"), Held(tmp_path / "mobility.parquet"), SCHEMA)
+        whole = read_city(regions, mobility, SCHEMA)
+        assert np.array_equal(city.lonlat, whole.lonlat)
+        assert np.array_equal(city.flows.flow, whole.flows.flow)
+
+    def test_extents_of_parts_are_joined(self, tmp_path):
+        geo = {"version": "1.1.0", "primary_column": "geometry"}
+        for number, box in enumerate(([0, 0, 1, 1], [2, -1, 3, 0])):
+            shape = {"encoding": "WKB", "geometry_types": ["Point"][:number], "bbox": box}
+            described = json.dumps(geo | {"columns": {"geometry": shape}})
+            table = pa.table({"geometry": [b"x"]}).replace_schema_metadata({"geo": described})
+            pq.write_table(table, tmp_path / f"part-{number}.parquet")
+        joined = json.loads(open_table(tmp_path).metadata[b"geo"])["columns"]["geometry"]
+        assert joined == {"encoding": "WKB", "geometry_types": ["Point"], "bbox": [0, -1, 3, 1]}
 
     @pytest.mark.parametrize("key", ["city", "city_id"])
     def test_partitions_of_cities(self, key, desk, topt_run):
@@ -164,9 +277,11 @@ class TestPython:
         found = predictor.predict(str(demo_city / "regions.parquet"), str(demo_city / "mobility.parquet"))
         assert found.equals(expected)
 
-    def test_text_and_an_encoder(self, prompted):
+    def test_text_and_an_encoder(self, prompted, tmp_path):
+        for name in ("bare.parquet", "mobility.parquet"):  # prompts are kept beside the regions, which others share
+            shutil.copy(prompted / name, tmp_path)
         found = load(prompted / "model.topt").predict(
-            str(prompted / "bare.parquet"), str(prompted / "mobility.parquet")
+            str(tmp_path / "bare.parquet"), str(tmp_path / "mobility.parquet")
         )
         assert found.num_rows > 0
 

@@ -6,7 +6,11 @@ import shutil
 
 import pyarrow.parquet as pq
 import pytest
+from builders import tiny_city_tables
 from commands import shell
+
+from topt_deploy.errors import UsageError
+from topt_deploy.train.datasets.city_files import check_city
 
 USAGE, CANNOT_CREATE = 2, 73
 
@@ -80,6 +84,63 @@ def test_prompts_replace_prompts_alone(name, prompted, tmp_path, topt_run, monke
     before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     assert topt_run("encode", "regions.parquet", "--bundle", "encoder.topt", "--no-cache", "--out", name).code == USAGE
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+
+
+class TestCities:
+    """Commands that make a city replace an older one of their own, and no table of the user's."""
+
+    def test_sample(self, tmp_path, topt_deploy):
+        sample = ("sample", "--regions", "20", "--out", tmp_path)
+        for _ in range(2):
+            assert topt_deploy(*sample).code == 0
+        own = pq.read_table(tmp_path / "regions.parquet").replace_schema_metadata(None)
+        for name in ("regions.parquet", "mobility.parquet"):
+            before = (tmp_path / name).read_bytes()
+            pq.write_table(own, tmp_path / name)
+            state = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+            said = topt_deploy(*sample)
+            assert said.code == USAGE
+            assert f"{name}: a file that this command did not write" in said.err
+            assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == state
+            (tmp_path / name).write_bytes(before)
+        (tmp_path / "mobility.parquet").unlink()
+        (tmp_path / "mobility.parquet").symlink_to(tmp_path / "elsewhere")
+        assert topt_deploy(*sample).code == CANNOT_CREATE
+
+    def test_raw_files(self, tmp_path, topt_deploy):
+        pytest.importorskip("shapely", reason="needs the build extra")
+        sample = ("sample", "--raw", "--regions", "20", "--out", tmp_path)
+        for _ in range(2):
+            assert topt_deploy(*sample).code == 0
+        for name in ("city.toml", "pois.csv"):
+            other = tmp_path / "other"
+            other.mkdir()
+            (other / name).write_text("mine")
+            assert topt_deploy(*sample[:-1], other).code == USAGE
+            assert [(file.name, file.read_text()) for file in other.iterdir()] == [(name, "mine")]
+            shutil.rmtree(other)
+
+    def test_an_import_of_another_city(self, tmp_path):
+        check_city(tmp_path, "HAFusion data_NY")
+        regions, _ = tiny_city_tables()
+        pq.write_table(regions.replace_schema_metadata({"source": "HAFusion data_Chi"}), tmp_path / "regions.parquet")
+        check_city(tmp_path, "HAFusion data_Chi")
+        with pytest.raises(UsageError, match="did not write"):
+            check_city(tmp_path, "HAFusion data_NY")
+        assert pq.read_table(tmp_path / "regions.parquet").num_rows == len(regions)
+
+    def test_build(self, tmp_path, topt_deploy):
+        pytest.importorskip("shapely", reason="needs the build extra")
+        raw, city = tmp_path / "raw", tmp_path / "city"
+        assert topt_deploy("sample", "--raw", "--regions", "20", "--out", raw).code == 0
+        city.mkdir()
+        (city / "regions.parquet").write_bytes(b"mine")
+        assert topt_deploy("build", raw / "city.toml", "--out", city).code == USAGE
+        assert [file.name for file in city.iterdir()] == ["regions.parquet"]
+        assert (city / "regions.parquet").read_bytes() == b"mine"
+        (city / "regions.parquet").unlink()
+        for _ in range(2):
+            assert topt_deploy("build", raw / "city.toml", "--out", city).code in (0, 3)
 
 
 class TestResume:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fuzzing import contained, guided, mutations
+from fuzzing import contained, contained_records, guided, mutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,6 +115,10 @@ def test_values(changes):
         else:
             place[key] = value
     contained(target, json.dumps(record).encode())
+
+
+def test_altered_records():
+    contained_records(RECORD, target)
 
 
 def test_guided():

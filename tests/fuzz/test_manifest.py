@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from fuzzing import contained, guided, mutations
+from fuzzing import contained, contained_records, guided, mutations
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,6 +88,10 @@ def test_values(changes):
         if place is not None and key != "":
             place[key] = value
     contained(target, json.dumps(record).encode())
+
+
+def test_altered_records():
+    contained_records(RECORD, target)
 
 
 def test_guided():

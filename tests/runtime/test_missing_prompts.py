@@ -108,7 +108,7 @@ def test_an_encoder_in_another_place(topt_run, desk, predicted, tmp_path):
     (desk.folder / "encoder.topt").rename(tmp_path / "other.topt")
     said = topt_run("predict", desk.regions, "--bundle", desk.folder / "beside.topt")
     assert said.code == NO_INPUT
-    for part in ("prompt encoder is not here", str(desk.folder / "encoder.topt"), "--encoder-bundle", "text sha256:"):
+    for part in ("prompt encoder was not found", str(desk.folder / "encoder.topt"), "--encoder-bundle", "text sha256:"):
         assert part in said.err
     assert not desk.out.exists()
     predicted("beside.topt", "--encoder-bundle", tmp_path / "other.topt")
@@ -132,7 +132,7 @@ def test_an_encoder_with_other_templates(topt_run, desk, reseal):
     reseal(encoder, ask_otherwise)
     said = topt_run("predict", desk.regions, "--bundle", desk.folder / "beside.topt")
     assert said.code == BAD_BUNDLE
-    assert "another prompt encoder" in said.err
+    assert "not the prompt encoder that the bundle was exported with" in said.err
     # Encoded with it on purpose, its vectors are refused by the hash of their template.
     tasks = ("--task", "crime", "--task", "check_in", "--update-regions")
     assert topt_run("encode", desk.regions, "--bundle", encoder, *tasks).code == 0
@@ -195,7 +195,7 @@ def test_regions_of_which_nothing_is_known(topt_run, desk):
     pq.write_table(table.select(kept), desk.regions)
     said = topt_run("predict", desk.regions, "--bundle", desk.folder / "beside.topt")
     assert said.code == BAD_DATA
-    assert "nothing but a position is known" in said.err
+    assert "some regions have nothing" in said.err
 
 
 def test_a_bundle_without_an_encoder_says_what_is_missing(demo_bundle):

@@ -4,13 +4,16 @@ A target is a module of tests/fuzz with ``seeds()``, sound inputs as bytes, and 
 :class:`~topt_deploy.errors.ToptError` and nothing else. ``python fuzzing.py FILE SECONDS`` runs atheris on one.
 """
 
+import copy
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from commands import PATIENCE_S
@@ -18,6 +21,14 @@ from commands import PATIENCE_S
 SECONDS = int(os.environ.get("TOPT_FUZZ_SECONDS", "2"))
 """Of atheris per target; ``make fuzz`` gives it a minute."""
 MEMORY_MB = 2048
+RECORDS = int(os.environ.get("TOPT_FUZZ_RECORDS", "300"))
+"""Manifests that :func:`altered` makes of each kind; ``make fuzz`` makes a million."""
+ODD = (
+    None, True, False, 0, 1, -1, 3, 1 << 31, 1 << 63, -(1 << 63), 1 << 80, 0.0, -0.5, 1e-9, 1e300, float("nan"),
+    float("inf"), "", "a", "/etc/hostname", "../x", "\0", "fp32", "0" * 64, "é" * 300, [], [0], [[]], {},
+    {"": None}, {"a": 1},
+)  # fmt: skip
+"""Values that some code or other has not thought of."""
 
 
 def contained(target: Callable[[bytes], object], data: bytes) -> None:
@@ -44,6 +55,40 @@ def mutations(seeds: Sequence[bytes]) -> Any:
 
     edit = st.tuples(st.integers(0, 1 << 20), st.integers(0, 8), st.binary(max_size=8))
     return st.builds(edited, st.sampled_from(list(seeds)), st.lists(edit, max_size=4))
+
+
+def altered(record: Any, random: Random) -> Any:
+    """A copy of a record in which up to three values, at any depth, are replaced, taken out, put in or moved about."""
+    record = copy.deepcopy(record)
+    for _ in range(random.randint(1, 3)):
+        place = record
+        while place:
+            key = random.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if isinstance(place[key], dict | list) and place[key] and random.random() < 0.8:
+                place = place[key]
+                continue
+            deed = random.random()
+            if deed < 0.15:
+                del place[key]
+            elif deed < 0.25:
+                place[key] = copy.deepcopy(random.choice(list(record.values())))
+            elif deed < 0.35 and isinstance(place, dict):
+                place[random.choice(["", "x", f"{key}2"])] = place[key]
+            else:
+                place[key] = copy.deepcopy(random.choice(ODD))
+            break
+    return record
+
+
+def contained_records(record: Any, target: Callable[[bytes], object]) -> None:
+    """Call a target with :data:`RECORDS` altered records, the same ones each time."""
+    for number in range(RECORDS):
+        data = json.dumps(altered(record, Random(number))).encode()
+        try:
+            contained(target, data)
+        except BaseException:
+            print(f"record {number}: {data.decode()}")
+            raise
 
 
 def guided(file: str) -> None:

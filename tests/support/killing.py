@@ -223,8 +223,12 @@ class Trials:
                 load_file(file)
             if file.suffix == ".json":
                 said = json.loads(file.read_text())
-                if file.name.endswith(".receipt.json") and said["output"]["sha256"] in self._new.values():
-                    assert said["output"]["sha256"] == _hash(file.with_name(said["output"]["file"]))
+                if file.name.endswith(".receipt.json"):
+                    one = said.get("output")
+                    outputs = said["outputs"] if one is None else {one["file"]: one}
+                    if all(output["sha256"] in self._new.values() for output in outputs.values()):
+                        for output, facts in outputs.items():
+                            assert facts["sha256"] == _hash(file.with_name(output))
 
 
 def _hash(file: Path) -> str:

@@ -114,5 +114,5 @@ def test_no_graph(library, tmp_path):
 
 def test_what_is_no_onnx(library, tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
-    with pytest.raises(BadBundle, match="finds no network"):
+    with pytest.raises(BadBundle, match="found no network in the file"):
         parse(library, tmp_path / "text.onnx")

@@ -278,7 +278,7 @@ class TestStage2:
         result = head(inputs, **settings)
         (start,), (batch,) = started, trained
         embedding, extra, prompts, labels = inputs
-        config = task_config(**settings)
+        config, coordinates = task_config(**settings), result.head.coordinates(prompts)
         members = len(start.target.mean)
         folds, repeat = 3, config.prompt4re.members
         assert members == (folds + 1) * repeat
@@ -288,8 +288,7 @@ class TestStage2:
             alone = TaskHead(
                 members=1,
                 features=extra.shape[1],
-                prompt_width=prompts.shape[1],
-                rank=start.basis.basis.shape[1],
+                rank=coordinates.shape[1],
                 settings=config,
             )
             alone.load_state_dict(
@@ -299,7 +298,6 @@ class TestStage2:
                 }
             )
             counts = torch.from_numpy(labels)
-            coordinates = alone.coordinates(prompts)
             seen = alone.see(embedding, extra, coordinates).detach()
             alphas = ridge(
                 seen, alone.target.fit(counts, region_weights), region_weights, config.prompt4re.ridge_alpha
@@ -317,8 +315,8 @@ class TestStage2:
             for name, tensor in alone.head.named_parameters():
                 together = batch.head.state_dict()[name][member : member + 1]
                 torch.testing.assert_close(tensor.detach(), together, rtol=1e-4, atol=1e-6, msg=name)
-            expected = alone.eval()(embedding, extra, prompts)[0]
-            torch.testing.assert_close(batch.eval()(embedding, extra, prompts)[member], expected, rtol=1e-5, atol=1e-5)
+            expected = alone.eval().head(seen, coordinates)[0]
+            torch.testing.assert_close(batch.eval().head(seen, coordinates)[member], expected, rtol=1e-5, atol=1e-5)
 
     def test_the_deployed_head_gives_the_in_sample_predictions(self, settings):
         inputs = problem()
@@ -507,7 +505,8 @@ class TestRun:
         predictions = predict(model, {k: torch.from_numpy(v) for k, v in features(city).items()})
         rows = pq.read_table(tmp_path / "run" / "held_out.parquet").to_pylist()
         assert len(rows) == 3 * N
-        for task, values in predictions.items():
+        for task in config.tasks:
+            values = predictions[task]
             mine = {row["region_id"]: row for row in rows if row["task"] == task}
             recorded = [mine[region]["in_sample"] for region in city.region_id]
             np.testing.assert_allclose(values, recorded, rtol=1e-4)

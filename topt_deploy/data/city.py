@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.errors import BadData, BadRows, NoInput
+from topt_deploy.storage.table_parts import is_city_partition
 
 from .categories import find_categories, read_view
 from .columns import (
@@ -39,8 +40,6 @@ from .flows import Flows, read_flows
 Array = np.ndarray[Any, Any]
 REGION_LIMIT = 2_000_000
 """Regions of one city. More than that are several cities, or nobody's."""
-HIVE = ("city", CITY_ID)
-"""Names that a Hive partition's folder may give to the city."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,11 +50,14 @@ class Schema:
         views: Count views, each with its categories in order.
         mobility: True if flows between the regions are read.
         prompts: Prompt columns, each with its width H.
+        places: The default's head sees where a region lies in its city, and where its flows lead to. Off for a model of
+            several cities: those are places of other cities.
     """
 
     views: Mapping[str, tuple[str, ...]]
     mobility: bool
     prompts: Mapping[str, int] = field(default_factory=dict)
+    places: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +77,8 @@ class City:
         labels: float64 (N,) per task; NaN marks a region to predict.
         geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
         synthetic: True if the table says of itself that it is made up.
+        parts: The cities that this one stands for (:func:`.cities.stack_cities`), without their labels, one after the
+            other in its rows; empty for a city that is one.
     """
 
     region_id: Array
@@ -90,9 +94,21 @@ class City:
     labels: Mapping[str, Array]
     geometry: tuple[pa.ChunkedArray, bytes | None] | None
     synthetic: bool
+    parts: tuple["City", ...] = ()
 
     def __len__(self) -> int:
         return len(self.region_id)
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The rows of every city that this one stands for; all rows of a city that is one."""
+        ends = np.cumsum([len(part) for part in self.parts or (self,)]).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    @property
+    def part(self) -> Array:
+        """The number of the city that each region is of, int64 (N,)."""
+        return np.repeat(np.arange(len(self.blocks)), [block.stop - block.start for block in self.blocks])
 
 
 def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()) -> Schema:
@@ -281,10 +297,12 @@ def _city_id(source: TableReader) -> str | None:
 def hive_city(file: Path) -> str | None:
     """The city that a Hive partition, a folder ``city=…`` or ``city_id=…`` above the file, is of.
 
-    A relative path means the same as its absolute one: the folder that a command is started in counts.
+    A relative path means the same as its absolute one: the folder that a command is started in counts. So does the
+    folder of a table in parts itself.
     """
-    folders = reversed(Path(os.path.abspath(file)).parent.parts)
-    name = next((value for key, mark, value in (part.partition("=") for part in folders) if mark and key in HIVE), None)
+    whole = Path(os.path.abspath(file))
+    folders = reversed(whole.parts if os.path.isdir(whole) else whole.parent.parts)
+    name = next((folder.partition("=")[2] for folder in folders if is_city_partition(folder)), None)
     if name is not None and "%" in name:  # as Hive escapes what a folder's name cannot hold
         from urllib.parse import unquote
 

@@ -17,6 +17,7 @@ from topt_deploy.errors import BadData, BadRows
 from topt_deploy.storage.hashed_file import Held
 
 from .parquet import ParquetFile
+from .parquet_parts import ParquetParts, open_table
 
 Array = np.ndarray[Any, Any]
 REGION_ID = "region_id"
@@ -33,19 +34,19 @@ PROMPT_PREFIX = "prompt_"
 CODED = {CITY_ID, *FLOW_COLUMNS["origin_id"], *FLOW_COLUMNS["dest_id"]}
 """Columns of a file of flows that have few different texts, and are read as codes."""
 Given: TypeAlias = pa.Table | Path | Held
-"""A table as it is given: itself, its file, or its file's bytes."""
+"""A table as it is given: itself, its file or folder of parts, or what is held of it."""
 
 
 def file_of(table: Given) -> Path | None:
-    """The file of a table, where it is one."""
+    """The file of a table, or its folder, where it is one."""
     return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
 
 
 class TableReader:
-    """A table, or a Parquet file that is read when its columns are: prompt vectors one column at a time.
+    """A table, or Parquet that is read when its columns are: prompt vectors one column at a time.
 
     Args:
-        table: The table, or its file.
+        table: The table, its file, or its folder of parts.
         role: The table's role in the contract, :data:`BadRows.REGIONS` or :data:`BadRows.MOBILITY`.
         keep: The columns to read, besides the geometry; ``everything`` names all, for messages.
 
@@ -60,14 +61,14 @@ class TableReader:
         self.role = role
         self.path = file_of(table)
         self.name = f"{role} table" if self.path is None else str(self.path)
-        self.file: ParquetFile | None = None
+        self.file: ParquetFile | ParquetParts | None = None
         self._table: pa.Table | None = None
         self._chosen: Array | None = None
         if isinstance(table, pa.Table):
             self._table, self.schema = table, table.schema
         else:
             coded = CODED if role == BadRows.MOBILITY else ()
-            self.file = ParquetFile(table if isinstance(table, Held) else Path(table), coded=coded)
+            self.file = open_table(table if isinstance(table, Held) else Path(table), coded=coded)
             self.schema = self.file.schema
         self.everything = list(self.schema.names)
         self.geometry = self._geometry() if role == BadRows.REGIONS else None

@@ -17,6 +17,7 @@ from topt_deploy.hardening.wkb_depth import is_shallow
 
 from .columns import GEOMETRY
 from .parquet import ParquetFile
+from .parquet_parts import ParquetParts
 
 Array = np.ndarray[Any, Any]
 LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
@@ -50,7 +51,7 @@ def read_shapes(table: pa.Table, name: str, ids: Array) -> Array:
     return checked_shapes(table.column(column), name, column, ids)
 
 
-def with_geo_key(table: pa.Table, file: ParquetFile) -> pa.Table:
+def with_geo_key(table: pa.Table, file: ParquetFile | ParquetParts) -> pa.Table:
     """Describe native GEOMETRY columns in the table's ``geo`` key, as GeoParquet does.
 
     pyarrow reads Parquet's GEOMETRY and GEOGRAPHY types (GeoParquet 2.0, whose ``geo`` key is optional) as

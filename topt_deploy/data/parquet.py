@@ -55,6 +55,7 @@ class ParquetFile:
 
     Attributes:
         held: True if its bytes are in memory.
+        size: In bytes.
 
     Raises:
         NoInput, NoPermission: If the file is missing or may not be read.
@@ -70,12 +71,14 @@ class ParquetFile:
         self.name = name or (str(source) if isinstance(source, Path) else "Parquet data")
         self._reader = ParquetReader()
         self._footer: Footer | None = None
+        self.size = 0
         if isinstance(source, Path):
             check_file(source)  # the operating system's own reasons first: Arrow words them differently
         with self._errors():
             # No pre-buffering: it starts a pool of I/O threads for a file that is read once from a local disk.
             # Names are bytes to the system: Arrow would have them in UTF-8.
             self._file = pa.OSFile(os.fsencode(source)) if isinstance(source, Path) else pa.BufferReader(source)
+            self.size = self._file.size()
             self._check_footer()
             self._open()
             about = self._reader.metadata
@@ -90,12 +93,13 @@ class ParquetFile:
             self.metadata: dict[bytes, bytes] = dict(about.metadata or {})
             self.rows: int = about.num_rows
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read all columns, or those named."""
+    def read(self, columns: Sequence[str] | None = None, *, checked: bool = False) -> pa.Table:
+        """Read all columns, or those named; ``checked`` if their memory is within a limit that several files share."""
         chosen = set(self.names if columns is None else columns)
+        if not checked:
+            self.check_memory(chosen, memory_limit(self.size))
         with self._errors():
             indices = [i for i, name in enumerate(self._leaves) if name in chosen]
-            self._check_memory(indices)
             table = self._reader.read_all(column_indices=indices, use_threads=False)
             for column in table.itercolumns():
                 if "dictionary<" in str(column.type):  # whose codes Arrow takes as they are, wherever they lead
@@ -106,20 +110,27 @@ class ParquetFile:
         self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True, **more)
 
     def _check_footer(self) -> None:
-        size = self._file.size()
+        size = self.size
         length = int.from_bytes(self._file.read_at(4, size - 8), "little") if size >= 8 else 0
         if length > FOOTER_LIMIT_BYTES and length <= size:
             raise self._too_large("bytes that describe the columns", FOOTER_LIMIT_BYTES, length)
 
-    def _check_memory(self, indices: Sequence[int]) -> None:
-        if self._footer is None:
-            self._footer = read_footer(self._file)
-        kinds = {field.name: field.type for field in self.schema}
-        limit, total = max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size()), 0
-        for index in indices:
-            total += memory(self._file, self._footer, index, kinds[self._leaves[index]], limit)
-            if total > limit:
-                raise self._too_large("bytes of memory", limit, total)
+    def check_memory(self, columns: Collection[str], limit: int, total: int = 0) -> int:
+        """The bytes of memory that columns take, added to ``total``.
+
+        Raises:
+            BadData: If it is more than ``limit``.
+        """
+        with self._errors():
+            if self._footer is None:
+                self._footer = read_footer(self._file)
+            kinds = {field.name: field.type for field in self.schema}
+            for index, name in enumerate(self._leaves):
+                if name in columns:
+                    total += memory(self._file, self._footer, index, kinds[name], limit)
+                if total > limit:
+                    raise self._too_large("bytes of memory", limit, total)
+        return total
 
     def _too_large(self, what: str, limit: int, found: int) -> BadData:
         return BadData(
@@ -157,7 +168,7 @@ class ParquetFile:
     def _honest(self, error: MemoryError) -> bool:
         """Tell if the memory that could not be had is no more than the file may take: else its own sizes lie."""
         asked = max(map(int, re.findall(r"\d+", str(error))), default=0)
-        return asked <= max(MEMORY_FREE_BYTES, MEMORY_RATIO * self._file.size())
+        return asked <= memory_limit(self.size)
 
     def native_geometry(self) -> list[str]:
         """Columns of Parquet's own types GEOMETRY and GEOGRAPHY."""
@@ -192,28 +203,9 @@ class ParquetFile:
             ) from error
 
 
-def one_file(path: Path) -> Path:
-    """The file of a table that is written as a folder, as Spark does: its only part.
-
-    Raises:
-        BadData: If it has several parts.
-    """
-    if not path.is_dir():
-        return path
-    with reading(path):
-        parts = sorted(name for name in os.listdir(path) if is_part(name))
-    if len(parts) > 1:
-        raise BadData(
-            f"a table in {len(parts)} parts, as Spark writes it", file=path, expected="one file", found=parts[0],
-            fix="write one, as with coalesce(1) in Spark, or join them: "
-            "duckdb -c \"copy (from 'FOLDER/*.parquet') to 'regions.parquet'\"",
-        )  # fmt: skip
-    return path / parts[0] if parts else path
-
-
-def is_part(name: str) -> bool:
-    """Tell if a file's name is that of a part of a table."""
-    return name.startswith("part-") and name.endswith(".parquet")
+def memory_limit(size: int) -> int:
+    """The bytes of memory that so many bytes of Parquet may take."""
+    return max(MEMORY_FREE_BYTES, MEMORY_RATIO * size)
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

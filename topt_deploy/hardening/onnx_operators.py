@@ -7,7 +7,10 @@ belongs to a library of its own, and weights come from a file of the bundle. The
 itself, for the runtime has no onnx: 4 ms for the 400 nodes of the demo's model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+
+from .onnx_division import check_divisions
+from .protobuf import Range, fields, message, packed, text
 
 STANDARD = frozenset(
     {
@@ -45,7 +48,6 @@ POSITIVE = frozenset(
 )  # fmt: skip
 """Attributes that something is divided by."""
 
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _EXTERNAL = 1
 # Field numbers of onnx.proto, and what a field of that number would bring.
 _MODEL_GRAPH, _MODEL_REFUSED = 7, {20: "training", 25: "functions"}
@@ -58,8 +60,6 @@ _ATTRIBUTE_REFUSED = {11: "bodies", 22: "sparse weights", 23: "sparse weights"}
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _GRAPH_INPUT, _VALUE_NAME, _VALUE_TO_SIZES = 11, 1, (2, 1, 2, 1)
 _SIZE_VALUE, _SIZE_NAME = 1, 2
-
-_Range = tuple[int, int]
 
 
 def check_graph(data: bytes, beside: Mapping[str, int]) -> None:
@@ -75,10 +75,11 @@ def check_graph(data: bytes, beside: Mapping[str, int]) -> None:
     if data[4:8] == b"ORTM":  # ONNX Runtime goes by these bytes alone, and they can be part of a sound ONNX file
         raise ValueError("it is in ONNX Runtime's own format")
     graphs = 0
-    for number, value in _fields(data, (0, len(data)), _MODEL_REFUSED):
+    for number, value in fields(data, (0, len(data)), _MODEL_REFUSED):
         if number == _MODEL_GRAPH:
             graphs += 1
-            _check_nodes(data, _message(value), beside)
+            _check_nodes(data, message(value), beside)
+            check_divisions(data, message(value))
     if graphs != 1:
         raise ValueError(f"it has {graphs} graphs")
 
@@ -92,75 +93,75 @@ def graph_inputs(data: bytes) -> dict[str, tuple[int | str | None, ...]]:
     found: dict[str, tuple[int | str | None, ...]] = {}
     for graph in _inner(data, (0, len(data)), _MODEL_GRAPH):
         for value in _inner(data, graph, _GRAPH_INPUT):
-            parts = dict(_fields(data, value))
+            parts = dict(fields(data, value))
             places = [value]
             for step in _VALUE_TO_SIZES:
                 places = [inner for place in places for inner in _inner(data, place, step)]
-            name = _text(data, parts[_VALUE_NAME]) if _VALUE_NAME in parts else ""
+            name = text(data, parts[_VALUE_NAME]) if _VALUE_NAME in parts else ""
             found[name] = tuple(_size(data, place) for place in places)
     return found
 
 
-def _size(data: bytes, where: _Range) -> int | str | None:
-    for number, value in _fields(data, where):
+def _size(data: bytes, where: Range) -> int | str | None:
+    for number, value in fields(data, where):
         if number == _SIZE_VALUE and isinstance(value, int):
             return value
         if number == _SIZE_NAME:
-            return _text(data, value)
+            return text(data, value)
     return None
 
 
-def _inner(data: bytes, where: _Range, number: int) -> list[_Range]:
+def _inner(data: bytes, where: Range, number: int) -> list[Range]:
     """The places of the messages of a field."""
-    return [_message(value) for field, value in _fields(data, where) if field == number]
+    return [message(value) for field, value in fields(data, where) if field == number]
 
 
-def _check_nodes(data: bytes, graph: _Range, beside: Mapping[str, int], depth: int = 0) -> None:
+def _check_nodes(data: bytes, graph: Range, beside: Mapping[str, int], depth: int = 0) -> None:
     if depth > DEPTH_LIMIT:
         raise ValueError("its bodies are nested deeper than any exporter writes")
-    for number, value in _fields(data, graph, _GRAPH_REFUSED):
+    for number, value in fields(data, graph, _GRAPH_REFUSED):
         if number == _GRAPH_NODE:
             kinds, domains = [], []
-            for part, inner in _fields(data, _message(value)):
+            for part, inner in fields(data, message(value)):
                 if part == _NODE_KIND:
-                    kinds.append(_text(data, inner))
+                    kinds.append(text(data, inner))
                 elif part == _NODE_DOMAIN:
-                    domains.append(_text(data, inner))
+                    domains.append(text(data, inner))
                 elif part == _NODE_ATTRIBUTE:
-                    _check_attribute(data, _message(inner), beside, depth)
+                    _check_attribute(data, message(inner), beside, depth)
             kind, domain = kinds[-1] if kinds else "", domains[-1] if domains else ""
             if len(kinds) != 1 or len(domains) > 1 or kind not in OPERATORS.get(domain, ()):
                 raise ValueError(
                     f"it has the operator {f'{domain}::' if domain else ''}{kind}, which no exporter writes"
                 )
         elif number == _GRAPH_INITIALIZER:
-            _check_tensor(data, _message(value), beside)
+            _check_tensor(data, message(value), beside)
 
 
-def _check_attribute(data: bytes, attribute: _Range, beside: Mapping[str, int], depth: int) -> None:
+def _check_attribute(data: bytes, attribute: Range, beside: Mapping[str, int], depth: int) -> None:
     name, integers = "", []
-    for number, value in _fields(data, attribute, _ATTRIBUTE_REFUSED):
+    for number, value in fields(data, attribute, _ATTRIBUTE_REFUSED):
         if number == _ATTRIBUTE_NAME:
-            name = _text(data, value)
+            name = text(data, value)
         elif number in _ATTRIBUTE_INTEGERS:
-            integers += [value] if isinstance(value, int) else _packed(data, value)
+            integers += [value] if isinstance(value, int) else packed(data, value)
         elif number in _ATTRIBUTE_TENSORS:
-            _check_tensor(data, _message(value), beside)
+            _check_tensor(data, message(value), beside)
         elif number == _ATTRIBUTE_BODY:
-            _check_nodes(data, _message(value), beside, depth + 1)
+            _check_nodes(data, message(value), beside, depth + 1)
     low = 1 if name in POSITIVE else -NUMBER_LIMIT
     if not all(low <= value - (1 << 64 if value >> 63 else 0) < NUMBER_LIMIT for value in integers):
         raise ValueError(f"the attribute {name!r} has a number that no exporter writes")
 
 
-def _check_tensor(data: bytes, tensor: _Range, beside: Mapping[str, int]) -> None:
+def _check_tensor(data: bytes, tensor: Range, beside: Mapping[str, int]) -> None:
     entries: dict[str, str] = {}
     external = False
-    for number, value in _fields(data, tensor):
+    for number, value in fields(data, tensor):
         if number == _TENSOR_LOCATION:
             external = external or value == _EXTERNAL
         elif number == _TENSOR_EXTERNAL:
-            pair = {part: _text(data, inner) for part, inner in _fields(data, _message(value))}
+            pair = {part: text(data, inner) for part, inner in fields(data, message(value))}
             key = pair.get(1, "")
             if key in entries:
                 raise ValueError(f"weights have two values of {key!r}")
@@ -173,61 +174,3 @@ def _check_tensor(data: bytes, tensor: _Range, beside: Mapping[str, int]) -> Non
     offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
     if offset < 0 or length < 0 or offset + length > beside[location]:
         raise ValueError(f"weights lie beyond the end of {location}")
-
-
-def _fields(data: bytes, where: _Range, refused: Mapping[int, str] | None = None) -> Iterator[tuple[int, int | _Range]]:
-    """Field numbers of a message, each with its number, or where its bytes are."""
-    position, end = where
-    while position < end:
-        tag, position = _varint(data, position, end)
-        number, kind = tag >> 3, tag & 7
-        if refused and number in refused:
-            raise ValueError(f"it has {refused[number]}, which no exporter writes")
-        if kind == _BYTES:
-            length, position = _varint(data, position, end)
-            value: int | _Range = (position, position + length)
-            position += length
-        elif kind == _VARINT:
-            value, position = _varint(data, position, end)
-        elif kind in (_EIGHT, _FOUR):
-            size = 8 if kind == _EIGHT else 4
-            value = (position, position + size)
-            position += size
-        else:
-            raise ValueError("it is not an ONNX model")
-        if position > end:
-            raise ValueError("it is cut off")
-        yield number, value
-
-
-def _packed(data: bytes, where: _Range) -> list[int]:
-    """Numbers that stand one after the other."""
-    position, end = where
-    found = []
-    while position < end:
-        value, position = _varint(data, position, end)
-        found.append(value)
-    return found
-
-
-def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < end and shift < 64:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
-    raise ValueError("it is not an ONNX model")
-
-
-def _message(value: int | _Range) -> _Range:
-    if isinstance(value, int):
-        raise ValueError("it is not an ONNX model")
-    return value
-
-
-def _text(data: bytes, value: int | _Range) -> str:
-    start, end = _message(value)
-    return data[start:end].decode()

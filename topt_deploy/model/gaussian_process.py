@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import EnsembleConfig
 from topt_deploy.data.features import POSITION
 
-from .layers import ByName, Standardize
+from .layers import ByName, Standardize, repeated
 
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
@@ -215,7 +215,7 @@ def maximise_evidence(
     taken = [own_rows.index(row) for row in like]
     weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
     known, y = everything
-    per_feature = weights.repeat_interleave(torch.tensor(sizes, device=weights.device), dim=1)  # (S, ΣK)
+    per_feature = repeated(weights, sizes, dim=1)  # (S, ΣK)
     coefficients = torch.stack([_solve(phi, *row) for row in zip(y, known, per_feature, noise, strict=True)])
     return KernelFit(coefficients=coefficients, weights=weights, noise=noise)
 

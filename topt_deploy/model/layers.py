@@ -4,12 +4,17 @@ Shape letters, here and in the whole package: N regions, V views, D width, H pro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .row_tiles import Matrix, Rows, apart, in_tiles, take
+
+
+def repeated(x: Tensor, times: Sequence[int], dim: int) -> Tensor:
+    """Each entry along ``dim`` as often as ``times`` says. No GPU is waited for: the size is known."""
+    return x.repeat_interleave(torch.tensor(times, device=x.device), dim=dim, output_size=sum(times))
 
 
 class Standardize(nn.Module):

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from topt_deploy.data.parquet import read_parquet, write_parquet
+from topt_deploy.data.parquet import write_parquet
+from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import CannotCreate, Exit, NoInput, UsageError
 from topt_deploy.storage.os_errors import check_place
 from topt_deploy.storage.outputs import TABLES, check_outputs, check_suffix
+from topt_deploy.storage.table_parts import find_table, home_of
 
 from .cache import Cache
 from .encode import Encoded, Encoder, Progress, encode
@@ -65,6 +67,11 @@ class EncodeJob:
             raise UsageError("the output would overwrite its input", file=self.place, fix="--update-regions adds to it")
         check_suffix(self.place, TABLES, "--out")
         check_outputs([self.place], read=[self.regions, *self.read], bundles=self.bundles)
+        if self.update_regions and self.regions.is_dir():
+            raise UsageError(
+                "the regions are a table in parts, which is not changed", file=self.regions, expected="one file",
+                fix="leave --update-regions out and join prompts.parquet to them, or write one regions.parquet",
+            )  # fmt: skip
         if self.update_regions:
             check_place(self.regions)
         if self.resume and self.no_cache:
@@ -72,20 +79,20 @@ class EncodeJob:
         if self.resume and not self.cache.exists():
             raise UsageError("there is nothing to resume", file=self.cache, fix="start without --resume")
 
-    @property
+    @cached_property
     def regions(self) -> Path:
-        """The file of the regions."""
-        return self.city / REGIONS if self.city.is_dir() else self.city
+        """The file of the regions, or the folder of their parts."""
+        return find_table(self.city) or self.city / REGIONS
 
     @property
     def place(self) -> Path:
         """Of the output."""
-        return self.out or self.regions.with_name(OUT)
+        return self.out or home_of(self.regions) / OUT
 
     @property
     def cache(self) -> Path:
         """The file of the cache."""
-        return self.shared_cache or self.regions.parent / CACHE
+        return self.shared_cache or home_of(self.regions) / CACHE
 
     def run(self, encoder: Encoder, templates: Templates, *, batch: int, progress: Progress) -> Encoded:
         """Encode, and write the table.
@@ -124,7 +131,7 @@ class EncodeJob:
                 encoder,
                 templates,
                 tuple(dict.fromkeys(self.tasks or TASKS)),
-                root=self.images_root or self.regions.parent,
+                root=self.images_root or home_of(self.regions),
                 cache=cache,
                 batch=batch,
                 on_bad_image=self.on_bad_image,
@@ -133,7 +140,7 @@ class EncodeJob:
     def _written(self, done: Encoded) -> Encoded:
         write_parquet(self.place, done.table)
         if self.update_regions:
-            write_parquet(self.regions, merge_prompts(read_parquet(self.regions), done.table))
+            write_parquet(self.regions, merge_prompts(open_table(self.regions).read(), done.table))
         return done
 
     def summary(self, done: Encoded) -> str:

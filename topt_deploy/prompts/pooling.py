@@ -26,7 +26,7 @@ class Backend(Protocol):
     What goes from one network to the next stays in the backend's own form; sums alone come back as arrays.
 
     Attributes:
-        chunk: How many prefix tokens it reads best at once: attention's scores take that times the context in memory.
+        chunk: Most prefix tokens that it reads at once: attention's scores take that times the context in memory.
     """
 
     chunk: int
@@ -89,7 +89,7 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
     Args:
         backend: Runs the networks.
         prompts: B regions, all with the same T tasks; one alone where tokens see images by cross-attention.
-        chunk: Prefix tokens read at once; the backend's own choice by default.
+        chunk: Prefix tokens read at once, at most; the backend's own choice by default.
 
     Returns:
         float32 (B, T, H).
@@ -111,8 +111,8 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
         return hidden
 
     total = np.zeros((len(prompts), 1, 1))
-    for start in range(0, shared, chunk):
-        every = np.arange(start, min(start + chunk, shared))
+    # Parts of one length: a last one of a few tokens would take as long as one of many.
+    for every in np.array_split(np.arange(shared), -(-shared // chunk)) if shared else ():
         whole = np.full((len(prompts), 1, 2), (0, len(every)))
         total = total + backend.sums(read([[(row, every)] for row in rows[::tasks]]), whole)
     totals = np.repeat(total, tasks, axis=1)  # (B, T, H), or (B, T, 1) zeros

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from topt_deploy.errors import BadBundle, BadData
+from topt_deploy.errors import BadBundle, BadData, OutOfMemory
+from topt_deploy.no_memory import rust_at_work
 
 Array = np.ndarray[Any, Any]
+NO_MEMORY = ("memory allocation", "TextInputSequence must be str", "PyObject pointer is null")
+"""The library's words where it has no memory for a regular expression, for a copy of the text, or for its answer."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Tokens:
         except BaseException as error:  # the library raises bare exceptions
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise
+            if _found_no_memory(error):
+                raise OutOfMemory("tokenizer.json") from error
             raise BadData(f"not a tokenizer ({error})", file="tokenizer.json", fix="fetch the model again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -61,8 +66,11 @@ class Tokens:
     def ids(self, text: str) -> Array:
         """Token ids, int64 (n,)."""
         try:
-            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+            with rust_at_work():
+                return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
         except BaseException as error:
+            if _found_no_memory(error):
+                raise OutOfMemory("tokenizer.json") from error
             if not _is_panic(error):
                 raise
             raise BadBundle(
@@ -104,6 +112,11 @@ class Tokens:
 def _is_panic(error: BaseException) -> bool:
     """Tell if it is a panic of Rust's code, which is no :class:`Exception` to Python."""
     return type(error).__name__ == "PanicException"
+
+
+def _found_no_memory(error: BaseException) -> bool:
+    """Tell if what the library raised is about memory (:data:`NO_MEMORY`)."""
+    return isinstance(error, MemoryError) or any(told in str(error) for told in NO_MEMORY)
 
 
 def task_ids(chat: Chat, tokens: Tokens, text: str, images: int, questions: Sequence[str]) -> list[Array]:

@@ -56,10 +56,14 @@ def build(recipe: Path | None, out: Path | None, init: Path | None, log_format: 
 
     # Arrow's own allocator keeps what it has freed; here batches come and go.
     pa.set_memory_pool(pa.system_memory_pool())
-    chosen = _recipe(recipe, options, out)
+    given = _recipe(recipe, options)
+    changes = {name: options[name] for name in ("city", "since", "until", "timezone", "on_bad_row")}
     with ProgressBar("MB", quiet=log.json) as megabytes:
         report = build_city(
-            chosen, out, progress=lambda done, total: megabytes(done // 10**6, total // 10**6) if done else None
+            given,
+            out,
+            progress=lambda done, total: megabytes(done // 10**6, total // 10**6) if done else None,
+            **changes,
         )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True) if log.json else None
@@ -67,10 +71,9 @@ def build(recipe: Path | None, out: Path | None, init: Path | None, log_format: 
     return Exit.PARTIAL if report.set_aside else Exit.DONE
 
 
-def _recipe(path: Path | None, options: dict[str, Any], out: Path) -> Any:
-    """The recipe of a file with what the options change, or that of the options alone."""
+def _recipe(path: Path | None, options: dict[str, Any]) -> Path | dict[str, Any]:
+    """The recipe's file, or what the options say in the words of such a file."""
     from ..datasets.build.layers import split_layer
-    from ..datasets.build.recipe import moment, read_recipe, recipe_of, with_option
 
     direct = [name for name in ("regions", "grid", "boundary", "points", "areas", "flows", "labels", "embeddings",
                                 "id_col", "name_col", "src_crs", "history") if options[name]]  # fmt: skip
@@ -78,14 +81,7 @@ def _recipe(path: Path | None, options: dict[str, Any], out: Path) -> Any:
         if direct:
             named = ", ".join("--" + name.replace("_", "-") for name in direct)
             raise UsageError("a recipe names its own sources", found=named, fix="write them into the recipe")
-        changes = {key: moment(options[key], f"--{name}") for key, name in (("since", "from"), ("until", "to"))}
-        return with_option(
-            read_recipe(path),
-            city=options["city"],
-            timezone=options["timezone"],
-            on_bad_row=options["on_bad_row"],
-            **changes,
-        )
+        return path
     if not options["regions"] and not options["grid"]:
         raise UsageError(
             "what the city is made from is not stated", expected="a RECIPE, or --regions FILE or --grid with sources",
@@ -97,18 +93,14 @@ def _recipe(path: Path | None, options: dict[str, Any], out: Path) -> Any:
             regions[key], layer = split_layer(given)
             regions["layer"] = layer or regions.get("layer")
     regions["grid"] = options["grid"]
-    raw: dict[str, Any] = {
-        "city": options["city"] or out.resolve().name,
+    return {
         "regions": {key: value for key, value in regions.items() if value is not None},
         "points": _by_name(options["points"], "--points VIEW=FILE"),
         "areas": _by_name(options["areas"], "--areas VIEW=FILE"),
         "labels": _by_name(options["labels"], "--labels TASK=FILE", history=options["history"]),
         "embeddings": _by_name(options["embeddings"], "--embeddings VIEW=FILE"),
         "flows": [_file(given) for given in options["flows"]],
-        **{key: options[key] for key in ("timezone", "on_bad_row") if options[key] is not None},
-        **{key: options[name] for key, name in (("from", "since"), ("to", "until")) if options[name] is not None},
     }
-    return recipe_of(raw, folder=Path(), name=out.name)
 
 
 def _by_name(given: Sequence[str], form: str, history: bool = False) -> dict[str, list[dict[str, Any]]]:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.data.parquet import write_parquet
+from topt_deploy.data.parquet import ParquetFile, write_parquet
+from topt_deploy.errors import ToptError
 from topt_deploy.storage.os_errors import write_error
+from topt_deploy.storage.outputs import check_outputs
 
 Array = np.ndarray[Any, Any]
 
@@ -21,13 +23,36 @@ def write_city(folder: Path, regions: pa.Table, mobility: pa.Table) -> None:
 
     Raises:
         CannotCreate, IOFailure: If the operating system refuses.
+        UsageError: If there are tables that the command did not write (:func:`check_city`).
     """
+    check_city(folder, (regions.schema.metadata or {})[b"source"].decode())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
     for name, table in ((MOBILITY, mobility), (REGIONS, regions)):
         write_parquet(folder / name, table)
+
+
+def check_city(folder: Path, source: str) -> None:
+    """Refuse to replace tables of a city unless they come from the same source.
+
+    Args:
+        folder: The city's folder.
+        source: As the tables' metadata name it; its first two words are compared, without a command's options.
+
+    Raises:
+        UsageError: Naming the table.
+    """
+
+    def ours(file: Path) -> bool:
+        try:
+            found = ParquetFile(file).metadata.get(b"source", b"").decode(errors="replace")
+        except ToptError:
+            return False
+        return found.split()[:2] == source.split()[:2]
+
+    check_outputs([folder / REGIONS, folder / MOBILITY], ours=ours)
 
 
 def fixed_lists(values: Array) -> pa.FixedSizeListArray:

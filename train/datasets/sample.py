@@ -167,7 +167,7 @@ def make_sample(out: Path, *, regions: int = 120, seed: int = 0) -> SampleReport
         seed: Of all that is random.
 
     Raises:
-        UsageError: If there are too few regions to be a city.
+        UsageError: If there are too few regions to be a city, or tables that are no older sample.
     """
     drawn = draw_city(regions, seed)
     ids, land, text, prompts = drawn.ids, drawn.land, drawn.text, drawn.prompts

@@ -16,8 +16,10 @@ import pyarrow.csv as pacsv
 
 from topt_deploy.data.geometry import geo_library
 from topt_deploy.data.parquet import write_parquet
+from topt_deploy.errors import ToptError
 from topt_deploy.storage.atomic import atomic_file
-from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.os_errors import read_plain, writing
+from topt_deploy.storage.outputs import check_outputs
 from topt_deploy.storage.text_files import write_text
 
 from .sample import CITY, Drawn, draw_city
@@ -89,12 +91,15 @@ def make_raw(out: Path, *, regions: int = 120, seed: int = 0) -> RawReport:
         seed: Of all that is random.
 
     Raises:
-        UsageError: If there are too few regions to be a city.
+        UsageError: If there are too few regions to be a city, or files of these names that are no older sample.
         CannotCreate, IOFailure: If the operating system refuses.
     """
     drawn = draw_city(regions, seed)
     rng = np.random.default_rng([seed, 1])
     out = Path(out)
+    recipe = TEXT.format(city=CITY)
+    names = ["areas.geojson", "zoning.geojson", "pois.csv", "trips.parquet", *(f"{task}.csv" for task in drawn.labels)]
+    check_outputs([out / name for name in (RECIPE, *names)], ours=lambda file: _begins(out / RECIPE, recipe))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     rows = {"areas.geojson": _areas(out, drawn), "zoning.geojson": _zoning(out, drawn)}
@@ -103,8 +108,16 @@ def make_raw(out: Path, *, regions: int = 120, seed: int = 0) -> RawReport:
     for task, counts in drawn.labels.items():
         rows[f"{task}.csv"] = _incidents(out / f"{task}.csv", drawn, counts, rng)
     labels = "".join(LABELS.format(task=task) for task in drawn.labels)
-    write_text(out / RECIPE, TEXT.format(city=CITY) + labels)
+    write_text(out / RECIPE, recipe + labels)
     return RawReport(out=out, rows=rows)
+
+
+def _begins(file: Path, text: str) -> bool:
+    """Tell if a recipe is that of an older sample."""
+    try:
+        return read_plain(file, 1 << 20).startswith(text.encode())
+    except ToptError:
+        return False
 
 
 def _areas(out: Path, drawn: Drawn) -> int:

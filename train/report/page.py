@@ -20,6 +20,7 @@ from ..cli.train import verdict
 from .evaluation import ShownEvaluation, read_evaluation
 from .explanations import MadeOf, attention_section, exchanged, made_of
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
+from .later_counts import LaterCounts, read_later_counts
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
 from .plain_words import sentence_case, title_of, view_name
 from .run_facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
@@ -60,13 +61,14 @@ class TaskSection:
     made_of: MadeOf | None
 
 
-def write_report(run: Run, out: Path, evaluation: Path | None = None) -> int:
+def write_report(run: Run, out: Path, evaluation: Path | None = None, check: Path | None = None) -> int:
     """Write a run's report to ``out`` atomically; the same run gives the same bytes.
 
     Args:
         run: The run.
         out: The page.
         evaluation: Folder of results of the same city (``topt-deploy evaluate``), to be shown as well.
+        check: What ``topt-run check --out`` wrote of this run's model, to be shown as well.
 
     Returns:
         The page's size in bytes.
@@ -74,16 +76,18 @@ def write_report(run: Run, out: Path, evaluation: Path | None = None) -> int:
     Raises:
         UsageError: If the run is not finished.
         CannotCreate: If ``out`` cannot be written.
-        NoInput, BadData: If one of the run's files is missing or damaged, or the evaluation is not of its city.
+        NoInput, BadData: If one of the run's files is missing or damaged, the evaluation is not of its
+            city, or the check not of its model.
     """
     check_place(out)
     compared = None if evaluation is None else read_evaluation(evaluation, run)
-    page = render(read_facts(run), compared)
+    later = None if check is None else read_later_counts(check, run)
+    page = render(read_facts(run), compared, later)
     write_text(out, page)
     return len(page.encode())
 
 
-def render(facts: Facts, evaluation: ShownEvaluation | None = None) -> str:
+def render(facts: Facts, evaluation: ShownEvaluation | None = None, later: LaterCounts | None = None) -> str:
     """The page of a run, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -116,6 +120,7 @@ def render(facts: Facts, evaluation: ShownEvaluation | None = None) -> str:
         exchanged=exchanged(facts),
         attention=[attention_section(found, facts) for found in facts.attention],
         evaluation=evaluation,
+        later=later,
     )
 
 

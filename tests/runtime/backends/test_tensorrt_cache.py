@@ -342,7 +342,7 @@ from dataclasses import replace
 from pathlib import Path
 from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import find_library
-from topt_deploy.tensorrt.profile import Range
+from topt_deploy.tensorrt.profile import ProfileRange
 from topt_deploy.storage.hashed_file import sha256_file
 from topt_deploy.runtime.backends.tensorrt_cache import EngineCache
 sys.path.insert(0, os.environ["TESTS"])

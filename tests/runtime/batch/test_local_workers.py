@@ -17,7 +17,7 @@ from topt_deploy.runtime.batch import local_workers
 from topt_deploy.runtime.predict_city import CityJob
 
 DONE, USAGE, PARTIAL, BAD_DATA, NO_INPUT, NO_DEVICE, CANNOT_CREATE, TRY_AGAIN = 0, 2, 3, 65, 66, 69, 73, 75
-BAD_BUNDLE, INTERRUPTED = 76, 130
+BAD_BUNDLE, INTERRUPTED, TERMINATED = 76, 130, 143
 PER_CITY = {"predictions.parquet", "predictions.receipt.json"}
 
 
@@ -142,8 +142,8 @@ class TestWhereNothingCanBegin:
         [
             (("nowhere",), NO_INPUT, "no regions table found"),
             (("--task", "theft", "cities"), USAGE, "does not predict 'theft'"),
-            (("--mobility", "m.parquet", "cities"), USAGE, "--mobility is one city's"),
-            (("--geo", "map.gpkg", "cities"), USAGE, "--geo is one city's"),
+            (("--mobility", "m.parquet", "cities"), USAGE, "--mobility is for one city only"),
+            (("--geo", "map.gpkg", "cities"), USAGE, "--geo is for one city only"),
             (("--device", "cuda", "cities"), NO_DEVICE, "device 'cuda'"),
             (("http://host/x",), USAGE, "unknown kind of address"),
         ],
@@ -295,7 +295,7 @@ main()
         assert len(workers) == 2
         kill(process.pid, how)
         process.communicate(timeout=PATIENCE_S)
-        assert process.returncode == -how
+        assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: TERMINATED}[how]
         wait_for(lambda: not any(alive(pid) for pid in workers), "the workers' end")
         finished = done(tmp_path / "out")
         assert 3 <= finished < len(MANY)
@@ -314,7 +314,7 @@ main()
         assert out == ""
         assert not any(alive(pid) for pid in workers)
         left = {path.name for path in (tmp_path / "out").glob("city=*/*")}
-        assert left == PER_CITY, "every city that was begun is whole"
+        assert left == PER_CITY, "what was begun is whole or gone, and no lock is left"
 
 
 def test_a_name_that_is_not_utf_8(cities, apart, batch, tmp_path):

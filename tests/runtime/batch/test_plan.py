@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from topt_deploy.errors import BadData, NoInput, UsageError
+from topt_deploy.errors import NoInput, UsageError
 from topt_deploy.runtime.addresses import joined, shown
 from topt_deploy.runtime.batch.plan import plan
 from topt_deploy.runtime.inputs import one_city
@@ -68,14 +68,32 @@ class TestInputs:
         here("d/city=Oslo/regions.parquet", "d/city=Oslo/mobility.parquet", "d/country=NO/city=Bergen/part-0.parquet")
         assert planned("d") == {
             "Oslo": ("d/city=Oslo/regions.parquet", "d/city=Oslo/mobility.parquet"),
-            "Bergen": ("d/country=NO/city=Bergen/part-0.parquet", None),
+            "Bergen": ("d/country=NO/city=Bergen/", None),
         }
 
-    def test_a_partition_in_several_parts_is_refused(self, here):
-        """A city is predicted as a whole."""
-        here("d/city=Oslo/part-0.parquet", "d/city=Oslo/part-1.parquet")
-        with pytest.raises(BadData, match="a table in 2 parts"):
-            plan(["d"], "out", mobility=True)
+    def test_a_partition_in_several_parts_is_one_city(self, here):
+        """A city is predicted as a whole, also where only some of its parts are named."""
+        here("d/city=Oslo/part-0.parquet", "d/city=Oslo/part-1.parquet", "d/city=Oslo/mobility.parquet")
+        expected = {"Oslo": ("d/city=Oslo/", "d/city=Oslo/mobility.parquet")}
+        for given in ("d", "d/city=*", "d/city=Oslo/part-0.parquet", "d/city=Oslo/part-*.parquet"):
+            assert planned(given) == expected
+
+    def test_folders_that_stand_for_files(self, here):
+        here(*(f"d/Oslo/{name}.parquet/part-{part}.parquet" for name in ("regions", "mobility") for part in "01"))
+        here("d/Bergen.parquet/a.parquet", "d/Bergen.parquet/b.parquet", "d/Bergen.mobility.parquet/part-0.parquet")
+        here("d/Voss/regions/part-0.parquet", "d/Voss/mobility.parquet")
+        expected = {
+            "Oslo": ("d/Oslo/regions.parquet/", "d/Oslo/mobility.parquet/"),
+            "Bergen": ("d/Bergen.parquet/", "d/Bergen.mobility.parquet/"),
+            "Voss": ("d/Voss/regions/", "d/Voss/mobility.parquet"),
+        }
+        assert planned("d") == planned("d/Oslo", "d/*.parquet", "d/Voss/regions") == expected
+
+    def test_partitions_in_a_folder_that_is_called_like_a_file(self, here):
+        """So Spark writes many cities at once."""
+        here("d/all.parquet/city=A/part-0.parquet", "d/all.parquet/city=A/part-1.parquet")
+        here("d/all.parquet/city=B/part-0.parquet")
+        assert planned("d/all.parquet") == {name: (f"d/all.parquet/city={name}/", None) for name in "AB"}
 
     def test_flat_files_with_flows_of_their_own(self, here):
         here("d/Oslo.parquet", "d/Oslo.mobility.parquet", "d/Bergen.parquet", "d/mobility.parquet")

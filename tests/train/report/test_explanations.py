@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders import task_config, tiny_city_tables, tiny_config
 
+from topt_deploy.model.topt import NETWORKS
 from topt_deploy.run_folder import open_run
 from topt_deploy.train.report.page import render
 from topt_deploy.train.report.plain_words import view_name
@@ -43,15 +44,15 @@ def test_bars_are_deviations_the_longest_first(facts: Facts, sections: dict[str,
     found = facts.contributions[task]
     table = sections[task].split("Moves by")[1].split("</table>")[0]
     rows = re.findall(r'row">(.*?)</th><td>(.*?)</td>.*?width: (.*?)%', table)
-    expected = {view_name(view).capitalize(): part.std() for view, part in found.views.items()}
-    if found.networks is not None:
-        expected["Neural networks"] = found.networks.std()
+    expected = {view_name(view): part.std() for view, part in found.views.items()}
+    expected |= {name: part.std() for name, part in found.others.items()}
+    expected = {name[0].upper() + name[1:]: deviation for name, deviation in expected.items()}
     assert {name: float(value) for name, value, _ in rows} == pytest.approx(expected, abs=0.0051)
     widths = [float(width) for _, _, width in rows]
     assert widths == sorted(widths, reverse=True)
     assert widths == pytest.approx(sorted(100 * v / max(expected.values()) for v in expected.values())[::-1], abs=0.06)
     assert f"in {unit}" in sections[task]
-    assert ("Prompts" in expected, "neural networks" in sections[task]) == (task == "crime", task == "crime")
+    assert {"Prompts" in expected, NETWORKS in found.others, NETWORKS in sections[task]} == {task == "crime"}
 
 
 @pytest.mark.parametrize("task", ["crime", "calls"])

@@ -269,6 +269,42 @@ class TestEvaluation:
         assert "Compared with other methods" not in page
 
 
+class TestLaterCounts:
+    def test_the_section_and_that_names_in_it_are_text(
+        self, finished: Path, tmp_path: Path, topt_deploy: Callable[..., Said]
+    ) -> None:
+        reports = open_run(finished).facts["reports"]
+        missed = {"region_id": ATTACK, "counted": 900.0, "lower": 1.5, "upper": 20.0}
+        tasks = [
+            {
+                "task": task, "regions": 12, "mae": 4321.0, "ratio": 2.0, "promised_mae": report["held_out"]["mae"],
+                "predicted_sum": 7123.0, "counted_sum": 9456.0, "coverage": 0.52, "promised_coverage": 0.9,
+                "missed": [missed], "missed_count": 6, "broken": ["the error is 2.00 times what was promised"],
+            }
+            for task, report in reports.items()
+        ]  # fmt: skip
+        check = tmp_path / "check.json"
+        check.write_text(json.dumps({"labels": ATTACK, "tasks": tasks, "drift": {ATTACK: 0.25}}))
+        out = tmp_path / "page.html"
+        said = topt_deploy("report", finished, "--out", out, "--check", check)
+        assert said.code == 0, said.err
+        page = out.read_text(encoding="utf-8")
+        assert Elements(page).open == []
+        assert ATTACK not in page
+        section = html.unescape(page.split("Against what was counted later")[1].split("</section>")[0])
+        assert section.count("The error is 2.00 times what was promised.") == len(tasks)
+        for figure in ("7,123", "9,456", "4,321", "52\N{NO-BREAK SPACE}%", "900", "25\N{NO-BREAK SPACE}%"):
+            assert figure in section, figure
+        (tmp_path / "old.html").write_bytes(out.read_bytes())
+        check.write_text(json.dumps({"labels": "x", "tasks": [tasks[0] | {"promised_mae": 1e9}], "drift": {}}))
+        said = topt_deploy("report", finished, "--out", out, "--check", check)
+        assert (said.code, "another model" in said.err) == (65, True), said.err
+        assert out.read_bytes() == (tmp_path / "old.html").read_bytes()
+
+    def test_without_a_check_there_is_no_section(self, page: str) -> None:
+        assert "counted later" not in page
+
+
 def _numbers(text: str) -> list[float]:
     return [float(found.replace("−", "-").replace(",", "")) for found in re.findall(r"−?\d[\d,.]*", text)]
 

@@ -97,7 +97,9 @@ def measure(
             tally.reject(path, lines[outside], "outside", [None] * len(outside))
             owner, code = np.arange(len(shapes)), np.zeros(len(shapes), np.int64)
             if chosen.category is not None:
-                owner, code = categories.codes(part.table.column(chosen.category).filter(pa.array(keep)), len(shapes))
+                kinds = part.table.column(chosen.category).filter(pa.array(keep))
+                rows, code = categories.codes(kinds, len(shapes))
+                owner = owner[rows]
             hectares = _added(hectares, categories, area, region, common, owner, code)
             told(path, 0.5)
     names = categories.names if categories is not None else []

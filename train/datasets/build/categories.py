@@ -54,7 +54,7 @@ class Categories:
             for name in [*dict.fromkeys(self._mode.values()), OTHER]:
                 self._code(column_name(name))
 
-    def codes(self, column: pa.ChunkedArray, rows: int) -> tuple[Array, Array]:
+    def codes(self, column: pa.ChunkedArray, rows: int) -> tuple[Array | slice, Array]:
         """The categories of rows, pairs of a row and a code: a row that is several things counts once for each.
 
         Args:
@@ -62,18 +62,22 @@ class Categories:
             rows: P.
 
         Returns:
-            int64 (K,) and int64 (K,).
+            int64 (K,) and int64 (K,); in place of the first all rows, as a slice, where each has one code.
         """
         if self._mode == "none":
-            return np.arange(rows), np.zeros(rows, np.int64)
+            return slice(None), np.zeros(rows, np.int64)
         if pa.types.is_list(column.type):
             return self._lists(column)
         column = column if pa.types.is_dictionary(column.type) else as_text(column).dictionary_encode()
         coded = [self._chunk(chunk) for chunk in column.chunks]
         codes = np.concatenate([codes for _, codes in coded]) if coded else np.empty(0, np.int64)
-        sizes = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
-        owners = [owner + size for (owner, _), size in zip(coded, sizes, strict=False)]
-        return (np.concatenate(owners) if owners else np.empty(0, np.int64)), codes
+        if all(many is None for many, _ in coded):
+            return slice(None), codes
+        many = [
+            np.ones(len(chunk), np.int64) if one is None else one
+            for (one, _), chunk in zip(coded, column.chunks, strict=True)
+        ]
+        return np.repeat(np.arange(rows), np.concatenate(many)), codes
 
     def of(self, value: str | None) -> tuple[int, ...]:
         """The codes of one publisher's category."""
@@ -86,15 +90,16 @@ class Categories:
                 )  # fmt: skip
         return self._codes[value]
 
-    def _chunk(self, chunk: Any) -> tuple[Array, Array]:
+    def _chunk(self, chunk: Any) -> tuple[Array | None, Array]:
+        """How many codes each row has, None where it is one each, and the codes."""
         words = [text.strip() if text is not None else None for text in chunk.dictionary.to_pylist()]
         index = chunk.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)
         sets = [self.of(word or None) for word in [*words, None]]
         self._count_unknown([*words, None], sets, np.bincount(index, minlength=len(sets)))
         if all(len(codes) == 1 for codes in sets):
-            return np.arange(len(index)), np.array([codes[0] for codes in sets])[index]
+            return None, np.array([codes[0] for codes in sets])[index]
         many = np.array([len(codes) for codes in sets])[index]
-        return np.repeat(np.arange(len(index)), many), np.array([c for i in index.tolist() for c in sets[i]], np.int64)
+        return many, np.array([c for i in index.tolist() for c in sets[i]], np.int64)
 
     def _lists(self, column: pa.ChunkedArray) -> tuple[Array, Array]:
         owners: list[int] = []

@@ -89,11 +89,10 @@ class Cells:
 
         *Shape:* (P,), (P,), (P,) → (P,)
         """
-        place = np.searchsorted(self.mixed, cell)
+        place = self._place.take(cell)
         first, many = self._first[place], self._first[place + 1] - self._first[place]
         point, entry = _expand(first, many)
-        edge = self._entry_edge[entry]
-        ax, ay, bx, by = self._ax[edge], self._ay[edge], self._bx[edge], self._by[edge]
+        ax, ay, bx, by = self._ends.take(entry, axis=1)
         px, py = x[point], y[point]
         qx, qy = self._middle[0][cell % self.size][point], self._middle[1][cell // self.size][point]
         flips, unsure = _crossed(px, py, qx, qy, ax, ay, bx, by)
@@ -161,9 +160,11 @@ class Cells:
         self.begin = np.append(np.flatnonzero(new_cell), len(slots))
         self._slot_cell = owner
         self._entry_slot = (np.cumsum(new) - 1).astype(np.int32)
-        self._entry_edge = edge.astype(np.int32)
+        # Edge by edge as the cells ask for them: ax, ay, bx, by.
+        self._ends = np.stack([*self._edges.a.T, *self._edges.b.T]).take(edge, axis=1)
+        self._place = np.zeros(self.size * self.size, np.int32)
+        self._place[self.mixed] = np.arange(len(self.mixed))
         self._first = np.append(np.flatnonzero(new)[self.begin[:-1]], len(key))
-        (self._ax, self._ay), (self._bx, self._by) = self._edges.a.T.copy(), self._edges.b.T.copy()
 
     def _scan(self) -> None:
         """Where borders cross the middle of each row: sorted by region, row and position."""

@@ -4,15 +4,15 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from topt_deploy import __version__
+from topt_deploy.arguments import Location
 from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.data.geometry import geo_library, geo_metadata, geometry_types
 from topt_deploy.data.parquet import save_parquet
@@ -20,12 +20,14 @@ from topt_deploy.storage.atomic import atomic_files, sweep
 from topt_deploy.storage.hashed_file import sha256_bytes, sha256_file
 from topt_deploy.storage.locks import locked
 from topt_deploy.storage.os_errors import writing
+from topt_deploy.storage.outputs import check_outputs
 from topt_deploy.storage.text_files import json_text, write_text
 
 from .locate import CELLS, CELLS_MOST, Locator
 from .points import Period, PointCounter
-from .recipe import Recipe, Source, files_of
+from .recipe import Recipe, Source, as_recipe, files_of
 from .regions import Regions, read_regions
+from .report import BuildReport
 from .sources import Result, Sources
 from .tally import Tally, rejects_table
 
@@ -39,109 +41,61 @@ BYTES_PER_CELL = 32
 """Of the files: a finer grid pays where there are many points."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildReport:
-    """A summary of what was built.
-
-    Attributes:
-        out: The city's folder.
-        city: Its name.
-        regions: How many it has.
-        views, tasks: By name, how many categories, and the sum of all counts.
-        flows: How many pairs, and the sum of trips; None without flows.
-        tallies: What became of every source's rows.
-        taken: Sources that had not changed, and were not read again.
-        facts: What was read, repaired and dissolved of the regions.
-        warnings: What the user should know, all sources together.
-        seconds: How long it took.
-    """
-
-    out: Path
-    city: str
-    regions: int
-    views: Mapping[str, tuple[int, float]]
-    tasks: Mapping[str, float]
-    flows: tuple[int, float] | None
-    tallies: Mapping[str, Tally]
-    taken: tuple[str, ...]
-    facts: Mapping[str, int]
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def set_aside(self) -> int:
-        """Rows that could not be read."""
-        return sum(tally.bad for tally in self.tallies.values())
-
-    @property
-    def settings(self) -> str:
-        """Settings for training on it, as ``topt.toml`` has them."""
-        lines = [
-            "# Written by topt-deploy build, which leaves it as it is from now on.",
-            f"views = {json.dumps(list(self.views))}",
-            *([] if self.flows else ["mobility = false"]),
-            "",
-            "[prompt4re]",
-            "enabled = false # until prompts are encoded: topt-deploy encode",
-            "",
-            *(f"[tasks.{task}]" for task in self.tasks),
-        ]
-        return "\n".join(lines) + "\n"
-
-    def __str__(self) -> str:
-        lines = [f"{self.city}: {self.regions} regions"]
-        mended = ", ".join(
-            f"{n:,} {what.replace('_', ' ')}" for what, n in self.facts.items() if n and what != "regions"
-        )
-        lines.append(f"  {'regions':<22} {mended}")
-        for name, tally in self.tallies.items():
-            rest = {key: n for key, n in tally.as_dict().items() if key not in ("read", "assigned", "warnings")}
-            left = "".join(f", {n:,} {key.replace('_', ' ')}" for key, n in rest.items())
-            same = ", as before" if name in self.taken else ""
-            lines.append(f"  {name:<22} {tally.read:,} read, {tally.assigned:,} assigned{left}{same}")
-        lines += [f"  warning: {warning}" for warning in self.warnings]
-        lines.append(
-            f"next: cd {self.out} && topt-deploy train" if self.tasks else "next: add labels, and train on them"
-        )
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for machines."""
-        return {
-            "out": str(self.out), "city": self.city, "regions": self.regions, "views": self.views, "tasks": self.tasks,
-            "flows": self.flows, "sources": {name: tally.as_dict() for name, tally in self.tallies.items()},
-            "taken": list(self.taken), "warnings": self.warnings, "set_aside": self.set_aside, "seconds": self.seconds,
-        }  # fmt: skip
-
-
-def build(recipe: Recipe, out: Path, *, progress: Callable[[int, int], None] = lambda *_: None) -> BuildReport:
-    """Build a city.
+def build(
+    recipe: Recipe | Mapping[str, Any] | Location,
+    out: Location,
+    *,
+    city: str | None = None,
+    since: str | date | None = None,
+    until: str | date | None = None,
+    timezone: str | None = None,
+    on_bad_row: Literal["fail", "quarantine"] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BuildReport:
+    """Build a city's tables from what cities publish, by a recipe (docs/how-to/build.md).
 
     Args:
-        recipe: What it is made from.
-        out: Its folder, made where absent: regions.parquet, mobility.parquet where there are flows, rejects.parquet and
-            build.receipt.json, which is written last; and topt.toml, the settings for training, where there is none.
-        progress: Told how many bytes of how many are read.
+        recipe: A recipe's TOML file, or what such a file says as a mapping, ``{"regions": {"file": "areas.geojson",
+            "id": "area"}, "labels": {"crime": "crimes.csv"}}``. Files are looked for below the recipe's folder, those
+            of a mapping below the working folder.
+        out: The city's folder, made where absent: regions.parquet, mobility.parquet where there are flows,
+            rejects.parquet and build.receipt.json, which is written last; and topt.toml, the settings for training,
+            where there is none.
+        city: Its name, in place of the recipe's.
+        since, until: The period in place of the recipe's ``from`` and ``to``: its first day, and the day after its
+            last, in the city's own time, such as ``"2019-01-01"``.
+        timezone, on_bad_row: In place of the recipe's: an IANA zone, and ``fail`` or ``quarantine``, which sets rows
+            that cannot be read aside in rejects.parquet.
+        progress: Called with how many bytes are read, and of how many.
+
+    Returns:
+        What was built, and what became of every source's rows.
 
     Raises:
-        NoInput, BadData, BadConfig: If a file is absent, or is not what the recipe says.
+        BadConfig: If the recipe is not one, naming the key.
+        NoInput, BadData: If a file is absent, or is not what the recipe says.
         TryAgain: If another process builds there.
+        UsageError: If tables stand there that no build wrote, or that the recipe reads.
         CannotCreate, IOFailure: If the operating system refuses.
     """
     out, began, started = Path(out), time.monotonic(), datetime.now(UTC)
+    changes = {"city": city, "from": since, "to": until, "timezone": timezone, "on_bad_row": on_bad_row}
+    chosen = as_recipe(recipe, name=out.resolve().name, changes=changes)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    places = [out / name for name in (REGIONS, MOBILITY, REJECTS, RECEIPT)]
     with locked(out / RECEIPT):
-        sweep(*(out / name for name in (REGIONS, MOBILITY, REJECTS, RECEIPT)))
-        regions = read_regions(recipe)
+        check_outputs(places, read=files_of(chosen, _region_files(chosen)), ours=lambda file: bool(_receipt(out)))
+        sweep(*places)
+        regions = read_regions(chosen)
         wkb = geo_library("shapely").to_wkb(regions.published())
         hashed = sha256_bytes(b"\0".join([*(str(i).encode() for i in regions.ids), *wkb]))
-        sources = Sources(recipe, out, hashed, _receipt(out), progress)
-        city = CityInMaking(recipe, regions, sources, out)
-        city.read()
-        tables = city.tables(wkb)
-        report = city.report(out, round(time.monotonic() - began, 2))
-        _write(out, tables, report, recipe, sources, started)
+        sources = Sources(chosen, out, hashed, _receipt(out), progress or (lambda done, total: None))
+        making = CityInMaking(chosen, regions, sources, out)
+        making.read()
+        tables = making.tables(wkb)
+        report = making.report(round(time.monotonic() - began, 2))
+        _write(out, tables, report, chosen, sources, started)
         if report.views and report.tasks and not (out / CONFIG_FILE).exists():
             write_text(out / CONFIG_FILE, report.settings)
     return report
@@ -266,12 +220,12 @@ class CityInMaking:
         rejects = rejects_table([made.tally for made in self.sources.results.values()])
         return tables | ({REJECTS: rejects} if len(rejects) else {})
 
-    def report(self, out: Path, seconds: float) -> BuildReport:
+    def report(self, seconds: float) -> BuildReport:
         """A summary of what was built."""
         tallies = {name: made.tally for name, made in self.sources.results.items()}
         warnings = [*self.regions.warnings, *(f"{n}: {told}" for n, t in tallies.items() for told in t.warnings)]
         return BuildReport(
-            out=out,
+            out=self.out,
             city=self.recipe.city,
             regions=len(self.regions),
             views={view: (len(v), float(sum(a.sum() for a in v.values()))) for view, v in self.views.items()},
@@ -316,6 +270,10 @@ def _named(name: str, sources: tuple[Source, ...]) -> list[tuple[str, Source]]:
     return [(name if len(sources) == 1 else f"{name}.{place}", one) for place, one in enumerate(sources, start=1)]
 
 
+def _region_files(recipe: Recipe) -> list[str]:
+    return [recipe.regions.file or recipe.regions.boundary or ""]
+
+
 def _receipt(out: Path) -> dict[str, Any]:
     """The earlier build's receipt; empty where there is none, or it is none."""
     try:
@@ -330,8 +288,7 @@ def _write(
 ) -> None:
     """Write all files, the receipt last; those of an earlier build that this one has none of are removed before it."""
     places = [*(out / name for name in tables), out / RECEIPT]
-    region_files = [recipe.regions.file or recipe.regions.boundary or ""]
-    for path in files_of(recipe, region_files):
+    for path in files_of(recipe, _region_files(recipe)):
         sources.hashes.of(path)
     with atomic_files(places) as temporaries:
         outputs = {}

@@ -185,6 +185,9 @@ def _rows(one: _Found, shapes: str) -> None:
         one.notes.append(
             f"columns: {', '.join(one.columns)}. No positions, ids of regions or flows are known among them"
         )
+        one.notes.append(
+            'a table of trips is: [[flows]], file = "…", origin = "…", dest = "…", count = "…" if it has one'
+        )
         return
     if lon is not None and not shapes:
         one.keys |= {"lon": lon, "lat": lat}

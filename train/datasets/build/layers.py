@@ -23,6 +23,7 @@ from topt_deploy.storage.os_errors import reading
 
 Array = np.ndarray[Any, Any]
 
+ONE_LAYER = {".geojson", ".shp"}
 GIS_SUFFIXES = {
     ".geojson",
     ".json",
@@ -243,7 +244,10 @@ def _layers(path: Path, _changed: int) -> list[str]:
     return [str(name) for name in geo_library("pyogrio").list_layers(path)[:, 0]]
 
 
-def _layer(path: Path, layer: str | None) -> str:
+def _layer(path: Path, layer: str | None) -> str | None:
+    """The layer to read, None for the only one of a file that has no more: to list them would read GeoJSON whole."""
+    if layer is None and path.suffix.lower() in ONE_LAYER:
+        return None
     layers = _layers(path, path.stat().st_mtime_ns)
     if not layers:
         raise NoInput("holds no layer", file=path)

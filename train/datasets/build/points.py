@@ -1,6 +1,6 @@
 """Points per region: of interest, by category, or incidents, by period."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -257,9 +257,11 @@ class PointCounter:
             vocabulary = source.vocabulary or ("osm" if category == CATEGORY else None)  # Overture is recognised
             self._categories = Categories(self._kind, mode, vocabulary, f"{self._tally.name}.categories")
         wanted = [source.region] if positions is None else positions.columns
+        before = self._tally.read
         for part in select.read(select.columns([*wanted, category, source.weight])):
             self._count(part, source, positions, category, path)
             yield file.done
+        self._looked.whole(path, self._tally.read - before)
 
     def _count(
         self, part: Selected, source: Source, positions: Positions | None, category: str | None, path: Path
@@ -319,13 +321,13 @@ class PointCounter:
             blank = (np.isnan(x) | np.isnan(y)) & ~unreadable
             zero = (x == 0) & (y == 0)
             beyond = ~blank & ~unreadable & ~((np.abs(x) <= 360) & (np.abs(y) <= 90))
-            lines, told = part.lines[out], _Pairs(x, y)
+            lines = part.lines[out]
             for reason, rows in (
                 ("bad_number", unreadable), ("bad_position", beyond), ("blank", blank), ("null_island", zero),
                 ("outside", ~(unreadable | beyond | blank | zero)),
             ):  # fmt: skip
                 if rows.any():
-                    tally.reject(path, lines[rows], reason, told.of(np.flatnonzero(rows)), "/".join(positions._pair))
+                    tally.reject(path, lines[rows], reason, _Pairs(x[rows], y[rows]), "/".join(positions._pair))
         self._looked.at(lon, lat, region)
         return region
 
@@ -355,12 +357,15 @@ def _wide(values: Array, many: int) -> Array:
     return wide
 
 
-class _Pairs:
-    """Positions as text, for those rows alone that are listed."""
+class _Pairs(Sequence[str]):
+    """Positions as text, made of those alone that are asked for."""
 
     def __init__(self, x: Array, y: Array) -> None:
         self._x, self._y = x, y
 
-    def of(self, rows: Array) -> list[str]:
-        rows = rows[:1000]
-        return [f"{x!r}, {y!r}" for x, y in zip(self._x[rows].tolist(), self._y[rows].tolist(), strict=True)]
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, part: Any) -> Any:
+        """The texts of a slice."""
+        return [f"{x!r}, {y!r}" for x, y in zip(self._x[part].tolist(), self._y[part].tolist(), strict=True)]

@@ -8,6 +8,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+from topt_deploy.arguments import Location
 from topt_deploy.errors import BadConfig, NoInput
 from topt_deploy.storage.os_errors import reading
 
@@ -151,8 +152,12 @@ class Recipe:
         _check(self)
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, **changes: Any) -> Recipe:
     """Read a recipe.
+
+    Args:
+        path: Its TOML file.
+        changes: Values in place of its own, by its keys, such as ``timezone``.
 
     Raises:
         NoInput, NoPermission: If it cannot be read.
@@ -166,10 +171,26 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise BadConfig(f"not a recipe in TOML ({error})", file=path) from error
     try:
-        return recipe_of(raw, folder=path.parent, name=path.stem)
+        return recipe_of({**raw, **changes}, folder=path.parent, name=path.stem)
     except BadConfig as error:
         error.file = error.file or str(path)
         raise
+
+
+def as_recipe(given: Recipe | Mapping[str, Any] | Location, *, name: str, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe from its file, or from what such a file says; a mapping's city has this name if it states none.
+
+    Raises:
+        NoInput, NoPermission, BadConfig: As :func:`read_recipe`.
+    """
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if isinstance(given, Recipe):
+        fields_of = {"from": "since", "to": "until"}
+        changes |= {key: moment(changes[key], key) for key in fields_of if key in changes}
+        return replace(given, **{fields_of.get(key, key): value for key, value in changes.items()})
+    if isinstance(given, Mapping):
+        return recipe_of({**given, **changes}, folder=Path(), name=name)
+    return read_recipe(Path(given), **changes)
 
 
 def recipe_of(raw: Mapping[str, Any], *, folder: Path, name: str) -> Recipe:
@@ -216,11 +237,6 @@ def moment(value: object, key: str) -> datetime | None:
             fix="name the zone once, with timezone",
         )  # fmt: skip
     return value
-
-
-def with_option(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with some settings replaced, as the options of the command do; None leaves one as it is."""
-    return replace(recipe, **{key: value for key, value in changes.items() if value is not None})
 
 
 def files_of(recipe: Recipe, patterns: Sequence[str]) -> list[Path]:
@@ -348,7 +364,7 @@ def zone(name: str) -> Any:
 
     try:
         return ZoneInfo(name)
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         raise BadConfig(
             "unknown time zone", column="timezone", expected="such as America/Chicago", found=name
         ) from error

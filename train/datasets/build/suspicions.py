@@ -1,5 +1,6 @@
-"""Signs of wrong positions: axes that are swapped, and much on few coordinates."""
+"""Signs of what is wrong in a file: axes that are swapped, much on few coordinates, and an answer that was cut off."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ Array = np.ndarray[Any, Any]
 SAMPLE = 200_000
 """Positions that are looked at for what looks wrong in them."""
 FEW = 10
+ANSWER = 1000
 MUCH = 0.2
 """That much of all on :data:`FEW` coordinates is said."""
 
 
 class Suspicions:
-    """Signs of wrong positions: swapped axes, many things on few coordinates."""
+    """Signs of what is wrong: swapped axes, many things on few coordinates, files that were cut off."""
 
     def __init__(self, locator: Locator, tally: Tally) -> None:
         self._locator, self._tally = locator, tally
@@ -35,6 +37,14 @@ class Suspicions:
         self._outside += int(out.sum())
         self._swapped += int((self._locator.locate(lat[out], lon[out]).region != OUTSIDE).sum())
         self._seen.append(np.stack([lon[~out], lat[~out]], axis=1))
+
+    def whole(self, path: Path, rows: int) -> None:
+        """Warn of a file that ends where an interface ends its answers."""
+        if rows == ANSWER:
+            self._tally.warnings.append(
+                f"{path.name} has exactly {ANSWER:,} rows, where Socrata's interfaces stop unless $limit asks for more:"
+                " is it the whole file?"
+            )
 
     def say(self) -> None:
         """Warn of it, with figures."""

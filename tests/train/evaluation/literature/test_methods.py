@@ -214,8 +214,8 @@ def test_refuses_too_few_labels(method: Callable[[], Method], city: City, proble
     ("method", "change", "message"),
     [
         (Hrep, {"views": "land_use"}, "HREP needs POI counts"),
-        (Hrep, {"regions": 4}, "contrasts neighbours with regions that are none"),
-        (FlexiRegStyle, {"prompts": {}}, "prompts that no task wrote"),
+        (Hrep, {"regions": 4}, "HREP needs regions that are not neighbours"),
+        (FlexiRegStyle, {"prompts": {}}, "needs prompts without a task"),
         (Mgfn, {}, "one per hour"),
         (RegionDcl, {}, "shapes of buildings"),
     ],

@@ -1,0 +1,81 @@
+"""One allocation of a command fails, be it Python's, Arrow's or ONNX Runtime's: it ends as to be tried again, or does
+its work all the same, and nothing is torn.
+
+Libraries end the process by a signal at some places: ONNX Runtime where it makes a session (SIGSEGV), and tokenizers
+where a tokenizer is read (SIGABRT). A scheduler takes that for a process that was killed, and tries again.
+
+``make oom`` tries 200 places of each command; what is here is every so-manieth of them.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+from collections import Counter
+
+import pytest
+from memory_injection import commands, compiled
+
+PLACES = int(os.environ.get("TOPT_OOM_PLACES", "8"))
+DONE, TRY_AGAIN = 0, 75
+KILLED = (-signal.SIGABRT, -signal.SIGSEGV)
+LEAST = {"predict": 0.7, "encode": 0.7}
+"""Share of places where it ends with the code for it."""
+COMMANDS = {
+    "predict": (
+        ("regions.parquet", "mobility.parquet"),
+        ["predict", "regions.parquet", "--bundle", "model.topt"],
+        ("predictions.receipt.json", "predictions.parquet"),
+    ),
+    "encode": (
+        ("bare.parquet",),
+        ["encode", "bare.parquet", "--bundle", "encoder.topt", "--no-cache"],
+        ("prompts.parquet",),
+    ),
+}
+ALLOCATORS = {"own": {}, "the system's": {"PYTHONMALLOC": "malloc"}}
+"""Python's own allocator asks the system for large pieces only; with the system's, every object is an allocation."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    found = compiled(tmp_path_factory.mktemp("library"))
+    if found is None:
+        pytest.skip("needs a C compiler and glibc")
+    return found
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_allocation_fails(command, allocator, library, demo_bundle, prompted, tmp_path):
+    inputs, arguments, outputs = COMMANDS[command]
+    home = demo_bundle.parent if command == "predict" else prompted
+    for name in inputs:
+        shutil.copy(home / name, tmp_path)
+    (tmp_path / arguments[3]).symlink_to(home / arguments[3])
+    with commands(library, **ALLOCATORS[allocator]) as topt_run:
+        assert topt_run.run(arguments, tmp_path).code == DONE
+        whole = sha256(tmp_path / outputs[-1])
+        for name in outputs:
+            (tmp_path / name).write_bytes(b"old")
+        count = topt_run.run(arguments, tmp_path).allocations
+        assert count > 10_000
+        odd, codes = [], Counter[int]()
+        for place in range(PLACES):
+            for name in outputs:
+                (tmp_path / name).write_bytes(b"old")
+            fail_at = int(count * (place + 0.5) / PLACES)
+            ended = topt_run.run(arguments, tmp_path, fail_at)
+            found = sha256(tmp_path / outputs[-1])
+            torn = found not in {whole, sha256(b"old")} or (ended.code == DONE and found != whole)
+            left = [file.name for file in tmp_path.iterdir() if file.name.startswith(".") and file.is_file()]
+            codes[ended.code] += 1
+            if ended.code not in {DONE, TRY_AGAIN, *KILLED} or torn or (left and ended.code == DONE):
+                odd.append((fail_at, ended.code, torn, left, ended.told[-800:]))
+        assert not odd, f"of {count} allocations: {odd}"
+        assert codes[TRY_AGAIN] >= PLACES * LEAST[command], codes
+        print(command, allocator, dict(codes))
+
+
+def sha256(file):
+    return hashlib.sha256(file if isinstance(file, bytes) else file.read_bytes()).hexdigest()
