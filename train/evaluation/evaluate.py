@@ -146,8 +146,8 @@ def read_problem(
     city, schema = read_cities(files, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
     problem = Problem.of(city, schema, engine, reporter)
     hashes: dict[str, Any] = {
-        "regions_sha256": _sha256_files([own.regions for own in files]),
-        "mobility_sha256": _sha256_files([own.mobility for own in files if own.mobility is not None]),
+        "regions_sha256": _sha256_files([city_dir / REGIONS for city_dir in cities]),
+        "mobility_sha256": _sha256_files([city_dir / MOBILITY for city_dir in cities] if config.mobility else []),
         "inputs_sha256": _sha256(problem.inputs),
     }
     if city.parts:
