@@ -119,7 +119,9 @@ def start_run(
         finished=False,
         others=tuple(
             TrainedOn(
-                city_dir=files.folder.resolve(), regions_sha256=own.sha256, mobility_sha256=flows and flows.sha256
+                city_dir=files.folder.resolve(),
+                regions_sha256=own.sha256,
+                mobility_sha256=None if flows is None else flows.sha256,
             )
             for files in others
             for own, flows in [_held(files)]

@@ -315,8 +315,8 @@ def _train(run: Run, cities: "Sequence[CityFiles]", engine: "TrainingDevice", sa
         reporter.say(sentence)
     try:
         first, *others = cities
-        tables = {"regions": first.regions, "mobility": first.mobility}
-        train_run(run, **tables, engine=engine, reporter=reporter, others=others)
+        regions, mobility = first.regions, first.mobility
+        train_run(run, regions=regions, mobility=mobility, engine=engine, reporter=reporter, others=others)
     except KeyboardInterrupt:
         named = " ".join(str(files.folder) for files in cities)
         reporter.say(f"interrupted; go on with: topt-deploy train {named} --resume --out {run.path}")
