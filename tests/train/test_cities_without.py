@@ -11,14 +11,22 @@ from builders import replaced, tiny_city_tables
 import topt_deploy as topt
 from topt_deploy.config.load import load_config
 from topt_deploy.data.city import infer_schema
+from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train.cities import read_placed
 from topt_deploy.train.evaluation import topt_variants
 
 TINY = {
     "srel.epochs": 3, "srel.width": 8, "srel.heads": 2, "srel.ffn_width": 12, "srel.regions": 40,
-    "prompt4re.epochs": 3, "prompt4re.heads": 2,
+    "prompt4re.epochs": 3, "prompt4re.heads": 2, "prompt4re.folds": 3,
     "ensemble.epochs": 3, "ensemble.steps": 4, "ensemble.features": 8, "ensemble.width": 8, "ensemble.members": 1,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    """The baseline at a hundredth of its cost."""
+    whole = baseline.GradientBoostingRegressor
+    monkeypatch.setattr(baseline, "GradientBoostingRegressor", lambda **more: whole(**more | {"n_estimators": 3}))
 
 
 def nulls(values, rows):

@@ -134,20 +134,20 @@ def evaluate_cities(
 
 
 def read_problem(
-    cities: Sequence[Path], config: Config, engine: TrainingDevice, reporter: Reporter
+    folders: Sequence[Path], config: Config, engine: TrainingDevice, reporter: Reporter
 ) -> tuple[Problem, Mapping[str, Array], dict[str, Any]]:
     """The cities' folders as a problem without labels, the labels apart, and the hashes of what was read."""
     files = [
         CityFiles(folder=city, regions=city / REGIONS, mobility=city / MOBILITY if config.mobility else None)
-        for city in cities
+        for city in folders
     ]
     columns = [open_table(own.regions).names for own in files]
     prompts = [name for name in columns[0] if name.startswith(PROMPT_PREFIX) and all(name in own for own in columns)]
     city, schema = read_cities(files, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
     problem = Problem.of(city, schema, engine, reporter)
     hashes: dict[str, Any] = {
-        "regions_sha256": _sha256_files([city_dir / REGIONS for city_dir in cities]),
-        "mobility_sha256": _sha256_files([city_dir / MOBILITY for city_dir in cities] if config.mobility else []),
+        "regions_sha256": _sha256_files([city / REGIONS for city in folders]),
+        "mobility_sha256": _sha256_files([city / MOBILITY for city in folders if config.mobility]),
         "inputs_sha256": _sha256(problem.inputs),
     }
     if city.parts:
