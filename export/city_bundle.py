@@ -1,4 +1,4 @@
-"""Export a finished run: graph, parity gate, golden vectors, model card, and last of all the manifest."""
+"""Export a finished run: graph, golden cities and manifest, then the gate and the self-test of that very bundle."""
 
 import errno
 import tempfile
@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -26,25 +24,27 @@ from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.intervals import SCALE
 from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.model.row_tiles import largest
 from topt_deploy.model.topt import TopT
 from topt_deploy.prompts.precision import comparable
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.runtime.predictor import open_predictor
 from topt_deploy.storage.atomic import atomic_file, atomic_folder
 from topt_deploy.storage.os_errors import write_error
 from topt_deploy.tensorrt.profile import Profile, ProfileRange, parse_profile
 
-from .golden_cities import SyntheticCity, synthetic_city
+from .golden_cities import SyntheticCity, expected_table, synthetic_city, telling_rows
 from .model_card import model_card
 from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
-from .parity import Parity, parity_gate, run_model
+from .parity import GateCity, Parity, on_processor, parity_gate, serving
 from .tensorrt_engines import EngineTarget, make_engines
-
-Array = np.ndarray[Any, Any]
 
 GRAPH = "models/topt.onnx"
 WEIGHTS_FILE = f"models/{WEIGHTS}"
 GOLDEN_SIZES = (7, 31)
 """Regions of the golden cities that travel with the bundle."""
+LARGER_OF = f"golden-{GOLDEN_SIZES[-1]}"
+"""The golden city whose values the enlarged ones have."""
 GATE_SIZES = (203,)
 """Regions of further cities that the parity gate sees, beside the golden ones and the training city."""
 PROFILE: Profile = {REGIONS_AXIS: ProfileRange(min=1, opt=256, max=4096)}
@@ -58,36 +58,6 @@ class Exported:
     path: Path
     parity: tuple[Parity, ...]
     bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Variant:
-    """A graph for TensorRT, before its engines."""
-
-    target: EngineTarget
-    profile: Profile
-    graph: Graph
-    parity: tuple[Parity, ...]
-
-    def write(self, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-        """Write graph and engines into a bundle's folder; what the manifest says of them."""
-        name = self.target.variant
-        place = folder / "models" / name / Path(GRAPH).name
-        place.parent.mkdir()
-        place.write_bytes(self.graph.model)
-        place.with_name(WEIGHTS).write_bytes(self.graph.weights)
-        made = make_engines(self.target, place, self.profile)
-        say(f"{name}: {made.told}")
-        return {
-            "graph": place.relative_to(folder).as_posix(),
-            "weights": place.with_name(WEIGHTS).relative_to(folder).as_posix(),
-            "initializers": {},
-            "providers": [],
-            "flavour": self.target.flavour,
-            "precision": self.target.precision,
-            "tolerance": TOLERANCES[self.target.precision],
-            "parity": [asdict(measured) for measured in self.parity],
-        } | made.as_record(self.profile, folder)
 
 
 def export_bundle(
@@ -111,7 +81,7 @@ def export_bundle(
         target: The target of TensorRT's engines; they are one more variant, beside the portable one.
 
     Raises:
-        BadBundle: If the parity gate fails, or TensorRT cannot build the model.
+        BadBundle: If the parity gate or the self-test fails, or TensorRT cannot build the model.
         UsageError: If the run is not finished, ``out`` is something other than a bundle, the encoder is not the one
             that the run's prompts are from, or what is asked of engines does not go together.
         NoDevice: If engines are asked of a library that is not here.
@@ -130,30 +100,25 @@ def export_bundle(
         _check_encoder(run, encoder, prompts, say)
     say("exporting the graph")
     graph = export_graph(model, inputs)
-    say("parity gate: PyTorch against ONNX Runtime")
-    golden, arrays = _cities(run, model, inputs)
-    parity = tuple(parity_gate(model, graph, arrays))
-    for measured in parity:
-        say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
-    variant = None if target is None else _variant(target, profile, model, inputs, arrays, say)
-    manifest = _manifest(run, model, prompts, graph, parity, tuple(golden), _named(encoder, inside))
-    with atomic_folder(out) if not as_zip else _zipped(out) as folder:
-        (folder / "models").mkdir()
-        (folder / GRAPH).write_bytes(graph.model)
-        (folder / WEIGHTS_FILE).write_bytes(graph.weights)
-        (folder / "golden").mkdir()
-        for name, city in golden.items():
-            predicted = run_model(model, arrays[name])
-            expected = {task: pa.array(predicted[task]) for task in run.config.tasks}
-            _write_golden(folder / "golden", name, city, pa.table(expected))
+    golden, cities = _cities(run, model, inputs)
+    last = cities[-1]
+    enlarged = {last.name: {"of": LARGER_OF, "regions": last.regions, "rows": telling_rows(last.regions)}}
+    with _staged(out, as_zip, lambda bundle: _selftest(bundle, say)) as folder:
+        _write_graph(graph, folder / GRAPH)
+        _write_golden(folder / "golden", golden, cities, enlarged)
         moved = _move_in(encoder, folder / ENCODER) if encoder is not None and inside else {}
-        if variant is not None:
-            written = {variant.target.variant: variant.write(folder, say)}
-            manifest = replace(manifest, variants={**manifest.variants, **written})
+        manifest = _manifest(run, model, prompts, graph, tuple(golden), enlarged, _named(encoder, inside))
+        seal_bundle(folder, manifest, known=moved)
+        say("parity gate: PyTorch against the bundle as topt-run opens it")
+        parity = parity_gate(cities, serving(folder))
+        for measured in parity:
+            say(f"  {measured.city}: {measured.regions} regions, largest relative difference {measured.worst:.1e}")
+        manifest = _with(manifest, {"fp32": {**manifest.variants["fp32"], "parity": _record(parity)}})
+        if target is not None:
+            manifest = _with(manifest, _variant(target, profile, model, inputs, cities, folder, say))
         card = model_card(manifest, parity, synthetic=bool(run.facts["synthetic"]))
         (folder / CARD).write_text(card, encoding="utf-8")
         seal_bundle(folder, manifest, known=moved)
-        open_bundle(folder).verify(skip=frozenset(moved))  # what no reader would take must not leave this machine
     size = out.stat().st_size if as_zip else sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     return Exported(path=out, parity=parity, bytes=size)
 
@@ -167,19 +132,19 @@ def _prompts(model: TopT, made_with: Mapping[str, Mapping[str, str]]) -> dict[st
     }
 
 
-def _cities(
-    run: Run, model: TopT, inputs: Mapping[str, Tensor]
-) -> tuple[dict[str, SyntheticCity], dict[str, Mapping[str, Array]]]:
-    """The golden cities, and the model's inputs of all cities that the parity gate sees, the training city first."""
+def _cities(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[dict[str, SyntheticCity], list[GateCity]]:
+    """The golden cities, and all cities that the parity gate sees, the training city first."""
     ranges, position_m = _ranges(run), inputs[POSITION].numpy()
     golden = {f"golden-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GOLDEN_SIZES}
     others = {f"synthetic-{n}": synthetic_city(model, ranges, position_m, regions=n, seed=n) for n in GATE_SIZES}
-    arrays: dict[str, Mapping[str, Array]] = {
-        "training city": {name: tensor.numpy() for name, tensor in inputs.items()}
-    }
-    for name, city in (golden | others).items():
-        arrays[name] = features(read_city(city.regions, city.mobility, model.spec.schema), model.input_names())
-    return golden, arrays
+    edges = [largest(tiles) + more for tiles in (1, 2) for more in (0, 1)]
+    tiled = {f"enlarged-{n}": golden[LARGER_OF].enlarged(n) for n in edges}
+    trained_on = {name: inputs[name].numpy() for name in model.input_names()}  # a run keeps what some part may read
+    cities = [GateCity(model=model, name="training city", inputs=trained_on)]
+    for name, city in (golden | others | tiled).items():
+        arrays = features(read_city(city.regions, city.mobility, model.spec.schema), model.input_names())
+        cities.append(GateCity(model=model, name=name, inputs=arrays, tables=city, for_tiles=name in tiled))
+    return golden, cities
 
 
 def _ranges(run: Run) -> dict[str, tuple[float, float]]:
@@ -211,11 +176,11 @@ def _manifest(
     model: TopT,
     prompts: Mapping[str, Mapping[str, Any]],
     graph: Graph,
-    parity: Sequence[Parity],
     golden: tuple[str, ...],
+    enlarged: Mapping[str, Mapping[str, Any]],
     encoder: Mapping[str, Any] | None,
 ) -> Manifest:
-    """The manifest of the portable variant alone; its files are listed when it is sealed."""
+    """The manifest of the portable variant alone, before the gate; its files are listed when it is sealed."""
     config, schema = run.config, model.spec.schema
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -260,12 +225,21 @@ def _manifest(
                 "initializers": graph.initializers,
                 "providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
                 "tolerance": TOLERANCES["fp32"],
-                "parity": [asdict(measured) for measured in parity],
+                "parity": [],
             }
         },
         golden=golden,
+        enlarged=enlarged,
         encoder=encoder,
     )
+
+
+def _with(manifest: Manifest, variants: Mapping[str, Mapping[str, Any]]) -> Manifest:
+    return replace(manifest, variants={**manifest.variants, **variants})
+
+
+def _record(parity: Sequence[Parity]) -> list[dict[str, Any]]:
+    return [asdict(measured) for measured in parity]
 
 
 def _variant(
@@ -273,17 +247,35 @@ def _variant(
     profile: Profile,
     model: TopT,
     inputs: Mapping[str, Any],
-    arrays: Mapping[str, Mapping[str, Any]],
+    cities: Sequence[GateCity],
+    folder: Path,
     say: Callable[[str], None],
-) -> _Variant:
-    """The graph for TensorRT, behind the same gate on the same cities, its precision's tolerance apart."""
-    say(f"exporting the graph for {target.variant}")
-    most = profile[REGIONS_AXIS].max
-    graph = export_for_engine(model, inputs, precision=target.precision, most=most)
-    parity = tuple(parity_gate(model, graph, arrays, target.precision))
+) -> dict[str, dict[str, Any]]:
+    """The graph for TensorRT and its engines, written into a bundle's folder, with what the manifest says of them.
+
+    Its gate is the same, its precision's tolerance and the cities for tiles apart.
+    """
+    name, precision = target.variant, target.precision
+    say(f"exporting the graph for {name}")
+    graph = export_for_engine(model, inputs, precision=precision, most=profile[REGIONS_AXIS].max)
+    place = folder / "models" / name / Path(GRAPH).name
+    _write_graph(graph, place)
+    parity = parity_gate([city for city in cities if not city.for_tiles], on_processor(place), precision)
     worst = max(measured.worst for measured in parity)
-    say(f"parity gate: {target.variant} on ONNX Runtime, largest relative difference {worst:.1e}")
-    return _Variant(target=target, profile=profile, graph=graph, parity=parity)
+    say(f"parity gate: {name} on ONNX Runtime, largest relative difference {worst:.1e}")
+    made = make_engines(target, place, profile)
+    say(f"{name}: {made.told}")
+    facts = {
+        "graph": place.relative_to(folder).as_posix(),
+        "weights": place.with_name(WEIGHTS).relative_to(folder).as_posix(),
+        "initializers": {},
+        "providers": [],
+        "flavour": target.flavour,
+        "precision": precision,
+        "tolerance": TOLERANCES[precision],
+        "parity": _record(parity),
+    }
+    return {name: facts | made.as_record(profile, folder)}
 
 
 def _check_encoder(
@@ -335,17 +327,51 @@ def check_place(out: Path, as_zip: bool) -> None:
         raise UsageError("already exists, and is not a bundle of this form", file=out, fix="name another --out")
 
 
-def _write_golden(folder: Path, name: str, city: SyntheticCity, expected: pa.Table) -> None:
-    """A golden city as Parquet: its two tables, and what PyTorch predicts of it in the order of its rows."""
-    tables = {"regions": city.regions, "mobility": city.mobility, "expected": expected}
-    for part, table in tables.items():
-        if table is not None:
-            write_parquet(folder / f"{name}.{part}.parquet", table)
+def _write_graph(graph: Graph, place: Path) -> None:
+    """A graph and its weights, into a folder of their own."""
+    place.parent.mkdir(parents=True)
+    place.write_bytes(graph.model)
+    place.with_name(WEIGHTS).write_bytes(graph.weights)
+
+
+def _write_golden(
+    folder: Path,
+    golden: Mapping[str, SyntheticCity],
+    cities: Sequence[GateCity],
+    enlarged: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Golden cities as Parquet: their two tables, and what PyTorch predicts of them in the order of the rows. Of
+    enlarged ones the expected values alone."""
+    folder.mkdir()
+    for city in cities:
+        if city.name not in golden and city.name not in enlarged:
+            continue
+        rows = enlarged.get(city.name, {}).get("rows")
+        tables = {"expected": expected_table(city.expected, rows)}
+        if city.name in golden:
+            tables |= {"regions": golden[city.name].regions, "mobility": golden[city.name].mobility}
+        for part, table in tables.items():
+            if table is not None:
+                write_parquet(folder / f"{city.name}.{part}.parquet", table)
+
+
+def _selftest(bundle: Path, say: Callable[[str], None]) -> None:
+    """The self-test of a bundle before it gets its name. Every byte is checked but an encoder's, proven before."""
+    checks = open_predictor(bundle).selftest()
+    say(f"self-test of the finished bundle: passed on {', '.join(check.city for check in checks)}")
 
 
 @contextmanager
-def _zipped(out: Path) -> Iterator[Path]:
-    """Yield a folder whose files become the zip file ``out``; the same content gives the same bytes."""
+def _staged(out: Path, as_zip: bool, prove: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a folder whose files become the bundle ``out``, once ``prove`` has let pass the bundle under another name.
+
+    A zip of the same content is of the same bytes.
+    """
+    if not as_zip:
+        with atomic_folder(out) as folder:
+            yield folder
+            prove(folder)
+        return
     with atomic_file(out) as temporary, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         yield folder
@@ -354,3 +380,4 @@ def _zipped(out: Path) -> Iterator[Path]:
                 info = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # dated 1980: no clock in the bytes
                 info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
                 archive.writestr(info, file.read_bytes())
+        prove(temporary)

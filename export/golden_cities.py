@@ -1,19 +1,23 @@
-"""Synthetic cities for the parity gate and for the golden vectors that travel with a bundle.
+"""Synthetic cities for the parity gate, and the golden ones among them, which travel with a bundle.
 
 They are drawn within the training ranges, so no row of the training city leaves it with the bundle.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from topt_deploy.bundle.enlarged_city import enlarged
+from topt_deploy.model.row_tiles import starts
 from topt_deploy.model.topt import EnsembleHead, TaskHead, TopT
 
 CENTRE_LONLAT = (0.0, 45.0)
 FLOWS_PER_REGION = 6
+SPREAD_ROWS = 32
+"""Regions of an enlarged city whose expected predictions travel with a bundle, besides the ends of its tiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,11 @@ class SyntheticCity:
 
     regions: pa.Table
     mobility: pa.Table | None
+
+    def enlarged(self, regions: int) -> "SyntheticCity":
+        """A larger city of its values (:mod:`topt_deploy.bundle.enlarged_city`)."""
+        tables = enlarged(self.regions, self.mobility, regions)
+        return SyntheticCity(regions=tables[0], mobility=tables[1])
 
 
 def synthetic_city(
@@ -78,3 +87,25 @@ def _prompts(model: TopT, regions: int, rng: np.random.Generator) -> dict[str, n
         coordinates = torch.tensor(rng.standard_normal((regions, inverse.shape[0])))
         drawn[column] = (coordinates @ inverse + head.basis.mean).float().numpy()
     return drawn
+
+
+def expected_table(outputs: Mapping[str, np.ndarray], rows: Sequence[int] | None = None) -> pa.Table:
+    """A model's outputs for a city, (N,) or (N, K) each, as a table with one row per region.
+
+    Args:
+        outputs: By name.
+        rows: The regions to keep; all by default.
+    """
+    columns = {}
+    for name, values in outputs.items():
+        kept = np.ascontiguousarray(values if rows is None else values[list(rows)])
+        flat = pa.array(kept.ravel())
+        columns[name] = flat if kept.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, kept.shape[1])
+    return pa.table(columns)
+
+
+def telling_rows(n: int) -> list[int]:
+    """Regions whose predictions stand for those of a city of N: the ends of every tile, and some in between."""
+    spread = np.linspace(0, n - 1, SPREAD_ROWS).round().astype(int).tolist()
+    ends = [row for start in starts(n) for row in (start - 1, start) if row >= 0]
+    return sorted({*spread, *ends, n - 1})

@@ -1,21 +1,22 @@
-"""The parity gate: the exported graph must say what the model in PyTorch says, on more cities than one."""
+"""The parity gate: what serves an exported bundle must say what the model in PyTorch says, on more cities than one."""
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
+from topt_deploy.runtime.backends.onnxruntime import MappedSession
+from topt_deploy.runtime.predictor import open_predictor
 
-from .onnx_graph import WEIGHTS, Graph
+from .golden_cities import SyntheticCity
 
 Array = np.ndarray[Any, Any]
 
@@ -77,20 +78,6 @@ def _relative(found: Array, exact: Array) -> float:
     return float((np.abs(found - exact) / np.maximum(np.abs(exact), 1.0)).max())
 
 
-def run_graph(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the exported graph on the CPU as any ONNX tool would, from its two files; by task."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        path.write_bytes(graph.model)
-        path.with_name(WEIGHTS).write_bytes(graph.weights)
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    read = {value.name: inputs[value.name] for value in session.get_inputs()}
-    return dict(zip(names, session.run(names, read), strict=True))
-
-
 def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run the model in PyTorch, by task."""
     tensors = {name: torch.tensor(array) for name, array in inputs.items()}
@@ -104,19 +91,60 @@ def rounding(model: TopT, inputs: Mapping[str, Array]) -> dict[str, float]:
     return {task: _relative(predicted, exact[task]) for task, predicted in run_model(model, inputs).items()}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GateCity:
+    """A city that the gate sees. What PyTorch says of it is computed once for all forms of a model.
+
+    Attributes:
+        model: The model in PyTorch.
+        name: In messages.
+        inputs: The model's inputs.
+        tables: The city's tables; None of the training city, of which a run keeps the inputs alone.
+        for_tiles: True if the city is there for the edges of tiles, which engines of TensorRT do not have.
+    """
+
+    model: TopT
+    name: str
+    inputs: Mapping[str, Array]
+    tables: SyntheticCity | None = None
+    for_tiles: bool = False
+
+    @property
+    def regions(self) -> int:
+        """N."""
+        return len(next(iter(self.inputs.values())))
+
+    @cached_property
+    def expected(self) -> dict[str, Array]:
+        """All that the model puts out, in PyTorch."""
+        return run_model(self.model, self.inputs)
+
+    @cached_property
+    def rounding(self) -> dict[str, float]:
+        """:func:`rounding`."""
+        return rounding(self.model, self.inputs)
+
+    def compare(self, found: Mapping[str, Array], precision: str) -> Parity:
+        """:func:`compare`. The rounding, which takes longest, is asked for where an order differs."""
+        parity = compare(self.expected, found, self.name, precision)
+        return compare(self.expected, found, self.name, precision, self.rounding) if parity.swapped else parity
+
+
 def parity_gate(
-    model: TopT, graph: Graph, cities: Mapping[str, Mapping[str, Array]], precision: str = "fp32"
-) -> Sequence[Parity]:
+    cities: Sequence[GateCity], serve: Callable[[GateCity], Mapping[str, Array]], precision: str = "fp32"
+) -> tuple[Parity, ...]:
     """Compare on every city.
+
+    Args:
+        cities: The cities.
+        serve: Gives what an exported form puts out for a city.
+        precision: Of its weights.
 
     Raises:
         BadBundle: If any prediction differs by more than :data:`TOLERANCES` of the precision, or any ranking does by
             more than rounding explains.
     """
-    measured = [
-        compare(run_model(model, x), run_graph(graph, x), city, precision, rounding(model, x))
-        for city, x in cities.items()
-    ]
+    measured = tuple(city.compare(serve(city), precision) for city in cities)
     for parity in measured:
         if not parity.worst <= TOLERANCES[precision] or parity.swapped:
             raise BadBundle(
@@ -128,3 +156,21 @@ def parity_gate(
                 else "export with a higher --precision",
             )
     return measured
+
+
+def serving(bundle: Path) -> Callable[[GateCity], Mapping[str, Array]]:
+    """A finished bundle as users run it: the runtime opens it and reads a city's tables."""
+    predictor = open_predictor(bundle)
+
+    def serve(city: GateCity) -> Mapping[str, Array]:
+        if city.tables is None:
+            return predictor.computed(city.inputs)
+        return predictor.outputs(city.tables.regions, city.tables.mobility)
+
+    return serve
+
+
+def on_processor(graph: Path) -> Callable[[GateCity], Mapping[str, Array]]:
+    """A graph for TensorRT, on the runtime's ONNX Runtime: there need not be a GPU where it is exported."""
+    session = MappedSession(graph)
+    return lambda city: session.run({name: city.inputs[name] for name in session.inputs}, [*city.expected])

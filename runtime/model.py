@@ -19,7 +19,8 @@ from topt_deploy.errors import BadBundle, BadRows
 from topt_deploy.storage.table_parts import find_table, home_of
 
 from .bad_rows import POLICIES
-from .predictor import GoldenCheck, Predictor, open_predictor
+from .golden_checks import GoldenCheck
+from .predictor import Predictor, open_predictor
 
 Device: TypeAlias = Literal["cpu", "cuda", "tensorrt", "auto"]
 EncoderEngine: TypeAlias = Literal["onnxruntime", "openvino"]

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,11 @@ import pyarrow as pa
 
 from topt_deploy.arguments import several
 from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
-from topt_deploy.bundle.sealed import blamed
 from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
 from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.features import features
-from topt_deploy.data.parquet import ParquetFile
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
@@ -34,6 +32,7 @@ from .prompt_origins import check_prompts
 
 if TYPE_CHECKING:
     from .backends.tensorrt import HostSession
+    from .golden_checks import GoldenCheck
     from .missing_prompts import PromptEncoder
 
 Array = np.ndarray[Any, Any]
@@ -42,15 +41,6 @@ COVERAGE = 0.9
 WORTH_RELEASING_BYTES = 2 << 20
 """Size of the model's inputs from which on Arrow gives back, before the model runs, what reading them took. Of small
 cities a batch needs it again at once."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class GoldenCheck:
-    """One golden city of the self-test: its size, and the largest relative difference to the exporter's values."""
-
-    city: str
-    regions: int
-    worst: float
 
 
 class Predictor:
@@ -227,19 +217,13 @@ class Predictor:
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
             pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         beside = [name for name in manifest.outputs if name == LEVERAGE or name in {task + FOLDS for task in chosen}]
-        predicted = self.session.run(arrays, [*chosen, *beside])
-        for task, values in predicted.items():
-            folds = manifest.tasks[task.removesuffix(FOLDS)]["fold_scores"] if task in beside[:-1] else []
-            shape = (len(city), len(folds)) if folds else (len(city),)
-            if values.shape != shape:
-                raise BadBundle(
-                    "the graph does not give one number per region", file=self.bundle.path, column=task,
-                    expected=shape, found=values.shape,
-                )  # fmt: skip
-            if not np.isfinite(values).all():
+        predicted = self.computed(arrays, [*chosen, *beside])
+        for name, values in predicted.items():
+            if not (finite := np.isfinite(values)).all():
                 raise BadData(
-                    "the model gives no finite number for this input", file=_name(regions), column=task,
-                    ids=city.region_id[~np.isfinite(values)], fix="look for extreme counts in these regions",
+                    "the model gives no finite number for this input", file=_name(regions), column=name,
+                    ids=city.region_id[~finite if finite.ndim == 1 else ~finite.all(axis=1)],
+                    fix="look for extreme counts in these regions",
                 )  # fmt: skip
         results = {task: self._result(task, predicted, coverage) for task in chosen}
         return Predictions(city, results, extrapolated(manifest, city, predicted.get(LEVERAGE)), sieve, encoded)
@@ -258,38 +242,51 @@ class Predictor:
         """The coverage of a task's intervals; None where its labels are too few for them."""
         return coverage if carries(self.bundle.manifest.tasks[task]["scores"], coverage) else None
 
-    def selftest(self) -> list[GoldenCheck]:
+    def outputs(self, regions: Given, mobility: Given | None) -> dict[str, Array]:
+        """All that the graph puts out for a city that brings its prompts, (N,) or (N, K) each, in the rows' order.
+
+        The parity gate and the self-test compare this. It is computed as :meth:`predict` does.
+        """
+        city = BadRowFilter(regions, mobility, FAIL).read(self.bundle.manifest.schema, id_col=REGION_ID)
+        return self.computed(features(city, self.bundle.manifest.inputs))
+
+    def computed(self, arrays: Mapping[str, Array], names: Sequence[str] = ()) -> dict[str, Array]:
+        """The graph's outputs for the model's inputs (:func:`topt_deploy.data.features.features`).
+
+        Args:
+            arrays: The inputs.
+            names: Outputs; all by default.
+
+        Raises:
+            BadBundle: If it does not give one number per region, or per region and fold.
+        """
+        manifest, n = self.bundle.manifest, len(next(iter(arrays.values())))
+        found = self.session.run(arrays, list(names) or manifest.outputs)
+        for name, values in found.items():
+            folds = manifest.tasks[name.removesuffix(FOLDS)]["fold_scores"] if name in self._by_fold else []
+            shape = (n, len(folds)) if folds else (n,)
+            if values.shape != shape:
+                raise BadBundle(
+                    "the graph does not give one number per region", file=self.bundle.path, column=name,
+                    expected=shape, found=values.shape,
+                )  # fmt: skip
+        return found
+
+    @property
+    def _by_fold(self) -> set[str]:
+        """The outputs that have a number per fold."""
+        tasks = self.bundle.manifest.tasks
+        return {task + FOLDS for task, facts in tasks.items() if "fold_scores" in facts}
+
+    def selftest(self) -> "list[GoldenCheck]":
         """Predict the bundle's golden cities on this machine.
 
         Raises:
             BadBundle: If a value differs by more than the bundle's tolerance from the exporter's.
         """
-        manifest = self.bundle.manifest
-        tolerance = float(self.variant["tolerance"])
-        checks = []
-        for city in manifest.golden:
-            with blamed(self.bundle.path, f"golden city {city}"):
-                mobility = self._golden(city, "mobility") if manifest.mobility else None
-                found = self.predict(self._golden(city, "regions"), mobility, wide=True)
-                expected = self._golden(city, "expected")
-                a, b = (np.stack([t.column(task).to_numpy() for task in self.tasks]) for t in (expected, found))
-                if a.shape != b.shape:
-                    raise ValueError(f"{a.shape[1]} expected values of {b.shape[1]} regions")
-                worst = float((np.abs(a - b) / np.maximum(np.abs(a), 1.0)).max())  # NaN where either is
-            if not worst <= tolerance:
-                raise BadBundle(
-                    f"self-test failed on {city}: this machine does not reproduce the exporter's predictions",
-                    file=self.bundle.path,
-                    expected=f"relative difference ≤ {tolerance:g}",
-                    found=f"{worst:.3g}",
-                    fix="export with another precision, or report it with the processor's name",
-                )
-            checks.append(GoldenCheck(city=city, regions=len(found), worst=worst))
-        return checks
+        from .golden_checks import check_golden_cities
 
-    def _golden(self, city: str, part: str) -> pa.Table:
-        name = f"golden/{city}.{part}.parquet"
-        return ParquetFile(self.bundle.read(name), name).read()
+        return check_golden_cities(self)
 
     def _read(
         self, sieve: BadRowFilter, home: Path | None, id_col: str, cache: bool, progress: Callable[[int, int], None]

@@ -10,6 +10,9 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni"})
 """Names that Linux gives to the instructions that add products of 8-bit numbers in 32 bits. Processors with AMX have
 the first of them."""
 
+DECIDING = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+"""Instruction sets between which ONNX Runtime's and OpenVINO's kernels for few bits differ, from the oldest on."""
+
 
 @cache
 def instruction_sets() -> frozenset[str] | None:
@@ -35,10 +38,14 @@ def saturates_8_bit_sums() -> bool:
     return known is None or not known & VNNI
 
 
+def deciding_sets() -> tuple[str, ...] | None:
+    """Return those of the processor's instruction sets that 8-bit products depend on; None where it is not known."""
+    known = instruction_sets()
+    return None if known is None else tuple(name for name in DECIDING if name in known)
+
+
 def processor_name() -> str:
     """Return the processor's name and the instruction sets that 8-bit products depend on, for people."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    known = instruction_sets() or frozenset()
-    shown = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if name in known]
-    return f"{next(named, platform.machine())} ({', '.join(shown) or 'instruction sets not known'})"
+    return f"{next(named, platform.machine())} ({', '.join(deciding_sets() or ()) or 'instruction sets not known'})"

@@ -143,7 +143,9 @@ def check_engine(engine: str, device: str) -> None:
         )  # fmt: skip
 
 
-def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: str = CPU) -> OpenedEncoder:
+def load_encoder(
+    bundle: EncoderBundle, *, engine: str, threads: int, device: str = CPU, form: str | None = None
+) -> OpenedEncoder:
     """Load the networks of an exported encoder, checking every byte that is used.
 
     Args:
@@ -151,6 +153,8 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: st
         engine: One of :data:`ENGINES`.
         threads: Threads within an operator; 0 leaves the choice to the engine.
         device: One of :data:`.device_choice.DEVICES`.
+        form: The form of the graphs, where it is another than the engine's own: the exporter's gate tries those for
+            GPUs on the processor.
 
     Raises:
         BadBundle: If a file is not the manifest's.
@@ -159,7 +163,7 @@ def load_encoder(bundle: EncoderBundle, *, engine: str, threads: int, device: st
     """
     check_engine(engine, device)
     ways = {
-        CPU: lambda: _on_cpu(bundle, engine, threads),
+        CPU: lambda: _on_cpu(bundle, engine, threads, form or FORMS[engine]),
         CUDA: lambda: _on_cuda(bundle, threads),
         TENSORRT: lambda: _on_tensorrt(bundle, threads),
     }
@@ -223,8 +227,8 @@ def _embedding(bundle: EncoderBundle, folder: Path) -> _Embedding:
     return _Embedding(folder / EMBEDDING, dtype=facts["dtype"], width=facts["shape"][1])
 
 
-def _on_cpu(bundle: EncoderBundle, engine: str, threads: int) -> _Loaded:
-    m, graphs = bundle.manifest, _graphs(bundle, FORMS[engine])
+def _on_cpu(bundle: EncoderBundle, engine: str, threads: int, form: str) -> _Loaded:
+    m, graphs = bundle.manifest, _graphs(bundle, form)
     files = _needed(bundle, graphs)
     networks: dict[str, Runner] = {}
     with mapped(bundle, files) as folder:

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
 from topt_deploy.bundle.manifest import SCHEMA_VERSION
 from topt_deploy.bundle.sealed import open_sealed
-from topt_deploy.prompts.golden_regions import read_golden, reproduce
 
 from .encoder_bundles import encoder_of, find_encoder, locate
+from .golden_checks import check_golden_regions
 from .predictor import load
 from .prompt_encoder import check_engine, load_encoder
 
@@ -58,19 +56,17 @@ def selftests(path: Path, *, device: str, engine: str, key: Path | None = None) 
 def _encoder(bundle: EncoderBundle, engine: str, device: str) -> Done:
     opened = load_encoder(bundle, engine=engine, device=device, threads=1)
     bundle.verify(skip=opened.checked)
-    regions, expected = read_golden(bundle)
-    questions = [bundle.templates.question(task) for task in expected]
-    lines, facts = [], []
-    for i, region in enumerate(regions):
-        prompt = opened.encoder.prompt(region.text, region.images, questions)
-        cosine, difference = reproduce(
-            opened.encoder.backend, prompt, np.stack([vectors[i] for vectors in expected.values()]),
-            bundle.manifest.tolerance, file=bundle.path,
-            failed=f"self-test failed on {region.name}: this machine does not reproduce the exporter's vectors",
-            fix="export with another --encoder-precision, or report it with the processor's name",
-        )  # fmt: skip
-        lines.append(f"{region.name}: {len(region.images)} images, cosine {cosine:.6f}, difference {difference:.1e}")
-        facts.append({"region": region.name, "cosine": cosine, "difference": difference})
+    checks = list(
+        check_golden_regions(
+            bundle, opened,
+            lambda region: f"self-test failed on {region}: this machine does not reproduce the exporter's vectors",
+            "export with another --encoder-precision, or report it with the processor's name",
+        )
+    )  # fmt: skip
     return Done(
-        engine=f"{opened.encoder.runtime} ({bundle.manifest.precision})", lines=tuple(lines), facts=tuple(facts)
+        engine=f"{opened.encoder.runtime} ({bundle.manifest.precision})",
+        lines=tuple(
+            f"{c.region}: {c.images} images, cosine {c.cosine:.6f}, difference {c.difference:.1e}" for c in checks
+        ),
+        facts=tuple({"region": c.region, "cosine": c.cosine, "difference": c.difference} for c in checks),
     )

@@ -184,7 +184,7 @@ class TestModel:
         shown = repr(model)
         for part in ("crime, check_in, service_call", "77 regions", "flows", "cpu", str(demo_bundle)):
             assert part in shown
-        assert {check.city for check in model.selftest()} == {"golden-7", "golden-31"}
+        assert {check.city for check in model.selftest()} == {"golden-7", "golden-31", "enlarged-725"}
 
     def test_wrong_arguments_are_refused_by_name(self, demo_bundle, tmp_path):
         with pytest.raises(UsageError, match="no such device"):

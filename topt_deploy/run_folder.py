@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,17 @@ from .errors import BadConfig, NoInput
 RUN_FILE = "run.json"
 MODEL_FILE = "model.safetensors"
 INPUTS_FILE = "inputs.safetensors"
-"""The training city's features: a finished run is exported without the city being at hand."""
+"""The training city's features, of several the first's: a finished run is exported without the city being at hand."""
 RUNS_DIR = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """A city that a run was started with: its folder, and hashes of its tables."""
+
+    city_dir: Path
+    regions_sha256: str
+    mobility_sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,7 @@ class Run:
         config: Its settings.
         city_dir: The city's folder.
         regions_sha256, mobility_sha256: Hashes of the tables it was started with.
+        others: The further cities that it was started with.
         finished: True if the model is complete; set last.
         facts: More to record: reports, training ranges, versions, times.
     """
@@ -39,7 +49,16 @@ class Run:
     regions_sha256: str
     mobility_sha256: str | None
     finished: bool
+    others: tuple[TrainedOn, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_on(self) -> tuple[TrainedOn, ...]:
+        """Every city that it was started with."""
+        first = TrainedOn(
+            city_dir=self.city_dir, regions_sha256=self.regions_sha256, mobility_sha256=self.mobility_sha256
+        )
+        return first, *self.others
 
     def save(self) -> None:
         """Write ``run.json``."""
@@ -51,6 +70,8 @@ class Run:
             "config": self.config.as_dict(),
             **self.facts,
         }
+        if self.others:
+            record["others"] = [asdict(other) | {"city_dir": str(other.city_dir)} for other in self.others]
         write_json(self.path / RUN_FILE, record)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
@@ -73,6 +94,7 @@ def open_run(path: Path) -> Run:
     try:
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
+        others = [TrainedOn(**other | {"city_dir": Path(other["city_dir"])}) for other in record.pop("others", [])]
         return Run(
             path=path,
             config=config_from_dict(record.pop("config"), str(file)),
@@ -80,6 +102,7 @@ def open_run(path: Path) -> Run:
             regions_sha256=record.pop("regions_sha256"),
             mobility_sha256=record.pop("mobility_sha256"),
             finished=record.pop("finished"),
+            others=tuple(others),
             facts=record,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -43,6 +43,7 @@ def train_ensemble(
     *,
     embedding: Tensor | None = None,
     rows: int = 1,
+    part: Array | None = None,
 ) -> HeadResult:
     """Train the ensemble head of ``task``.
 
@@ -55,10 +56,11 @@ def train_ensemble(
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
         embedding: E (N, D), frozen; None where the settings have no SREL.
         rows: How many of the training sets, the last ones, the head holds the fits of.
+        part: int64 (N,), the number of the city that each region is of, in order; None for one city.
     """
     embeddings = None if embedding is None else [embedding]
     (result,) = train_ensembles(
-        inputs, schema, prompts, [labels], [config], task, place, embeddings=embeddings, rows=rows
+        inputs, schema, prompts, [labels], [config], task, place, embeddings=embeddings, rows=rows, part=part
     )
     return result
 
@@ -74,6 +76,7 @@ def train_ensembles(
     *,
     embeddings: Sequence[Tensor] | None = None,
     rows: int = 1,
+    part: Array | None = None,
 ) -> list[HeadResult]:
     """:func:`train_ensemble` of several seeds, whose networks are trained as one batch.
 
@@ -84,13 +87,13 @@ def train_ensembles(
         labels: Of every seed.
         configs: The same for every seed, but for the seed.
         embeddings: Of every seed; None where the settings have no SREL.
-        rows: As in :func:`train_ensemble`.
+        rows, part: As in :func:`train_ensemble`.
     """
     settings, stage, device = configs[0].tasks[task].ensemble, f"ensemble/{task}", place.engine.device
     begun: list[_Begun] = []
     for own, config in zip(labels, configs, strict=True):
         place.engine.seed(config.seed, stage)
-        split = with_inner(own, folds=settings.inner_folds, seed=config.seed)
+        split = with_inner(own, folds=settings.inner_folds, seed=config.seed, part=part)
         begun.append(_begin(inputs, schema, prompts, split, config, task, stage, device, rows))
     if settings.network:
         _train_networks(begun, configs[0], task, stage, place)
@@ -100,7 +103,7 @@ def train_ensembles(
             embedding = None if embeddings is None else embeddings[i]
             there = place if alone else replace(place, checkpoints=None)
             place.engine.seed(config.seed, f"prompt4re/{task}")
-            one.add_topt(embedding, features, config, task, there)
+            one.add_topt(embedding, features, config, task, there, part)
     return [one.result() for one in begun]
 
 
@@ -143,9 +146,18 @@ class _Begun:
         """The rows that the head holds the fits of."""
         return slice(self.rows.outer - self.head.rows, self.rows.outer)
 
-    def add_topt(self, embedding: Tensor | None, features: Tensor, config: Config, task: str, place: Workplace) -> None:
+    def add_topt(
+        self,
+        embedding: Tensor | None,
+        features: Tensor,
+        config: Config,
+        task: str,
+        place: Workplace,
+        part: Array | None,
+    ) -> None:
         """Train Prompt4RE on the embedding, as one more part."""
-        model, outputs = fit_head(embedding, features, self.coordinates, self.rows.labels, config, task, place)
+        labels = self.rows.labels
+        model, outputs = fit_head(embedding, features, self.coordinates, labels, config, task, place, part=part)
         members = config.tasks[task].prompt4re.members
         self.parts.append(outputs.double().unflatten(0, (-1, members)).mean(dim=1))
         outer = {

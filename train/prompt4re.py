@@ -37,17 +37,45 @@ class HeadResult:
     without: Mapping[str, Array] = field(default_factory=dict)
 
 
-def fold_of(labels: Array, *, folds: int, seed: int, drop_zeros: bool) -> Array:
+LARGEST_SHARE = 0.75
+"""Whole cities are held out in turns, unless one of them has more than this share of the labels."""
+
+
+def by_city(labels: Array, part: Array | None) -> bool:
+    """True if there are several cities with labels, so that whole ones can be held out (:data:`LARGEST_SHARE`).
+
+    Args:
+        labels: float64 (N,), NaN where unknown.
+        part: int64 (N,), the number of the city that each region is of; None for one city.
+    """
+    if part is None:
+        return False
+    known = np.bincount(part[~np.isnan(labels)])
+    return bool((known > 0).sum() > 1 and known.max() <= LARGEST_SHARE * known.sum())
+
+
+def blocks_of(part: Array | None) -> list[slice]:
+    """The rows of every city, in the order of their numbers; none for one city. A city's rows stand together."""
+    if part is None:
+        return []
+    ends = np.cumsum(np.bincount(part)).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def fold_of(labels: Array, *, folds: int, seed: int, drop_zeros: bool, part: Array | None = None) -> Array:
     """The fold each labelled region is held out in; -1 for regions that take no part. (N,)
 
     KFold(folds, shuffle=True, random_state=seed) over the labelled regions in canonical order; with fewer regions
-    than folds, every region is a fold.
+    than folds, every region is a fold. Where :func:`by_city` holds, a fold is a whole city.
     """
     taking_part = ~np.isnan(labels) & ((labels > 0) | (not drop_zeros))
     regions = np.flatnonzero(taking_part)
     if len(regions) < 3:
         raise BadData("too few labelled regions to train on", expected="at least 3", found=len(regions))
     fold = np.full(len(labels), -1)
+    if part is not None and by_city(np.where(taking_part, labels, np.nan), part):
+        fold[regions] = np.unique(part[regions], return_inverse=True)[1]
+        return fold
     split = KFold(min(folds, len(regions)), shuffle=True, random_state=seed).split(regions)
     for number, (_, held_out) in enumerate(split):
         fold[regions[held_out]] = number
@@ -79,6 +107,8 @@ def train_head(
     config: Config,
     task: str,
     place: Workplace,
+    *,
+    part: Array | None = None,
 ) -> HeadResult:
     """Train the head of ``task``.
 
@@ -90,12 +120,13 @@ def train_head(
         features: All views side by side (N, F).
         prompts: (N, H), or None without Prompt4RE.
         labels: float64 (S, N), a training set per row; NaN where unknown or held out.
+        part: int64 (N,), the number of the city that each region is of; None for one city.
     """
     place.engine.seed(config.seed, f"prompt4re/{task}")
     settings = config.tasks[task].prompt4re
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), settings.components).to(features.device)
     coordinates = None if basis is None else basis(prompts)
-    model, outputs = fit_head(embedding, features, coordinates, labels, config, task, place)
+    model, outputs = fit_head(embedding, features, coordinates, labels, config, task, place, part=part)
     with torch.no_grad():
         predicted = model.target.counts(outputs)  # (M, N)
     by_row = predicted.double().cpu().numpy().reshape(len(labels), settings.members, -1).mean(axis=1)
@@ -126,6 +157,8 @@ def fit_head(
     config: Config,
     task: str,
     place: Workplace,
+    *,
+    part: Array | None = None,
 ) -> tuple[TaskHead, Tensor]:
     """Train the heads of all training sets as one batch.
 
@@ -134,13 +167,14 @@ def fit_head(
         features: All views side by side (N, F).
         coordinates: (N, R), the prompts in their basis; None without Prompt4RE.
         labels: float64 (S, N), a training set per row.
+        part: As in :func:`train_head`. Attention stays inside a city.
 
     Returns:
         The heads, and what they say of every region on the standardised target scale (S · members, N).
     """
     settings = config.tasks[task].prompt4re
     stage, device = f"prompt4re/{task}", place.engine.device
-    known = ~np.isnan(labels)
+    known, blocks = ~np.isnan(labels), blocks_of(part)
     weights = torch.tensor(known.repeat(settings.members, axis=0)).float().to(device)  # (S · members, N) ∈ {0, 1}
     counts = torch.tensor(one_label(labels)).to(device)
     rank = 0 if coordinates is None else coordinates.shape[1]
@@ -154,8 +188,14 @@ def fit_head(
         model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
     penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None  # (M,)
 
+    def outputs() -> Tensor:
+        if coordinates is None or len(blocks) < 2:
+            whole: Tensor = model.head(seen, coordinates)
+            return whole
+        return torch.cat([model.head(seen[own], coordinates[own]) for own in blocks], dim=1)
+
     def loss() -> dict[str, Tensor]:
-        terms = {"fit": model.target.loss(model.head(seen, coordinates), counts, weights).sum()}
+        terms = {"fit": model.target.loss(outputs(), counts, weights).sum()}
         if penalty is not None:
             terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
@@ -172,4 +212,4 @@ def fit_head(
         )
     model.eval()
     with torch.no_grad(), held_on(device):
-        return model, model.head(seen, coordinates)
+        return model, outputs()

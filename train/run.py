@@ -16,26 +16,28 @@ from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.config.settings import Config
-from topt_deploy.data.city import City, Schema, infer_schema, read_city
-from topt_deploy.data.features import all_widths, features, range_columns
+from topt_deploy.data.city import City, Schema
+from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, UsageError
 from topt_deploy.intervals import coverage_by_size, fold_scores, nonconformity_scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.srel import Srel
-from topt_deploy.model.topt import ModelSpec, TopT, all_features
-from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
+from topt_deploy.model.topt import all_features
+from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run, TrainedOn
 from topt_deploy.storage.atomic import sweep_folder
 from topt_deploy.storage.hashed_file import Held
 from topt_deploy.storage.os_errors import writing
 
 from .boosted_trees import boosted_trees
+from .cities import CityFiles, read_cities
 from .ensemble import train_ensemble
+from .fused import Far, ensembles, fit_leverage, fused
 from .loop import TrainingDevice, Workplace
 from .metrics import TaskReport, metrics
 from .progress import Reporter
-from .prompt4re import HeadResult, fold_of, train_head, training_sets
+from .prompt4re import HeadResult, by_city, fold_of, train_head, training_sets
 from .srel import embed, train_embedding
 from .trained_run import HELD_OUT_FILE
 
@@ -47,6 +49,12 @@ COVERAGE = 0.9
 PROTOCOL = (
     "held out = every labelled region predicted by the fold that did not train on it (KFold, shuffled, fixed seed),"
     " last epoch, nothing selected; stage 1 and the prompt basis see the features of all regions and no label"
+)
+
+
+PROTOCOL_CITIES = (
+    "held out = every labelled region predicted by the fit that saw no label of its city, last epoch, nothing selected;"
+    " stage 1 and the prompt basis see the features of all cities and no label"
 )
 
 
@@ -72,7 +80,15 @@ class TaskOutcome:
         return cls(fold=fold, held_out=np.where(fold >= 0, own, np.nan), in_sample=result.predicted[-1])
 
 
-def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held, mobility: Path | Held | None) -> Run:
+def start_run(
+    out: Path,
+    city_dir: Path,
+    config: Config,
+    *,
+    regions: Path | Held,
+    mobility: Path | Held | None,
+    others: Sequence[CityFiles] = (),
+) -> Run:
     """Create a run folder and record what the run depends on.
 
     Args:
@@ -80,6 +96,7 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held
         city_dir: The city's folder.
         config: Its settings.
         regions, mobility: The city's tables. Held files are hashed once, here and in :func:`train_run`.
+        others: The further cities of a run on several.
 
     Raises:
         UsageError: If there is something in it already, other than what a process left that was killed here.
@@ -100,6 +117,13 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held
         regions_sha256=held(regions).sha256,
         mobility_sha256=None if mobility is None else held(mobility).sha256,
         finished=False,
+        others=tuple(
+            TrainedOn(
+                city_dir=files.folder.resolve(), regions_sha256=own.sha256, mobility_sha256=flows and flows.sha256
+            )
+            for files in others
+            for own, flows in [_held(files)]
+        ),
         facts={"started": datetime.now().astimezone().isoformat(timespec="seconds")},
     )
     run.save()
@@ -107,13 +131,20 @@ def start_run(out: Path, city_dir: Path, config: Config, *, regions: Path | Held
 
 
 def train_run(
-    run: Run, *, regions: Path | Held, mobility: Path | Held | None, engine: TrainingDevice, reporter: Reporter
+    run: Run,
+    *,
+    regions: Path | Held,
+    mobility: Path | Held | None,
+    engine: TrainingDevice,
+    reporter: Reporter,
+    others: Sequence[CityFiles] = (),
 ) -> dict[str, TaskReport]:
     """Train both stages of every task, going on from what the run folder already holds.
 
     Args:
         run: A started run.
         regions, mobility: The city's tables; their bytes must be those the run was started with.
+        others: The further cities, in the order in which the run was started with them.
 
     Returns:
         A report per task, also in the run's files.
@@ -123,7 +154,8 @@ def train_run(
     """
     began = time.monotonic()
     config = run.config
-    city, schema = _read(run, held(regions), None if mobility is None else held(mobility))
+    first = CityFiles(folder=run.city_dir, regions=regions, mobility=mobility)
+    city, schema = _read(run, [first, *others], reporter)
     # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
     inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
     place = _workplace(run, engine, reporter)
@@ -131,24 +163,24 @@ def train_run(
     embeddings: dict[str, Tensor] = {}
     for name in config.embeddings():
         srels[name] = train_embedding(city, inputs, schema, config, name, place)
-        embeddings[name] = embed(srels[name], inputs)
+        embeddings[name] = embed(srels[name], inputs, city)
     results: dict[str, HeadResult] = {}
     outcomes: dict[str, TaskOutcome] = {}
     for task in config.tasks:
         results[task], fold = _train_task(city, inputs, embeddings, schema, config, task, place)
         outcomes[task] = TaskOutcome.of(results[task], fold)
-    leverage, far = _leverage(city, schema, inputs, outcomes, _ensembles(config))
+    tasks = ensembles(config)
+    leverage, far = fit_leverage(schema, inputs, [outcomes[task].fold >= 0 for task in tasks])
     made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
-    save_tensors(run.path / INPUTS_FILE, inputs, made_with)
-    save_model(run.path / MODEL_FILE, _fused(config, schema, srels, results, leverage))
+    save_tensors(run.path / INPUTS_FILE, {name: x[city.blocks[0]] for name, x in inputs.items()}, made_with)
+    save_model(run.path / MODEL_FILE, fused(config, schema, srels, results, leverage))
     _write_held_out(run.path / HELD_OUT_FILE, city, outcomes)
     reporter.say("plain baseline: boosted trees under the same folds")
     plain = {name: tensor.cpu().numpy() for name, tensor in inputs.items()}
-    reports = {
-        task: report(city.labels[task], outcome, boosted_trees(plain, city.labels[task], outcome.fold))
-        for task, outcome in outcomes.items()
-    }
-    facts = _facts(city, schema, _ensembles(config), results, outcomes, reports, leverage, far)
+    trees = {task: boosted_trees(plain, city.labels[task], outcomes[task].fold) for task in config.tasks}
+    reports = {task: report(city.labels[task], outcomes[task], trees[task]) for task in config.tasks}
+    facts = _facts(city, schema, tasks, results, outcomes, reports, leverage, far)
+    facts["cities"] = _by_city(city, outcomes, trees)
     run.finish(facts | _made_by(engine, time.monotonic() - began))
     return reports
 
@@ -158,32 +190,34 @@ def held(table: Path | Held) -> Held:
     return table if isinstance(table, Held) else Held(table)
 
 
-def _read(run: Run, regions: Held, mobility: Held | None) -> tuple[City, Schema]:
-    """The city, whose files must be those that the run was started with."""
-    config = run.config
-    for file, recorded in ((regions, run.regions_sha256), (mobility, run.mobility_sha256)):
-        if file is not None and file.sha256 != recorded:
-            raise BadConfig("has changed since this run was started", file=file.path, fix="start a new run")
-    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=config.prompt_columns())
-    return read_city(regions, mobility, schema, labels=config.tasks), schema
+def _held(files: CityFiles) -> tuple[Held, Held | None]:
+    return held(files.regions), None if files.mobility is None else held(files.mobility)
+
+
+def _read(run: Run, cities: Sequence[CityFiles], reporter: Reporter) -> tuple[City, Schema]:
+    """The city or cities, whose files must be those that the run was started with."""
+    config, kept = run.config, []
+    for files, recorded in zip(cities, run.trained_on, strict=True):
+        regions, mobility = _held(files)
+        for file, sha256 in ((regions, recorded.regions_sha256), (mobility, recorded.mobility_sha256)):
+            if file is not None and file.sha256 != sha256:
+                raise BadConfig("has changed since this run was started", file=file.path, fix="start a new run")
+        kept.append(CityFiles(folder=files.folder, regions=regions, mobility=mobility))
+    prompts = config.prompt_columns()
+    return read_cities(kept, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
 
 
 def _workplace(run: Run, engine: TrainingDevice, reporter: Reporter) -> Workplace:
     """The folder of checkpoints; what killed processes left there is removed."""
     config = run.config
-    identity = hashlib.sha256(
-        f"{run.regions_sha256}{run.mobility_sha256}{config.views}{config.mobility}{engine.precision}".encode()
-    ).hexdigest()
+    tables = "".join(f"{own.regions_sha256}{own.mobility_sha256}" for own in run.trained_on)
+    identity = hashlib.sha256(f"{tables}{config.views}{config.mobility}{engine.precision}".encode()).hexdigest()
     checkpoints = run.path / "checkpoints"
     with writing(checkpoints):
         checkpoints.mkdir(exist_ok=True)
     for folder in (run.path, checkpoints):
         sweep_folder(folder)
     return Workplace(engine=engine, reporter=reporter, identity=identity, checkpoints=checkpoints)
-
-
-def _ensembles(config: Config) -> list[str]:
-    return [task for task, settings in config.tasks.items() if settings.ensemble.enabled]
 
 
 def _train_task(
@@ -204,73 +238,72 @@ def _train_task(
         folds=settings.prompt4re.folds,
         seed=settings.prompt4re.fold_seed,
         drop_zeros=settings.target.drop_zeros,
+        part=city.part,
     )
     labels = training_sets(city.labels[task], fold)
     if not settings.ensemble.enabled:
         embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
-        return train_head(embedding, all_, prompts, labels, config, task, place), fold
-    extra = embeddings[config.embedding_of(task)] if settings.embeds else None
-    return train_ensemble(inputs, schema, prompts, labels, config, task, place, embedding=extra, rows=len(labels)), fold
+        return train_head(embedding, all_, prompts, labels, config, task, place, part=city.part), fold
+    extra, rows = embeddings[config.embedding_of(task)] if settings.embeds else None, len(labels)
+    return train_ensemble(
+        inputs, schema, prompts, labels, config, task, place, embedding=extra, rows=rows, part=city.part
+    ), fold
 
 
-def _fused(
-    config: Config,
-    schema: Schema,
-    srels: Mapping[str, Srel],
-    results: Mapping[str, HeadResult],
-    leverage: Leverage | None,
-) -> TopT:
-    """The trained parts as one model, on the CPU."""
-    ranks = {
-        task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
-    }
-    rows = {task: len(results[task].predicted) for task in _ensembles(config)}
-    rank = 0 if leverage is None else leverage.factor.shape[1]
-    model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks, rows=rows, leverage=rank))
-    if leverage is not None and model.leverage is not None:
-        model.leverage.load_state_dict(leverage.state_dict())
-    for name, srel in srels.items():
-        model.srel[name].load_state_dict(srel.cpu().state_dict())
-    for task, result in results.items():
-        model.heads[task].load_state_dict(result.head.state_dict())
-    return model
+def _by_city(city: City, outcomes: Mapping[str, TaskOutcome], trees: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """Of a run on several cities, each one's name, regions, and held-out figures; empty for one city."""
+    found = []
+    for part, block in zip(city.parts, city.blocks, strict=False):
+        tasks = {}
+        for task, outcome in outcomes.items():
+            truth = np.where(outcome.fold >= 0, city.labels[task], np.nan)[block]
+            if not np.isnan(truth).all():
+                held_out, by_trees = metrics(truth, outcome.held_out[block]), metrics(truth, trees[task][block])
+                tasks[task] = {"held_out": asdict(held_out), "trees": asdict(by_trees)}
+        found.append({"city_id": part.city_id, "regions": len(part), "tasks": tasks})
+    return found
 
 
 def _facts(
     city: City,
     schema: Schema,
-    ensembles: Sequence[str],
+    tasks: Sequence[str],
     results: Mapping[str, HeadResult],
     outcomes: Mapping[str, TaskOutcome],
     reports: Mapping[str, TaskReport],
     leverage: Leverage | None,
-    far: "Far",
+    far: Far,
 ) -> dict[str, Any]:
     """The entries of ``run.json`` on a finished run's city and tasks."""
     return {
         "regions": len(city),
         "city_id": city.city_id,
         "synthetic": city.synthetic,
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL_CITIES if any(_left_out(city, o) for o in outcomes.values()) else PROTOCOL,
         "scores": {
             task: nonconformity_scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()
         },
         "fold_scores": {
             task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
-            for task in ensembles
+            for task in tasks
         },
         "coverage": {
             task: coverage_by_size(
                 city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out, COVERAGE
             )
-            for task in ensembles
+            for task in tasks
         },
         "leverage": None if leverage is None else {"threshold": far.threshold},
-        "far": far.regions(city),
-        "parts": {task: _parts(city.labels[task], results[task], outcomes[task]) for task in ensembles},
+        "far": far.regions(city.region_id),
+        "parts": {task: _parts(city.labels[task], results[task], outcomes[task]) for task in tasks},
         "reports": {task: asdict(r) for task, r in reports.items()},
         "ranges": {c: [float(v.min()), float(v.max())] for c, v in range_columns(city, schema).items()},
     }
+
+
+def _left_out(city: City, outcome: TaskOutcome) -> bool:
+    """True if whole cities were held out."""
+    return by_city(np.where(outcome.fold >= 0, 1.0, np.nan), city.part)
 
 
 def _made_by(engine: TrainingDevice, seconds: float) -> dict[str, Any]:
@@ -299,35 +332,6 @@ def _parts(labels: Array, result: HeadResult, outcome: TaskOutcome) -> dict[str,
             own = result.without[name][outcome.fold, regions]
             found[name]["mae_without"] = metrics(truth, own).mae
     return found
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Far:
-    """How far regions lie from the labelled ones, and from where on that is too far.
-
-    Attributes:
-        left_out: float64 (N,): leverage with respect to the labelled regions, without the region itself.
-        threshold: Beyond it a region is extrapolated.
-    """
-
-    left_out: Array
-    threshold: float
-
-    def regions(self, city: City) -> list[str]:
-        """Ids of the regions of the training city that lie beyond."""
-        return [str(region) for region in city.region_id[self.left_out > self.threshold]]
-
-
-def _leverage(
-    city: City, schema: Schema, inputs: Mapping[str, Tensor], outcomes: Mapping[str, TaskOutcome], tasks: Sequence[str]
-) -> tuple[Leverage | None, Far]:
-    """The leverage with respect to the regions that have a label of some task; None without ensembles."""
-    if not tasks:
-        return None, Far(left_out=np.zeros(len(city)), threshold=float("inf"))
-    fitted = torch.tensor(np.any([outcomes[task].fold >= 0 for task in tasks], axis=0))
-    here = {name: tensor.cpu() for name, tensor in inputs.items()}
-    leverage = Leverage.fit(all_widths(schema), here, fitted)
-    return leverage, Far(left_out=leverage.left_out(here, fitted), threshold=float(leverage.threshold))
 
 
 def report(labels: Array, outcome: TaskOutcome, trees: Array) -> TaskReport:

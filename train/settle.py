@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from topt_deploy.config.settings import Config
+from topt_deploy.config.settings import CONFIG_FILE, Config
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.parquet_parts import open_table
+from topt_deploy.errors import BadConfig
 from topt_deploy.storage.os_errors import reading
+
+from .datasets.city_files import MOBILITY, REGIONS
 
 
 def settle(
@@ -50,3 +53,31 @@ def settle(
         }
         config = replace(config, tasks=tasks)
     return config, said
+
+
+def settle_cities(
+    config: Config, cities: Sequence[Path], *, file: Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[Config, list[str]]:
+    """:func:`settle` for the cities of these folders: what one of them does not have is left out for all."""
+    said: list[str] = []
+    for city in cities:
+        tables = city / REGIONS, city / MOBILITY
+        config, more = settle(config, *tables, file=file, overrides=overrides)
+        said += more if len(cities) == 1 else [f"{city.resolve().name}: {sentence}" for sentence in more]
+    return config, said
+
+
+def common_file(cities: Sequence[Path]) -> Path | None:
+    """The settings' file that the cities have, if any.
+
+    Raises:
+        BadConfig: If their files differ.
+    """
+    files = [city / CONFIG_FILE for city in cities if (city / CONFIG_FILE).exists()]
+    for other in files[1:]:
+        if other.read_bytes() != files[0].read_bytes():
+            raise BadConfig(
+                "the cities' settings differ", file=other, expected=f"what {files[0]} holds",
+                fix="name one file for all of them with --config",
+            )  # fmt: skip
+    return files[0] if files else None

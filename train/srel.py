@@ -1,4 +1,4 @@
-"""Stage 1: train SREL on a city's features. No label is used."""
+"""Stage 1: train SREL on the features of a city, or of several. No label is used."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -110,10 +110,11 @@ def train_embedding(
     stage, device = f"srel/{name}", place.engine.device
     place.engine.seed(config.seed, stage)
     srel = Srel(feature_widths(schema), settings)
-    srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, inputs[POSITION].cpu())
+    position = inputs[POSITION].cpu()
+    srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, *(position[block] for block in city.blocks))
     with held_on(device):
-        if 0 < settings.regions < len(city):
-            return _train_on_some(city, inputs, srel, config, settings, stage, place, observe)
+        if city.parts or 0 < settings.regions < len(city):
+            return _train_on_samples(city, inputs, srel, config, settings, stage, place, observe)
         loss = SrelLoss(similarity_targets(city, device), flow_target(city, device), settings)
         training = SrelTraining(srel, loss).to(device)
         with torch.no_grad():
@@ -137,7 +138,7 @@ def train_embedding(
     return srel.eval()
 
 
-def _train_on_some(
+def _train_on_samples(
     city: City,
     inputs: Mapping[str, Tensor],
     srel: Srel,
@@ -147,23 +148,25 @@ def _train_on_some(
     place: Workplace,
     observe: Callable[[int, Srel], None] | None,
 ) -> Srel:
-    """Stage 1 on some of the regions, drawn anew each epoch: an epoch's time does not grow with the city."""
-    device, n = place.engine.device, len(city)
-    flows = None
-    if city.flows is not None:
-        target = np.asarray(city.flows.target, dtype=np.float64)
-        flows = csr_array((target, (city.flows.origin, city.flows.dest)), shape=(n, n))
-    start = torch.arange(settings.regions).numpy()
-    loss = SrelLoss(*some_targets(city, flows, start, device), settings)
-    training = SrelTraining(srel, loss).to(device)
-    views = [name for name in inputs if name in srel.encoders.names]
+    """Stage 1 on some of the regions of every city, drawn anew each epoch, so that an epoch's time does not grow with
+    N². The loss is the cities' mean: a large city teaches no more than a small one."""
+    samples = [
+        _Sample(part, {name: x[block] for name, x in inputs.items()}, srel, settings.regions)
+        for part, block in zip(city.parts or (city,), city.blocks, strict=True)
+    ]
+    loss = SrelLoss(*samples[0].targets(torch.arange(samples[0].count)), settings)
+    training = SrelTraining(srel, loss).to(place.engine.device)
 
     def terms() -> dict[str, Tensor]:
-        some = torch.randperm(n)[: settings.regions].sort().values  # PyTorch's generator: a checkpoint has its state
-        similarities, loss.flow = some_targets(city, flows, some.numpy(), device)
-        loss.similarities = dict(similarities)
-        some = some.to(device)
-        return loss(srel({name: inputs[name][some] for name in views}, srel.adjacency(inputs[POSITION][some])))
+        total: dict[str, Tensor] = {}
+        for sample in samples:
+            some = sample.draw()
+            similarities, loss.flow = sample.targets(some)
+            loss.similarities = dict(similarities)
+            for name, term in loss(sample.embedded(some)).items():
+                share = term / len(samples)
+                total[name] = total[name] + share if name in total else share
+        return total
 
     def after(epoch: int) -> None:
         if observe is not None:
@@ -176,8 +179,51 @@ def _train_on_some(
     return srel.eval()
 
 
+class _Sample:
+    """At most so many of a city's regions, drawn anew where it has more.
+
+    Args:
+        city: The city.
+        inputs: Its features.
+        srel: The model, whose statistics are fixed.
+        regions: How many; 0 takes all.
+    """
+
+    def __init__(self, city: City, inputs: Mapping[str, Tensor], srel: Srel, regions: int) -> None:
+        self.city, self.inputs, self.srel = city, inputs, srel
+        self.count, self.device = min(regions or len(city), len(city)), inputs[POSITION].device
+        self.flows, self.kept = None, None
+        if self.count == len(city):  # always the same regions: what depends on no weight is computed once
+            self.kept = similarity_targets(city, self.device), flow_target(city, self.device)
+            self.adjacency = srel.adjacency(inputs[POSITION])
+        elif city.flows is not None:
+            target = np.asarray(city.flows.target, dtype=np.float64)
+            self.flows = csr_array((target, (city.flows.origin, city.flows.dest)), shape=(len(city), len(city)))
+
+    def draw(self) -> Tensor:
+        """Regions in order. PyTorch's generator draws: a checkpoint has its state."""
+        n = len(self.city)
+        return torch.arange(n) if self.kept else torch.randperm(n)[: self.count].sort().values
+
+    def targets(self, some: Tensor) -> tuple[dict[str, Matrix], Matrix | None]:
+        """:func:`similarity_targets` and :func:`flow_target` between these regions."""
+        return self.kept or some_targets(self.city, self.flows, some.numpy(), self.device)
+
+    def embedded(self, some: Tensor) -> Tensor:
+        """Embeddings of these regions, which see each other alone (n, D)."""
+        if self.kept:
+            whole: Tensor = self.srel(self.inputs, self.adjacency)
+            return whole
+        some = some.to(self.device)
+        views = {name: self.inputs[name][some] for name in self.srel.encoders.names}
+        embedding: Tensor = self.srel(views, self.srel.adjacency(self.inputs[POSITION][some]))
+        return embedding
+
+
 @torch.no_grad()
-def embed(srel: Srel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Embeddings E (N, D) in evaluation mode."""
+def embed(srel: Srel, inputs: Mapping[str, Tensor], city: City | None = None) -> Tensor:
+    """Embeddings E (N, D) in evaluation mode; regions of several cities see those of their own alone."""
+    if city is not None and city.parts:
+        return torch.cat([embed(srel, {k: x[block] for k, x in inputs.items()}) for block in city.blocks])
     with held_on(inputs[POSITION].device):
         return srel.eval()(inputs, srel.adjacency(inputs[POSITION]))

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
-from sklearn.model_selection import KFold
+from sklearn.model_selection import GroupKFold, KFold
+
+from .prompt4re import by_city
 
 Array = np.ndarray[Any, Any]
 
@@ -31,20 +33,26 @@ class FoldRows:
     parents: Sequence[int]
 
 
-def with_inner(labels: Array, *, folds: int, seed: int) -> FoldRows:
+def with_inner(labels: Array, *, folds: int, seed: int, part: Array | None = None) -> FoldRows:
     """Add the inner folds' rows to those of the training sets.
 
     Args:
         labels: float64 (S, N), a training set per row.
         folds: Inner folds; below 2 there are none.
         seed: Of their shuffling.
+        part: int64 (N,), the number of the city that each region is of; None for one city. Inner folds hold out whole
+            cities where the outer ones would (:func:`.prompt4re.by_city`).
     """
     rows, parents = [*labels], list(range(len(labels)))
     for s, own in enumerate(labels):
         known = np.flatnonzero(~np.isnan(own))
         if folds < 2 or len(known) < ENOUGH:
             continue
-        for _, held_out in KFold(folds, shuffle=True, random_state=seed).split(known):
+        split = KFold(folds, shuffle=True, random_state=seed).split(known)
+        if part is not None and by_city(own, part):
+            cities = part[known]
+            split = GroupKFold(min(folds, len(np.unique(cities)))).split(known, groups=cities)
+        for _, held_out in split:
             left = own.copy()
             left[known[held_out]] = np.nan
             rows.append(left)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from topt_deploy.arguments import Location, check_choice, check_least, several
 from topt_deploy.config.load import load_config, presets
-from topt_deploy.config.settings import CONFIG_FILE, Config
+from topt_deploy.config.settings import Config
 from topt_deploy.data.parquet import read_parquet
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import NoInput, UsageError
@@ -27,6 +27,7 @@ from topt_deploy.storage.hashed_file import Held
 from .metrics import Metrics, TaskReport
 
 if TYPE_CHECKING:
+    from .cities import CityFiles
     from .loop import TrainingDevice
 
 Format: TypeAlias = Literal["onnx", "trt"]
@@ -165,7 +166,7 @@ class TrainedRun:
 
 
 def train(
-    city: Location,
+    city: Location | Sequence[Location],
     *,
     out: Location | None = None,
     preset: str | None = None,
@@ -183,10 +184,11 @@ def train(
 
     Args:
         city: A folder with ``regions.parquet`` and ``mobility.parquet`` (docs/reference/files.md). Regions whose label
-            is null are the ones to predict.
-        out: The run's folder; ``runs/<time>`` in the city by default.
+            is null are the ones to predict. Several folders train one model on all of them
+            (docs/how-to/several-cities.md).
+        out: The run's folder; ``runs/<time>`` in the city by default. Several cities need one.
         preset: Settings to start from; the file's own, or ``default``.
-        config: A TOML file of settings; ``topt.toml`` in the city by default.
+        config: A TOML file of settings; ``topt.toml`` in the city by default, which several cities must agree on.
         tasks: One task or several; those of the settings by default.
         set: Settings to override, such as ``{"srel.epochs": 100}``.
         seed: Of the run; the settings' by default.
@@ -204,14 +206,15 @@ def train(
     overrides = tuple(f"{key}={json.dumps(value)}" for key, value in (set or {}).items())
     place = None if out is None else Path(out)
     file = None if config is None else Path(config)
-    return train_city(
-        Path(city), out=place, preset=preset, config=file, tasks=several(tasks), overrides=overrides, seed=seed,
+    cities = [Path(city)] if isinstance(city, str | os.PathLike) else [Path(one) for one in city]
+    return train_cities(
+        cities, out=place, preset=preset, config=file, tasks=several(tasks), overrides=overrides, seed=seed,
         resume=resume, device=device, precision=precision, compile_=compile, threads=threads,
     )  # fmt: skip
 
 
-def train_city(
-    city: Path,
+def train_cities(
+    cities: Sequence[Path],
     *,
     out: Path | None,
     preset: str | None,
@@ -226,31 +229,29 @@ def train_city(
     threads: int | None,
 ) -> TrainedRun:
     """:func:`train` with settings to override as texts, ``KEY=VALUE``."""
-    regions, mobility = city / REGIONS_FILE, city / MOBILITY_FILE
-    if not regions.exists():
-        raise NoInput(
-            "no city in this folder",
-            file=regions,
-            expected="a folder with regions.parquet and mobility.parquet",
-            fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",
-        )
+    if not cities:
+        raise UsageError("no city is named", expected="at least one folder with regions.parquet")
+    cities = sorted(cities, key=lambda city: city.resolve().name)  # no result depends on their order
+    if not resume:
+        _check_cities(cities, out)
     check_choice("device", device, ("cpu", "cuda"))
     check_choice("precision", precision, (None, "fp32", "tf32", "bf16"))
     check_choice("preset", preset, (None, *presets()))
     check_least("threads", threads)
     if resume:
         given = {"preset": preset, "config": config, "task": tasks, "set": overrides, "seed": seed}
-        begun = _unfinished(city, out, [option for option, value in given.items() if value not in (None, ())])
+        begun = _unfinished(cities[0], out, [option for option, value in given.items() if value not in (None, ())])
         run: Run | None = begun
         settings, said = begun.config, list[str]()
+        cities = [own.city_dir for own in begun.trained_on] if begun.others else cities
+        _check_cities(cities, begun.path)
     else:
-        from .settle import settle
+        from .settle import common_file, settle_cities
 
-        if config is None and (city / CONFIG_FILE).exists():
-            config = city / CONFIG_FILE
+        config = config or common_file(cities)
         changes = [*overrides, *([f"seed={seed}"] if seed is not None else [])]
         run, settings = None, load_config(preset=preset, file=config, tasks=tasks, overrides=changes)
-        settings, said = settle(settings, regions, mobility, file=config, overrides=overrides)
+        settings, said = settle_cities(settings, cities, file=config, overrides=overrides)
 
     import torch
 
@@ -258,17 +259,39 @@ def train_city(
     from .run import start_run
 
     engine = TrainingDevice.choose(device, precision, compile_)
-    tables = Held(regions), Held(mobility) if settings.mobility else None  # hashed once
+    first, *others = (_files(city, settings.mobility) for city in cities)
     if run is None:
-        out = out or city / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
-        run = start_run(out, city, settings, regions=tables[0], mobility=tables[1])
+        out = out or cities[0] / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
+        run = start_run(out, cities[0], settings, regions=first.regions, mobility=first.mobility, others=others)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or _threads(regions))
+    torch.set_num_threads(threads or _threads(cities))
     try:
-        _train(run, city, tables, engine, said)
+        _train(run, [first, *others], engine, said)
     finally:
         torch.set_num_threads(before)
     return TrainedRun(run.path)
+
+
+def _check_cities(cities: Sequence[Path], out: Path | None) -> None:
+    """Refuse folders without a city, and several without a place for their run."""
+    for city in cities:
+        if not (city / REGIONS_FILE).exists():
+            raise NoInput(
+                "no city in this folder",
+                file=city / REGIONS_FILE,
+                expected="a folder with regions.parquet and mobility.parquet",
+                fix="topt-deploy sample --out demo/, or topt-deploy import, makes one",
+            )
+    if len(cities) > 1 and out is None:
+        raise UsageError("a run on several cities needs a place of its own", fix="name its folder with --out")
+
+
+def _files(city: Path, mobility: bool) -> "CityFiles":
+    """A city's tables, each read and hashed once."""
+    from .cities import CityFiles
+
+    flows = Held(city / MOBILITY_FILE) if mobility else None
+    return CityFiles(folder=city, regions=Held(city / REGIONS_FILE), mobility=flows)
 
 
 def _unfinished(city: Path, out: Path | None, changed: Sequence[str]) -> Run:
@@ -281,9 +304,7 @@ def _unfinished(city: Path, out: Path | None, changed: Sequence[str]) -> Run:
     return run
 
 
-def _train(
-    run: Run, city: Path, tables: tuple[Held, Held | None], engine: "TrainingDevice", said: Iterable[str]
-) -> None:
+def _train(run: Run, cities: "Sequence[CityFiles]", engine: "TrainingDevice", said: Iterable[str]) -> None:
     """Train a run that was begun, and tell how far it is."""
     from .progress import Reporter
     from .run import METRICS_FILE, train_run
@@ -293,12 +314,16 @@ def _train(
     for sentence in said:
         reporter.say(sentence)
     try:
-        train_run(run, regions=tables[0], mobility=tables[1], engine=engine, reporter=reporter)
+        first, *others = cities
+        tables = {"regions": first.regions, "mobility": first.mobility}
+        train_run(run, **tables, engine=engine, reporter=reporter, others=others)
     except KeyboardInterrupt:
-        reporter.say(f"interrupted; go on with: topt-deploy train {city} --resume --out {run.path}")
+        named = " ".join(str(files.folder) for files in cities)
+        reporter.say(f"interrupted; go on with: topt-deploy train {named} --resume --out {run.path}")
         raise
 
 
-def _threads(regions: Path) -> int:
+def _threads(cities: Sequence[Path]) -> int:
     """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
-    return 1 if open_table(regions).rows <= SMALL_CITY else os.cpu_count() or 1
+    regions = sum(open_table(city / REGIONS_FILE).rows for city in cities)
+    return 1 if regions <= SMALL_CITY else os.cpu_count() or 1

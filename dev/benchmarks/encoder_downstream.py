@@ -149,7 +149,7 @@ def downstream(folder: Path, city: str, trained: str, reporter: Reporter) -> lis
     if kept.exists():
         return json.loads(kept.read_text())
     config = load_config(preset="default", tasks=TASKS)
-    problem, labels, _ = read_problem(folder / city, config, TrainingDevice.choose("cpu", None, None), reporter)
+    problem, labels, _ = read_problem([folder / city], config, TrainingDevice.choose("cpu", None, None), reporter)
     every = (trained, *SERVED[city]) if trained == "torch" else (trained,)
     records: list[dict] = [{"city": city, "trained": trained, "served": served, "tasks": {}} for served in every]
     read = {

@@ -140,7 +140,7 @@ def main() -> None:
         if suite.encoder not in problems:
             city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
             engine = TrainingDevice.choose("cpu", None, None)
-            problems[suite.encoder] = read_problem(city, load_config(tasks=TASKS), engine, reporter)
+            problems[suite.encoder] = read_problem([city], load_config(tasks=TASKS), engine, reporter)
         reporter.say(f"suite {name}")
         evaluate_problem(
             *problems[suite.encoder],

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from topt_deploy.bundle.encoder_manifest import (
 from topt_deploy.bundle.sealed import seal_bundle
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
-from topt_deploy.prompts.encode import limit_pixels
+from topt_deploy.prompts.encode import CONTEXT, limit_pixels
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.registry import TEXT
 from topt_deploy.prompts.golden_regions import GoldenRegion, write_golden
@@ -34,27 +33,20 @@ from topt_deploy.prompts.prompt import Array, Family
 from topt_deploy.prompts.pytorch.checkpoint import Checkpoint, open_checkpoint, quiet
 from topt_deploy.prompts.pytorch.load import torch_backend
 from topt_deploy.prompts.templates import Templates, load_templates
+from topt_deploy.runtime.processor import deciding_sets
+from topt_deploy.runtime.prompt_encoder import OPENVINO
 from topt_deploy.storage.atomic import atomic_folder
 from topt_deploy.tensorrt.library import RTX
 from topt_deploy.tensorrt.profile import Profile, as_record, parse_profile
 
-from ..tensorrt_engines import EngineTarget, make_engines
+from ..tensorrt_engines import EngineTarget, Made, make_engines
 from .assemble import Assembled, assemble
 from .causal_decoder import TOKENS
 from .checkpoint_tensors import ExportRecipe, Tensors, recipe
 from .default_profiles import default_profile, of_network
-from .lower import FORMS, ONNXRUNTIME, PRECISIONS, STANDARD, TENSORRT
+from .lower import FORMS, PRECISIONS, TENSORRT
 from .outliers import LIMITS, Outliers
-from .parity_gate import (
-    Candidate,
-    EncoderParity,
-    FileRunner,
-    OpenVinoRunner,
-    TorchRunner,
-    gate,
-    golden_regions,
-    reference,
-)
+from .parity_gate import EncoderParity, TorchRunner, gate, golden_regions, reference, ways
 
 WHOLE_MODEL_NUMBERS = 500_000_000
 """A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
@@ -175,20 +167,28 @@ def export_encoder(
         tensors=tensors,
         precision=precision,
         embedding=_embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16"),
-        regions=golden_regions(templates, images=checkpoint.spec.family != TEXT),
+        regions=golden_regions(
+            templates,
+            checkpoint.spec.host(checkpoint.tokenizer),
+            images=checkpoint.spec.family != TEXT,
+            context=checkpoint.spec.context or CONTEXT,
+        ),
         questions=list(templates.questions.values()),
         say=say,
     )
     kept, layerwise = work.layer_by_layer()
     networks = work.assemble(kept, folder, forms)
     expected = work.reference() if layerwise is None or work.whole else layerwise
-    parity = work.gate(networks, expected, forms)
-    engines = {} if target is None else work.engines(target, networks, profile, folder)
     (folder / TOKENIZER).write_bytes(checkpoint.tokenizer)
     vectors = dict(zip(templates.questions, expected.transpose(1, 0, 2), strict=True))
-    write_golden(folder / GOLDEN, work.regions, vectors)
+    write_golden(folder / GOLDEN, work.regions, vectors, templates)
+    # The gate opens a sealed bundle, as whoever serves it does. Its figures, and engines, are added to that.
+    seal_bundle(folder, work.manifest(templates, kept, networks, work.unbuilt(target, profile, folder), ()))
+    staged = open_encoder_bundle(folder, gated=False)
+    parity = work.gate(staged, expected, engines=target is not None)
+    engines = {} if target is None else work.engines(target, networks, profile, folder)
     manifest = work.manifest(templates, kept, networks, engines, parity)
-    seal_bundle(folder, manifest)
+    seal_bundle(folder, manifest, known=staged.record["files"])
     open_encoder_bundle(folder).verify()  # what no reader would take must not leave this machine
     return manifest
 
@@ -201,7 +201,7 @@ class _Work:
         checkpoint, recipe, tensors: The model, how it is taken apart, and its weights.
         precision: Of the decoder's linear maps.
         embedding: Token embeddings, mapped.
-        regions, questions: What every form of the networks is compared on.
+        regions, questions: What the bundle is compared on, in every form of its networks.
         say: Told what is being done.
     """
 
@@ -267,22 +267,32 @@ class _Work:
         backend = torch_backend(self.checkpoint, device="cpu", precision="fp32")
         return reference(self.host, backend, self.regions, self.questions)
 
-    def gate(self, networks: Mapping[str, Assembled], expected: Array, forms: Sequence[str]) -> list[EncoderParity]:
-        """The parity of every form.
+    def gate(self, staged: EncoderBundle, expected: Array, *, engines: bool) -> list[EncoderParity]:
+        """The parity of every way in which the staged bundle is run.
 
         Raises:
             BadBundle: If one fails.
         """
-        self.say("parity gate: PyTorch against the exported graphs")
+        self.say("parity gate: PyTorch against the bundle as topt-run opens it")
+        tried = ways(whole=self.whole, engines=engines)
         parity: list[EncoderParity] = []
-        for candidate in _candidates(networks, self.whole, forms):
-            parity += gate(
-                candidate, expected=expected, regions=self.regions, questions=self.questions, host=self.host,
-                spec=self.spec, embedding=self.embedding, past=self.past, precision=self.precision,
-            )  # fmt: skip
-            worst = min(p.cosine for p in parity if (p.form, p.engine) == (candidate.form, candidate.engine))
-            self.say(f"  {candidate.form} form on {candidate.engine}: smallest cosine {worst:.6f}")
+        for way in tried:
+            measured = gate(staged, expected, way)
+            parity += measured
+            self.say(f"  {way}: smallest cosine {min(p.cosine for p in measured):.6f}")
+        if OPENVINO not in {way.engine for way in tried}:
+            self.say("  not on OpenVINO, which is not installed: run topt-run selftest --encoder-engine openvino there")
         return parity
+
+    def unbuilt(self, target: EngineTarget | None, profile: Profile, folder: Path) -> dict[str, dict[str, Any]]:
+        """The manifest's entries of TensorRT's engines before there are any."""
+        if target is None:
+            return {}
+        none = Made(library=None, engines={}, checked=())
+        return {
+            network.name: {TENSORRT: {"flavour": target.flavour} | none.as_record(of_network(network, profile), folder)}
+            for network in self.recipe.networks
+        }
 
     def engines(
         self, target: EngineTarget, networks: Mapping[str, Assembled], profile: Profile, folder: Path
@@ -334,6 +344,7 @@ class _Work:
             parity=tuple(asdict(measured) for measured in parity),
             golden=tuple(region.name for region in self.regions),
             exact_without_vnni=True,  # quantize_weights.in_8_bits
+            gated_on=deciding_sets(),
         )
 
 
@@ -345,24 +356,3 @@ def _embedding(tensors: Tensors, made: ExportRecipe, path: Path, dtype: str) -> 
             part = tensors.rows(made.embedding, start, min(start + ROWS, rows)).float().numpy()
             file.write(np.ascontiguousarray(part.astype(dtype)).data)
     return np.memmap(path, dtype=dtype, mode="r", shape=(rows, width))
-
-
-def _candidates(networks: Mapping[str, Assembled], whole: bool, forms: Sequence[str]) -> list[Candidate]:
-    """The forms of the encoder that the gate checks.
-
-    The form for TensorRT is checked whatever the size, for where there is no GPU nothing else can do it. Of a large
-    model the standard form is left out, for ONNX Runtime would unpack it to float32, and OpenVINO keep a second copy;
-    ``topt-run selftest --encoder-engine openvino`` checks it on the target.
-    """
-
-    def files(form: str) -> dict[str, Path]:
-        return {name: done.graphs[form] for name, done in networks.items()}
-
-    lazily = [Candidate(form=ONNXRUNTIME, engine="onnxruntime", files=files(ONNXRUNTIME), load=FileRunner)]
-    if whole:
-        lazily.append(Candidate(form=STANDARD, engine="onnxruntime", files=files(STANDARD), load=FileRunner))
-    if whole and find_spec("openvino") is not None:
-        lazily.append(Candidate(form=STANDARD, engine="openvino", files=files(STANDARD), load=OpenVinoRunner))
-    if TENSORRT in forms:
-        lazily.append(Candidate(form=TENSORRT, engine="onnxruntime", files=files(TENSORRT), load=FileRunner))
-    return lazily

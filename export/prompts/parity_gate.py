@@ -1,26 +1,32 @@
-"""The encoder's parity gate: pooled vectors of every form against PyTorch, on regions unlike each other."""
+"""The encoder's parity gate: a finished bundle's vectors against PyTorch's, on regions unlike each other.
+
+The gate is the runtime's self-test, run on every way in which the bundle serves, before it has a name.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
-from topt_deploy.prompts.encoder_spec import EncoderSpec
-from topt_deploy.prompts.golden_regions import GoldenRegion, reproduce
-from topt_deploy.prompts.graph_backend import GraphBackend, Runner, import_openvino
+from topt_deploy.bundle.encoder_manifest import EncoderBundle
+from topt_deploy.errors import BadBundle
+from topt_deploy.prompts.golden_regions import GoldenRegion, read_golden
 from topt_deploy.prompts.pooling import Backend, pooled
 from topt_deploy.prompts.prompt import Array, Family
 from topt_deploy.prompts.templates import Templates
+from topt_deploy.runtime.golden_checks import check_golden_regions
+from topt_deploy.runtime.prompt_encoder import CHUNKS, FORMS, ONNXRUNTIME, OPENVINO, load_encoder
 
+from .lower import STANDARD, TENSORRT
 from .pieces import Network, execute
 
-CHUNK = 64
-"""Prefix tokens read at once in the gate: few, so that every golden region needs several passes."""
+LONGEST = 2
+"""The number of the golden region with the longest text."""
+READ_IN_PARTS = max(CHUNKS.values()) * 5 // 4
+"""Tokens beyond which a text, without questions, is longer than what any engine reads at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +42,42 @@ class EncoderParity:
     difference: float
 
 
-def golden_regions(templates: Templates, *, images: bool) -> tuple[GoldenRegion, ...]:
-    """Three regions that nobody lives in, with texts of unlike length and, where asked for, 0, 1 and 3 images."""
-    from topt_deploy.prompts.geotext import geo_text
+def golden_regions(templates: Templates, host: Family, *, images: bool, context: int) -> tuple[GoldenRegion, ...]:
+    """Three regions that nobody lives in, with texts of unlike length and, where asked for, 0, 1 and 3 images.
 
+    The last one's text is read in parts by every engine, where the model's context is long enough for that.
+
+    Args:
+        templates: Their wording and questions.
+        host: The host side of the encoder.
+        images: True if it reads images.
+        context: Tokens that it can read.
+    """
     rng = np.random.default_rng(0)
     sizes: Sequence[Sequence[tuple[int, int]]] = ((), ((61, 97),), ((120, 45), (33, 34), (150, 211)))
-    regions = []
-    for i, (pois, shapes) in enumerate(zip((2, 7, 13), sizes, strict=True)):
-        counts = {f"kind {k}": float(rng.integers(1, 90)) for k in range(pois)}
-        text = geo_text(templates.wording, lon=-30.0 - i, lat=40.0 + i / 7, pois=counts)
+    questions, regions = list(templates.questions.values()), []
+    for i, (kinds, shapes) in enumerate(zip((2, 7, 13), sizes, strict=True)):
         pictures = tuple(_picture(rng, *shape) for shape in shapes) if images else ()
+        text = _text(templates, i, kinds)
+        while i == LONGEST and _tokens(host, text, (), [""]) <= READ_IN_PARTS:
+            longer = _text(templates, i, kinds := kinds + 4)
+            if _tokens(host, longer, pictures, questions) > context:
+                break
+            text = longer
         regions.append(GoldenRegion(name=f"golden-{i}", text=text, images=pictures))
     return tuple(regions)
+
+
+def _text(templates: Templates, number: int, kinds: int) -> str:
+    """A region's geo-text with places of several kinds."""
+    from topt_deploy.prompts.geotext import geo_text
+
+    counts = {f"kind {k}": float(1 + (37 * k + 11 * number) % 89) for k in range(kinds)}
+    return geo_text(templates.wording, lon=-30.0 - number, lat=40.0 + number / 7, pois=counts)
+
+
+def _tokens(host: Family, text: str, images: Sequence[Array], questions: Sequence[str]) -> int:
+    return max(len(sequence.ids) for sequence in host.prompt(text, images, questions).sequences)
 
 
 def _picture(rng: np.random.Generator, height: int, width: int) -> Array:
@@ -86,98 +115,58 @@ class TorchRunner:
         return {name: found[name].numpy() for name in outputs}
 
 
-class FileRunner:
-    """Runs a graph on ONNX Runtime from its two files, as any tool would, mapped and not copied.
-
-    Args:
-        path: The graph, beside its weights.
-    """
-
-    def __init__(self, path: Path) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.inputs = tuple(value.name for value in self._session.get_inputs())
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
-        return dict(zip(outputs, self._session.run(list(outputs), dict(inputs)), strict=True))
-
-
-class OpenVinoRunner:
-    """Runs a graph on OpenVINO, in float32.
-
-    Args:
-        path: The graph, beside its weights.
-    """
-
-    def __init__(self, path: Path) -> None:
-        model = import_openvino().Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        self._request = model.create_infer_request()
-        self.inputs = tuple(port.any_name for port in model.inputs)
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
-        found = self._request.infer(dict(inputs))
-        return {name: np.array(found[name]) for name in outputs}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """One form of an exported encoder, and what runs it.
-
-    Attributes:
-        form, engine: Their names.
-        files: Each network's graph.
-        load: Makes what runs a graph.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One form of an exported encoder, and the engine that runs it in the gate."""
 
     form: str
     engine: str
-    files: Mapping[str, Path]
-    load: Callable[[Path], Runner]
+
+    def __str__(self) -> str:
+        return f"{self.form} form on {self.engine}"
 
 
-def gate(
-    candidate: Candidate,
-    *,
-    expected: Array,
-    regions: Sequence[GoldenRegion],
-    questions: Sequence[str],
-    host: Family,
-    spec: EncoderSpec,
-    embedding: Array,
-    past: Mapping[str, tuple[int, int]],
-    precision: str,
-) -> list[EncoderParity]:
-    """Compare a form with PyTorch on every golden region.
+def ways(*, whole: bool, engines: bool) -> tuple[Way, ...]:
+    """The ways in which an encoder is run by the gate: those in which it serves on a processor, and those for GPUs on
+    the processor, for where there is no GPU nothing else can try them.
 
     Args:
-        candidate: The form.
+        whole: True if the model is small. Of a large one the form for CUDA is left out: ONNX Runtime would unpack it to
+            float32 on a processor.
+        engines: True if there is a form for TensorRT.
+    """
+    found = [Way(form=FORMS[ONNXRUNTIME], engine=ONNXRUNTIME)]
+    if find_spec(OPENVINO) is not None:
+        found.append(Way(form=FORMS[OPENVINO], engine=OPENVINO))
+    if whole:
+        found.append(Way(form=STANDARD, engine=ONNXRUNTIME))
+    if engines:
+        found.append(Way(form=TENSORRT, engine=ONNXRUNTIME))
+    return tuple(found)
+
+
+def gate(bundle: EncoderBundle, expected: Array, way: Way) -> list[EncoderParity]:
+    """Compare a finished bundle with PyTorch on its golden regions, by the runtime's own loader and host side.
+
+    Args:
+        bundle: The bundle, opened.
         expected: PyTorch's vectors (regions, T, H).
-        regions, questions: The regions and questions that were encoded.
-        host, spec, embedding, past: The encoder besides its networks.
-        precision: Of the weights, which the tolerance goes by.
+        way: The form, and what runs it.
 
     Raises:
-        BadBundle: If a vector is further off than :data:`TOLERANCE`.
+        BadBundle: If a vector is further off than the bundle's tolerance, or the vectors that travel with the bundle
+            are not PyTorch's.
     """
-    networks = {name: candidate.load(path) for name, path in candidate.files.items()}
-    backend = GraphBackend(networks, embedding=embedding, past=past, spec=spec, chunk=CHUNK)
-    measured = []
-    for region, vectors in zip(regions, expected, strict=True):
-        prompt = host.prompt(region.text, region.images, questions)
-        cosine, difference = reproduce(
-            backend, prompt, vectors, TOLERANCE[precision],
-            failed=f"parity gate failed on {region.name}, {candidate.form} form on {candidate.engine}, at {precision}",
-            fix="export with a higher --encoder-precision",
+    _, stored = read_golden(bundle)
+    if not np.array_equal(np.stack(list(stored.values()), axis=1), expected):
+        raise BadBundle(
+            "parity gate failed: the golden regions' vectors are not PyTorch's", file=bundle.path,
+            fix="this is a fault of the export; please report it",
         )  # fmt: skip
-        longest = max(len(sequence.ids) for sequence in prompt.sequences)
-        measured.append(
-            EncoderParity(
-                region=region.name, form=candidate.form, engine=candidate.engine, tokens=longest,
-                images=len(region.images), cosine=cosine, difference=difference,
-            )
-        )  # fmt: skip
-    return measured
+    opened = load_encoder(bundle, engine=way.engine, threads=0, form=way.form)
+    precision = bundle.manifest.precision
+    checks = check_golden_regions(
+        bundle, opened, lambda region: f"parity gate failed on {region}, {way}, at {precision}",
+        "export with a higher --encoder-precision",
+    )  # fmt: skip
+    return [EncoderParity(form=way.form, engine=way.engine, **asdict(check)) for check in checks]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from topt_deploy.errors import Terminated
-from topt_deploy.hardening.no_memory import end_without_memory
+from topt_deploy.no_memory import end_without_memory
 
 from ..predict_city import CityJob
 from ..summary import CityResult, too_long

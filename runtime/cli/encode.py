@@ -35,7 +35,7 @@ def encode(
     **shared: Any,
 ) -> int:
     """Encode texts and images of REGIONS, a regions.parquet, to prompt vectors with the encoder of BUNDLE."""
-    from topt_deploy.hardening.no_memory import end_without_memory
+    from topt_deploy.no_memory import end_without_memory
     from topt_deploy.prompts.encode_job import EncodeJob
     from topt_deploy.prompts.templates import load_templates
 

@@ -101,4 +101,11 @@ def _encoder(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
         f"templates  {', '.join(bundle.templates.questions)} (version {bundle.templates.version})",
         f"parity     smallest cosine {worst:.6f}, against {m.source['reference']}",
     ]
-    return lines, {"sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity}
+    if m.gated_on is not None:
+        lines.append(
+            f"gated on   a processor with {', '.join(m.gated_on) or 'none of the instruction sets that matter'}"
+        )
+    return lines, {
+        "sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity,
+        "gated_on": m.gated_on,
+    }  # fmt: skip

@@ -81,7 +81,7 @@ def predict(
     With several INPUTs, globs, folders of cities (Hive partitions city=NAME among them) or URIs (s3://, gs://, az://),
     every city gets a folder city=NAME below --out. Exit code 3: something was set aside, or some cities failed.
     """
-    from topt_deploy.hardening.no_memory import end_without_memory
+    from topt_deploy.no_memory import end_without_memory
     from topt_deploy.storage.os_errors import check_file
     from topt_deploy.storage.table_parts import table_files
 

@@ -47,6 +47,11 @@ DIVISIONS = {
     "by a constant node": quotient(node("Constant", outputs=["d"], value_int=-1)),
     "by a positive one cast down": quotient(node("Cast", "n", outputs=["d"], to=6), constants={"n": 1 << 32}),
     "in a body": a_scan("size"),
+    "by another size of an input": quotient(node("Shape", "x", outputs=["d"], start=1, end=2)),
+    "by all sizes of an input": quotient(node("Shape", "x", outputs=["d"])),
+    "by the first size of another value": quotient(
+        node("NonZero", "x", outputs=["n"]), node("Shape", "n", outputs=["d"], start=0, end=1)
+    ),
 }
 
 
@@ -64,6 +69,8 @@ def test_whole_numbers_are_divided_by_what_is_known_to_be_positive(how):
         quotient(node("Constant", outputs=["d"], value=numpy_helper.from_array(np.array([4])))),
         quotient(SIZE, node("Max", "n", "one", outputs=["d"]), constants={"one": 1}),
         a_scan("three"),
+        # As earlier exporters wrote it: nothing is run for no region.
+        quotient(node("Shape", "x", outputs=["s"], start=0, end=1), node("Squeeze", "s", outputs=["d"])),
     ],
 )
 def test_a_positive_divisor_is_allowed(graph):

@@ -447,7 +447,8 @@ class TestManifest:
 
     @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(Manifest) if f.name != "files"])
     def test_a_missing_key(self, folder, key):
-        if next(f for f in dataclasses.fields(Manifest) if f.name == key).default is dataclasses.MISSING:
+        field = next(f for f in dataclasses.fields(Manifest) if f.name == key)
+        if field.default is field.default_factory is dataclasses.MISSING:
             reseal(folder, lambda record: record.pop(key))
             refuse(folder, key)
 

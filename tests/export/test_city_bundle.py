@@ -131,7 +131,7 @@ def test_exported_again_as_a_zip_it_is_the_same_to_the_byte(demo_bundle, demo_ru
     out = tmp_path / "model.zip"
     said = export(demo_run, "--zip", "--out", out)
     assert said.code == 0, said.err
-    assert "parity passed on 4 cities" in said.out
+    assert "parity passed on 8 cities" in said.out
     assert f"--bundle {out}" in said.out
     held = files(demo_bundle)
     with zipfile.ZipFile(out) as archive:

@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from builders import LAND_USE, POI, task_config, tiny_city, tiny_config
+from graphs import run_graph
 
 from topt_deploy.bundle.manifest import open_bundle
 from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
@@ -12,7 +13,7 @@ from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.features import POSITION, features
 from topt_deploy.export.golden_cities import synthetic_city
 from topt_deploy.export.onnx_graph import OPSET, REGIONS_AXIS, export_graph
-from topt_deploy.export.parity import compare, run_graph, run_model
+from topt_deploy.export.parity import compare, run_model
 from topt_deploy.model import row_tiles
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.topt import EnsembleHead, ModelSpec, TaskHead, TopT

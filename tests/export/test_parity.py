@@ -1,8 +1,10 @@
 """The parity gate: it measures values and ranks, and nothing that differs gets past it."""
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from graphs import second_tile_off_by_one, weights_rotated
 
 from topt_deploy.bundle.manifest import open_bundle
 from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
@@ -11,8 +13,11 @@ from topt_deploy.export import city_bundle as exporting
 from topt_deploy.export.onnx_graph import Graph
 from topt_deploy.export.parity import compare, rounding, run_model
 from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.model.row_tiles import largest, starts
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, open_run
+from topt_deploy.runtime.predictor import load
 
+SIZES = [77, 7, 31, 203, 512, 513, 724, 725]
 EXPECTED = {"crime": np.array([10.0, 20.0, 30.0, 40.0], dtype=np.float32)}
 
 
@@ -95,12 +100,33 @@ def export(demo_run, out, monkeypatch, graph, said=None):
 def test_the_true_graph_passes(graph, demo_run, demo_bundle, tmp_path, monkeypatch):
     said = []
     done = export(demo_run, tmp_path / "model.topt", monkeypatch, graph, said)
-    assert [parity.regions for parity in done.parity] == [77, 7, 31, 203]
+    assert [parity.regions for parity in done.parity] == SIZES
     assert all(parity.worst <= TOLERANCES["fp32"] and parity.swapped == 0 for parity in done.parity)
     assert done.parity[0].city == "training city"
     assert any("203 regions" in line for line in said)
     recorded = open_bundle(tmp_path / "model.topt").manifest.variants["fp32"]["parity"]
-    assert [entry["regions"] for entry in recorded] == [77, 7, 31, 203]
+    assert [entry["regions"] for entry in recorded] == SIZES
+
+
+def test_the_gate_sees_both_sides_of_a_tile_and_of_the_next():
+    assert [len(starts(n)) for n in SIZES[-4:]] == [1, 2, 2, 3]
+    assert [largest(1), largest(2)] == [512, 724]
+
+
+def test_the_self_test_crosses_tiles_and_the_bundle_does_not_grow(graph, demo_run, tmp_path, monkeypatch):
+    export(demo_run, tmp_path / "model.topt", monkeypatch, graph)
+    checks = load(tmp_path / "model.topt").selftest()
+    assert [(check.city, check.regions) for check in checks] == [
+        ("golden-7", 7), ("golden-31", 31), ("enlarged-725", 725),
+    ]  # fmt: skip
+    assert all(check.worst < 1e-5 for check in checks)
+    (kept,) = (tmp_path / "model.topt" / "golden").glob("enlarged-*")
+    assert kept.stat().st_size < 10_000
+    rows = open_bundle(tmp_path / "model.topt").manifest.enlarged["enlarged-725"]["rows"]
+    assert {0, 360, 361, 721, 722, 724} < set(rows), "the ends of all three tiles"
+    expected = pq.read_table(kept)
+    assert len(expected) == len(rows)
+    assert {"crime", "crime_folds", "leverage"} < set(expected.column_names), "all that the graph puts out"
 
 
 def one_weight(graph):
@@ -117,6 +143,20 @@ def all_nan(graph):
     values = np.frombuffer(graph.weights, dtype=np.float32).copy()
     values[:] = np.nan
     return values
+
+
+@pytest.mark.parametrize("fault", [weights_rotated, second_tile_off_by_one])
+def test_gate_and_self_test_each_catch_what_serves_wrongly(fault, graph, demo_run, tmp_path, monkeypatch):
+    """Both were passed once: graph and weights are right as files, or right in one tile."""
+    faulty, out = fault(graph), tmp_path / "model.topt"
+    first = "enlarged-513" if fault is second_tile_off_by_one else "training city"
+    with pytest.raises(BadBundle, match=f"parity gate failed on {first} .*no bundle was written"):
+        export(demo_run, out, monkeypatch, faulty)
+    monkeypatch.setattr(exporting, "parity_gate", lambda cities, serve, precision="fp32": ())
+    first = "enlarged-725" if fault is second_tile_off_by_one else "golden-7"
+    with pytest.raises(BadBundle, match=f"self-test failed on {first}"):
+        export(demo_run, out, monkeypatch, faulty)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("tamper", [one_weight, all_nan])

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from engines import UNSUPPORTED, rtx, write_graph
+from graphs import run_graph
 from onnx import numpy_helper
 
 from topt_deploy.bundle.manifest import open_bundle
@@ -19,7 +20,7 @@ from topt_deploy.export import tensorrt_engines as module
 from topt_deploy.export.city_bundle import PROFILE
 from topt_deploy.export.golden_cities import synthetic_city
 from topt_deploy.export.onnx_graph import WEIGHTS, export_for_engine
-from topt_deploy.export.parity import compare, parity_gate, run_graph, run_model
+from topt_deploy.export.parity import GateCity, compare, on_processor, parity_gate, run_model
 from topt_deploy.export.quantize_weights import quantize_int4, quantize_int8
 from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
@@ -134,11 +135,12 @@ def test_it_says_what_pytorch_says_within_its_tolerance(graphs, model, inputs, d
     assert max(worst) > {"fp16": 1e-5, "int8": 1e-3, "int4": 1e-2}[precision], "it is computed in fewer bits indeed"
 
 
-def test_the_gate_refuses_what_is_another_precisions(graphs, model, inputs):
-    cities = {"training city": {name: tensor.numpy() for name, tensor in inputs.items()}}
-    assert len(parity_gate(model, graphs["int4"], cities, "int4")) == 1
+def test_the_gate_refuses_what_is_another_precisions(place, model, inputs):
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    cities, coarse = [GateCity(model=model, name="training city", inputs=arrays)], on_processor(place("int4"))
+    assert len(parity_gate(cities, coarse, "int4")) == 1
     with pytest.raises(BadBundle, match=r"parity gate failed on training city \(77 regions, fp16\)") as refused:
-        parity_gate(model, graphs["int4"], cities, "fp16")
+        parity_gate(cities, coarse, "fp16")
     assert refused.value.fix == "export with a higher --precision"
 
 

@@ -58,7 +58,7 @@ class TestSelfTest:
         variants = open_bundle(demo_bundle).manifest.variants
         assert variants["fp32"]["tolerance"] == PREDICTIONS["fp32"]
         assert PROMPTS.keys() == PREDICTIONS.keys()
-        assert [check.regions for check in load(demo_bundle).selftest()] == [7, 31]
+        assert [check.regions for check in load(demo_bundle).selftest()] == [7, 31, 725]
 
 
 def test_an_encoder_without_its_place(prompted, tmp_path, reseal, topt_run):

@@ -279,12 +279,12 @@ class TestSelfTest:
         said = topt_run("selftest", desk.bundle, "--log-format", "json")
         assert said.code == 0
         facts = json.loads(said.out)
-        assert [check["regions"] for check in facts["checks"]] == [7, 31]
+        assert [check["regions"] for check in facts["checks"]] == [7, 31, 725]
         assert all(0 <= check["worst"] < 1e-4 for check in facts["checks"])
         assert "self-test passed on CPUExecutionProvider" in topt_run("selftest", desk.bundle).out
 
     @pytest.mark.parametrize("wrong", [1.001, float("nan")])
-    @pytest.mark.parametrize("city", ["golden-7", "golden-31"])
+    @pytest.mark.parametrize("city", ["golden-7", "golden-31", "enlarged-725"])
     def test_fails_where_one_value_is_another(self, wrong, city, desk, topt_run):
         seal = listed_again(desk.bundle)
         path = desk.bundle / f"golden/{city}.expected.parquet"

@@ -8,6 +8,7 @@ import pytest
 from builders import fixed_lists, replaced
 
 from topt_deploy.bundle.manifest import ENCODER
+from topt_deploy.runtime.processor import deciding_sets
 
 BAD_BUNDLE = 76
 
@@ -31,9 +32,9 @@ def test_a_citys_bundle_tests_its_encoder_too(topt_run, city, name, engine):
     assert said.code == 0, said.err
     checks = json.loads(said.out)["checks"]
     assert [check.get("city") or check["region"] for check in checks] == [
-        "golden-7", "golden-31", "golden-0", "golden-1", "golden-2",
+        "golden-7", "golden-31", "enlarged-725", "golden-0", "golden-1", "golden-2",
     ]  # fmt: skip
-    assert all(check["cosine"] > 0.999999 for check in checks[2:])
+    assert all(check["cosine"] > 0.999999 for check in checks[3:])
 
 
 def test_an_encoder_that_is_elsewhere_is_not_tested(topt_run, city):
@@ -99,6 +100,7 @@ def test_info_says_what_encoder_a_bundle_is(topt_run, encoders):
     assert said.code == 0, said.err
     assert "family text" in said.out
     assert "precision  int8" in said.out
+    assert f"gated on   a processor with {', '.join(deciding_sets())}" in said.out
     told = json.loads(topt_run("info", encoders("text", "int8"), "--log-format", "json").out)
     assert told["precision"] == "int8"
     assert {measured["form"] for measured in told["parity"]} == {"onnxruntime", "standard"}

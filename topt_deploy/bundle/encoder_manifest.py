@@ -51,6 +51,8 @@ class EncoderManifest:
         golden: Names of the golden regions under ``golden/``.
         exact_without_vnni: True where sums of two products of 8-bit weights fit 16 bits, so that processors without
             VNNI compute the same vectors. Bundles from before this was recorded lack it: their weights may not fit.
+        gated_on: Instruction sets of the processor that the gate ran on, of those that its numbers depend on. None
+            where the system did not tell them, and in older bundles.
         files: Every other file: size in bytes and SHA-256.
     """
 
@@ -68,6 +70,7 @@ class EncoderManifest:
     parity: tuple[Mapping[str, Any], ...]
     golden: tuple[str, ...]
     exact_without_vnni: bool = False
+    gated_on: tuple[str, ...] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -86,12 +89,13 @@ class EncoderBundle(Sealed):
     templates: Templates
 
 
-def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
+def open_encoder_bundle(path: Path, inside: str = "", *, gated: bool = True) -> EncoderBundle:
     """Open an encoder bundle and check its manifest, its list of files and their sizes.
 
     Args:
         path: The folder or zip.
         inside: :data:`topt_deploy.bundle.manifest.ENCODER` for that of a city's bundle.
+        gated: False where export opens one that is still to pass the parity gate: any other has what it measured.
 
     Raises:
         NoInput: If there is nothing at ``path``.
@@ -100,8 +104,10 @@ def open_encoder_bundle(path: Path, inside: str = "") -> EncoderBundle:
     sealed = open_sealed(path, SCHEMA_VERSION, inside)
     with well_formed(sealed.path):
         manifest = EncoderManifest(**sealed.record)
+        require(bool(manifest.parity) or not gated, "parity")
         _check_form(manifest)
         manifest = replace(manifest, parity=tuple(manifest.parity), golden=tuple(manifest.golden))
+        manifest = replace(manifest, gated_on=manifest.gated_on and tuple(manifest.gated_on))
         spec = EncoderSpec(**manifest.spec)
     with blamed(sealed.path, "the manifest's image settings"):
         spec.read_settings()
@@ -120,7 +126,7 @@ def _check_form(manifest: EncoderManifest) -> None:
         require(isinstance(getattr(manifest, key), dict), key)
     require(isinstance(manifest.precision, str) and isinstance(manifest.source.get("reference"), str), "source")
     cosines = [measured.get("cosine") for measured in manifest.parity]
-    require(bool(cosines) and all(type(cosine) in (int, float) for cosine in cosines), "parity")
+    require(all(type(cosine) in (int, float) for cosine in cosines), "parity")
     _check_spec(manifest.spec)
     require(isinstance(manifest.golden, list) and all(isinstance(name, str) for name in manifest.golden), "golden")
     require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
@@ -129,6 +135,8 @@ def _check_form(manifest: EncoderManifest) -> None:
     shape = manifest.embedding.get("shape")
     require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
     require(isinstance(manifest.exact_without_vnni, bool), "exact_without_vnni")
+    sets = manifest.gated_on
+    require(sets is None or (isinstance(sets, list) and all(isinstance(name, str) for name in sets)), "gated_on")
     require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
     for sizes in manifest.past.values():
         require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int for n in sizes), "past")

@@ -27,6 +27,8 @@ CARD = "MODEL_CARD.md"
 SUFFIX = ".topt"
 ENCODER = "encoder/"
 """The folder of a prompt encoder inside a city's bundle: a sealed folder of its own."""
+ENLARGED_LIMIT = 10_000
+"""Regions of a golden city that is made when it is needed: a manifest must not make a machine work for hours."""
 ENGINE_SUFFIX = ".engine"
 """Of what TensorRT or TensorRT-RTX built of a graph."""
 
@@ -55,6 +57,9 @@ class Manifest:
             (:mod:`topt_deploy.tensorrt.profile`), ``library`` and ``engines`` by compute capability where they were
             built, and ``checked``, what looked through the graph.
         golden: Base names of the golden cities under ``golden/``.
+        enlarged: Golden cities that are made when they are needed (:mod:`.enlarged_city`), by name: ``of``, the golden
+            city whose values they have, ``regions``, how many, and ``rows``, the regions whose expected values are
+            under ``golden/``. Older bundles have none.
         encoder: The prompt encoder that goes with it, if any: ``identity``, ``sha256`` of its manifest, and ``bundle``,
             the name of its own bundle, or null where it is inside.
         files: Every other file: size in bytes and SHA-256.
@@ -74,6 +79,7 @@ class Manifest:
     golden: tuple[str, ...]
     encoder: Mapping[str, Any] | None = None
     leverage: Mapping[str, Any] | None = None
+    enlarged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -148,6 +154,7 @@ def _check_form(manifest: Manifest) -> None:
     for key in ("inputs", "golden"):
         require(names(getattr(manifest, key)), key)
     require(len(manifest.golden) > 0, "golden, without which nothing can be tested,")
+    _check_enlarged(manifest)
     require(all(names(v) for v in manifest.views.values()), "views")
     for facts in manifest.tasks.values():
         scores = facts.get("scores")
@@ -186,6 +193,16 @@ def _check_form(manifest: Manifest) -> None:
         if "flavour" in variant:
             require(isinstance(variant.get("precision"), str), "variants")
             check_engines(variant, manifest.files, "variants")
+
+
+def _check_enlarged(manifest: Manifest) -> None:
+    require(isinstance(manifest.enlarged, dict), "enlarged")
+    for facts in manifest.enlarged.values():
+        require(isinstance(facts, dict) and facts.get("of") in manifest.golden, "enlarged")
+        require(type(facts.get("regions")) is int and 0 < facts["regions"] <= ENLARGED_LIMIT, "enlarged")
+        rows = facts.get("rows", [])
+        require(isinstance(rows, list) and bool(rows), "enlarged")
+        require(all(type(row) is int and 0 <= row < facts["regions"] for row in rows), "enlarged")
 
 
 def check_engines(record: Mapping[str, Any], files: Mapping[str, Any], key: str) -> None:

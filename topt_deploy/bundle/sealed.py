@@ -207,7 +207,8 @@ def require(held: bool, key: str) -> None:
 
 
 def seal_bundle(folder: Path, manifest: Any, *, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Write the manifest of everything in ``folder``, and its seal: the last step of making a bundle.
+    """Write the manifest of everything in ``folder``, and its seal, in place of older ones: the last step of making a
+    bundle.
 
     Args:
         folder: The bundle's folder.
@@ -219,7 +220,7 @@ def seal_bundle(folder: Path, manifest: Any, *, known: Mapping[str, Mapping[str,
         listing = {
             name: dict(known[name]) if name in known else {"size": size, "sha256": files.digest(name, size)}
             for name, size in sorted(files.sizes().items())
-            if name != SIGNATURE
+            if name not in (MANIFEST, SEAL, SIGNATURE)
         }
     text = json.dumps(asdict(manifest) | {"files": listing}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(folder / MANIFEST, text)

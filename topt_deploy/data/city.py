@@ -50,11 +50,14 @@ class Schema:
         views: Count views, each with its categories in order.
         mobility: True if flows between the regions are read.
         prompts: Prompt columns, each with its width H.
+        places: The default's head sees where a region lies in its city, and where its flows lead to. Off for a model of
+            several cities: those are places of other cities.
     """
 
     views: Mapping[str, tuple[str, ...]]
     mobility: bool
     prompts: Mapping[str, int] = field(default_factory=dict)
+    places: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +77,8 @@ class City:
         labels: float64 (N,) per task; NaN marks a region to predict.
         geometry: The table's geometry column in input order, and its GeoParquet metadata, to be passed through.
         synthetic: True if the table says of itself that it is made up.
+        parts: The cities that this one stands for (:func:`.cities.stack_cities`), without their labels, one after the
+            other in its rows; empty for a city that is one.
     """
 
     region_id: Array
@@ -89,9 +94,21 @@ class City:
     labels: Mapping[str, Array]
     geometry: tuple[pa.ChunkedArray, bytes | None] | None
     synthetic: bool
+    parts: tuple["City", ...] = ()
 
     def __len__(self) -> int:
         return len(self.region_id)
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The rows of every city that this one stands for; all rows of a city that is one."""
+        ends = np.cumsum([len(part) for part in self.parts or (self,)]).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    @property
+    def part(self) -> Array:
+        """The number of the city that each region is of, int64 (N,)."""
+        return np.repeat(np.arange(len(self.blocks)), [block.stop - block.start for block in self.blocks])
 
 
 def infer_schema(regions: Given, *, views: Sequence[str], mobility: bool, prompts: Sequence[str] = ()) -> Schema:

@@ -37,10 +37,12 @@ def feature_widths(schema: Schema) -> dict[str, int]:
 
 
 def all_widths(schema: Schema) -> dict[str, int]:
-    """Width of everything that :func:`features` makes for ``schema``, prompts apart, in the model's order."""
+    """Width of everything that :func:`features` makes for ``schema`` and the default's head sees, prompts apart, in the
+    model's order."""
     counts = sum(len(names) for names in schema.views.values())
     flows = {LOG_CONTEXT: 2 * counts, TWO_HOPS: 2 * counts, TRIPS: TRIP_FEATURES, DESTINATIONS: 12}
-    return feature_widths(schema) | (flows if schema.mobility else {}) | {POSITION: 3}
+    widths = feature_widths(schema) | (flows if schema.mobility else {}) | {POSITION: 3}
+    return widths if schema.places else {name: w for name, w in widths.items() if name not in (DESTINATIONS, POSITION)}
 
 
 def features(city: City, names: Sequence[str] | None = None) -> dict[str, Array]:
@@ -52,8 +54,12 @@ def features(city: City, names: Sequence[str] | None = None) -> dict[str, Array]
 
     Returns:
         One (N, C) array of log1p counts per count view; the views of :func:`flow_features` where the city has flows;
-        ``position`` (N, 3) in metres; the prompt columns (N, H) as they are.
+        ``position`` (N, 3) in metres; the prompt columns (N, H) as they are. Those of several cities are each city's
+        own, one after the other.
     """
+    if city.parts:
+        each = [features(part, names) for part in city.parts]
+        return {name: np.concatenate([own[name] for own in each]) for name in each[0]}
     arrays = {view: np.log1p(counts) for view, counts in city.views.items()}
     position_m = local_position_m(city.lonlat)
     if city.flows is not None:

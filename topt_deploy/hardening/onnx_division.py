@@ -1,8 +1,9 @@
 """Divisions of whole numbers in an ONNX graph: by zero, or of the least number by -1, they end the process.
 
 ONNX Runtime looks at divisors that are constants, and at zero alone. So a divisor must be known to be positive: a
-positive constant, or what Max makes of one and of something else, as the exporter writes it. Fractions have no such
-trap, so the kind of number of every value is followed through the graph. What cannot be followed counts as whole.
+positive constant, what Max makes of one and of something else, as the exporter writes it, or the first size of an input
+of the graph, as earlier exporters wrote it: nothing is predicted for no region. Fractions have no such trap, so the
+kind of number of every value is followed through the graph. What cannot be followed counts as whole.
 """
 
 import struct
@@ -41,10 +42,11 @@ _VALUE_NAME, _VALUE_TO_KIND = 1, (2, 1, 1)
 
 
 class Value(NamedTuple):
-    """A value of the graph: its kind of number, and whether all of it is known to be above 0."""
+    """A value of the graph: its kind of number, and if all of it, and if its first size, is known to be above 0."""
 
     kind: int = UNKNOWN
     positive: bool = False
+    some: bool = False
 
 
 class _Node(NamedTuple):
@@ -80,7 +82,8 @@ def check_divisions(
     declared = [_declared(data, message(value)) for number, value in parts if number == _GRAPH_INPUT]
     for place, (name, kind) in enumerate(declared):
         known = given[place] if given is not None and place < len(given) else Value(kind)
-        own[name] = Value(known.kind)  # also of a constant that whoever runs the graph may replace
+        # A constant that whoever runs the graph may replace is of its kind, and no more is known.
+        own[name] = Value(known.kind, some=given is None and name not in own)
     scope = dict(around or {}) | own
     for number, value in parts:
         if number == _GRAPH_NODE:
@@ -112,6 +115,10 @@ def _results(data: bytes, node: _Node, scope: Mapping[str, Value]) -> list[Value
 def _first(data: bytes, node: _Node, inputs: Sequence[Value]) -> Value:
     """The value of a node's first output."""
     operator, attributes = node.operator, node.attributes
+    if operator == "Shape" and inputs and inputs[0].some and _whole(attributes, "start") == 0:
+        return Value(INT64, positive=_whole(attributes, "end") == 1)
+    if operator == "Squeeze" and inputs:
+        return Value(inputs[0].kind, positive=inputs[0].positive)
     if operator in ALWAYS:
         return Value(ALWAYS[operator])
     if operator == "Cast":
@@ -130,6 +137,11 @@ def _first(data: bytes, node: _Node, inputs: Sequence[Value]) -> Value:
     place = LIKE.get(operator, 0)
     kind = inputs[place].kind if place < len(inputs) else UNKNOWN
     return Value(kind, operator == "Max" and kind in {INT32, INT64} and any(value.positive for value in inputs))
+
+
+def _whole(attributes: Mapping[str, Mapping[int, int | Range]], name: str) -> int | Range:
+    """An attribute that is a whole number; 0 where there is none."""
+    return attributes.get(name, {}).get(_ATTRIBUTE_INTEGER, 0)
 
 
 def _define(own: dict[str, Value], name: str, value: Value) -> None:

@@ -160,6 +160,19 @@ def one_tile(n: int) -> bool:
     return _PLAN.get() is None and (most == math.inf or n * n <= most)  # asked of a traced N, it would be a guard
 
 
+def starts(n: int) -> range:
+    """The first row of each of the tiles that an exported graph computes N regions in."""
+    return range(0, n, min(n, max(LEAST, ENTRIES // n)))
+
+
+def largest(tiles: int) -> int:
+    """The largest N that an exported graph computes in this many tiles."""
+    n = math.isqrt(tiles * ENTRIES)
+    while len(starts(n)) > tiles:
+        n -= 1
+    return n
+
+
 def _entries() -> float:
     held = _HELD.get()
     return ENTRIES if held is None else held

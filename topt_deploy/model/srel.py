@@ -44,13 +44,17 @@ class Adjacency(nn.Module):
         self.register_buffer("length_m", torch.tensor(config.decay_length_m or 1.0))
         self.automatic = config.decay_length_m == 0
 
-    def fit(self, position: Tensor) -> None:
-        """Set the decay length from the training city, unless the configuration gives it."""
+    def fit(self, *positions: Tensor) -> None:
+        """Set the decay length from the training city, or several, unless the configuration gives it."""
         if self.automatic:
-            n = len(position)
-            count = min(NEIGHBOURS + 1, n)  # the region itself is the nearest
-            (nearest,) = in_tiles(n, lambda rows: (distance_m(position, rows).topk(count, largest=False).values,))
-            self.length_m.copy_(nearest[:, -1].median().clamp(min=1.0))
+            self.length_m.copy_(torch.cat([self._neighbour_m(own) for own in positions]).median().clamp(min=1.0))
+
+    def _neighbour_m(self, position: Tensor) -> Tensor:
+        """Every region's distance to its fifth nearest, (N,)."""
+        n = len(position)
+        count = min(NEIGHBOURS + 1, n)  # the region itself is the nearest
+        (nearest,) = in_tiles(n, lambda rows: (distance_m(position, rows).topk(count, largest=False).values,))
+        return nearest[:, -1]
 
     def forward(self, position: Tensor) -> Matrix:
         return matrix(position.shape[0], partial(self.rows, position))
@@ -111,12 +115,12 @@ class Srel(nn.Module):
             nn.Linear(2 * config.width, config.width),
         )
 
-    def fit_statistics(self, inputs: Mapping[str, Tensor], position: Tensor) -> None:
-        """Fix feature statistics and the decay length from the training city."""
+    def fit_statistics(self, inputs: Mapping[str, Tensor], *positions: Tensor) -> None:
+        """Fix feature statistics from the training city, and the decay length from its positions, or each city's."""
         for view, encoder in self.encoders.items():
             assert isinstance(encoder, ViewEncoder)
             encoder.standardize.fit(inputs[view])
-        self.adjacency.fit(position)
+        self.adjacency.fit(*positions)
 
     def forward(self, views: Mapping[str, Tensor], adjacency: Matrix) -> Tensor:
         encoded = torch.stack([encoder(views[view]) for view, encoder in self.encoders.items()], dim=1)

@@ -283,7 +283,8 @@ class TopT(nn.Module):
         views = all_widths(spec.schema) if ensemble else [*feature_widths(spec.schema), POSITION]
         if self.leverage is not None:
             views = all_widths(spec.schema)
-        return [*views, *spec.schema.prompts]
+        position = [POSITION] if len(self.srel) and POSITION not in views else []
+        return [*views, *position, *spec.schema.prompts]
 
 
 @torch.no_grad()

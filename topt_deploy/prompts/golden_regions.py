@@ -18,8 +18,11 @@ from .images import decode_image
 from .pooling import Backend, pooled
 from .prompt import Array, Prompt
 from .table import IMAGES, TEXT
+from .templates import Templates
 
 TABLE = "regions.parquet"
+TEMPLATE = "template"
+"""The key of a template's hash in the metadata of a task's column, as in a city's table."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +40,14 @@ class GoldenRegion:
     images: tuple[Array, ...]
 
 
-def write_golden(folder: Path, regions: tuple[GoldenRegion, ...], expected: Mapping[str, Array]) -> None:
-    """Write regions as a city would have them, with the vectors (regions, H) of each task."""
+def write_golden(
+    folder: Path, regions: tuple[GoldenRegion, ...], expected: Mapping[str, Array], templates: Templates
+) -> None:
+    """Write regions as a city would have them, with the vectors (regions, H) of each task.
+
+    Every task's column names the template that its vectors were made with: in few bits, another question changes them
+    by less than the rounding does.
+    """
     from PIL import Image
 
     folder.mkdir()
@@ -56,7 +65,12 @@ def write_golden(folder: Path, regions: tuple[GoldenRegion, ...], expected: Mapp
     }
     for task, vectors in expected.items():
         columns[PROMPT_PREFIX + task] = pa.array(list(vectors), pa.list_(pa.float32(), vectors.shape[1]))
-    write_parquet(folder / TABLE, pa.table(columns))
+    table = pa.table(columns)
+    for i, field in enumerate(table.schema):
+        if field.name.startswith(PROMPT_PREFIX):
+            made_with = {TEMPLATE: templates.sha256(field.name.removeprefix(PROMPT_PREFIX))}
+            table = table.set_column(i, field.with_metadata(made_with), table.column(i))
+    write_parquet(folder / TABLE, table)
 
 
 def read_golden(bundle: EncoderBundle) -> tuple[tuple[GoldenRegion, ...], dict[str, Array]]:
@@ -84,6 +98,14 @@ def read_golden(bundle: EncoderBundle) -> tuple[tuple[GoldenRegion, ...], dict[s
         expected = {task: np.array(table.column(PROMPT_PREFIX + task).to_pylist(), np.float32) for task in tasks}
         if not regions or not tasks:
             raise BadBundle("has no golden regions, or no vectors of theirs: nothing can be tested", file=bundle.path)
+        for task in tasks:
+            made_with = (table.schema.field(PROMPT_PREFIX + task).metadata or {}).get(TEMPLATE.encode(), b"").decode()
+            if made_with and made_with != bundle.templates.sha256(task):  # older bundles name none
+                raise BadBundle(
+                    "the golden regions' vectors were made with another template than the bundle's", file=bundle.path,
+                    column=task, expected=made_with, found=bundle.templates.sha256(task),
+                    fix="export the encoder again",
+                )  # fmt: skip
         if any(vectors.shape != (len(regions), bundle.spec.width) for vectors in expected.values()):
             raise BadBundle("the golden regions' vectors are of another size", file=bundle.path, found=name)
     return regions, expected

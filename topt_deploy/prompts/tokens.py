@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.errors import BadBundle, BadData, OutOfMemory
-from topt_deploy.hardening.no_memory import rust_at_work
+from topt_deploy.no_memory import rust_at_work
 
 Array = np.ndarray[Any, Any]
 NO_MEMORY = ("memory allocation", "TextInputSequence must be str", "PyObject pointer is null")
-"""What the library says where it has no memory for a regular expression, for a copy of the text, or for its answer."""
+"""The library's words where it has no memory for a regular expression, for a copy of the text, or for its answer."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Held:
 
 
 def stamps(table: Path) -> tuple[tuple[int, ...], ...]:
-    """What changes of a table's files when someone writes to them."""
+    """Facts of a table's files that change when someone writes to them."""
     return tuple(_stamp(file) for file in table_files(table))
 
 

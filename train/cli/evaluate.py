@@ -8,21 +8,30 @@ from topt_deploy.config.load import load_config
 from topt_deploy.config.settings import CONFIG_FILE
 from topt_deploy.errors import UsageError
 
-PROTOCOLS = ("honest", "spatial", "paper")
+PROTOCOLS = ("honest", "spatial", "transfer", "paper")
 """Those of :mod:`.protocols`, by name: help must not import PyTorch."""
 FIRST_SEED = 2024
 """The published folds' seed. The default preset was designed on folds of seeds 0 to 2 (dev/LOG.md), never on these."""
 
 
 @click.command("evaluate")
-@click.argument("city", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("cities", metavar="CITY...", nargs=-1, required=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--protocol", type=click.Choice(PROTOCOLS), default="honest", show_default=True, help="How labels are held out."
 )
+@click.option("--config", "file", type=click.Path(path_type=Path), help=f"TOML settings [default: CITY/{CONFIG_FILE}].")
 @click.option("--tasks", default="", metavar="A,B", help="Label columns [default: the settings' tasks].")
 @click.option("--variants", default="variant", metavar="A,B", help="Forms of ToPT, or none [default: all].")
 @click.option("--baselines", default="literature,plain", metavar="A,B", help="Baselines, or none [default: all].")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="How often folds are drawn.")
+@click.option(
+    "--labels",
+    "few",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of `transfer`: so many labelled regions of the held-out city join the training.",
+)
 @click.option(
     "--coverage",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -37,44 +46,54 @@ FIRST_SEED = 2024
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the results.")
 def evaluate(
-    city: Path,
+    cities: tuple[Path, ...],
     protocol: str,
+    file: Path | None,
     tasks: str,
     variants: str,
     baselines: str,
     seeds: int,
+    few: int,
     coverage: float | None,
     device: str,
     out: Path,
 ) -> None:
-    """Evaluate ToPT, its variants and baselines on CITY, on regions whose labels were held out.
+    """Evaluate ToPT, its variants and baselines on CITY, on regions whose labels were held out. The protocol `transfer`
+    takes several cities and holds whole ones out.
 
     Lists are separated by commas; a name may be a pattern such as 'boosting*', or a whole group: variant, literature,
     plain. The same command again goes on where it stopped, and other methods or tasks add to the same folder.
     """
-    if protocol == "paper" and coverage is not None:
-        raise UsageError("--coverage has no meaning under `paper`", fix="measure it under honest or spatial")
+    if protocol in ("paper", "transfer") and coverage is not None:
+        raise UsageError(f"--coverage has no meaning under `{protocol}`", fix="measure it under honest or spatial")
+    if (protocol == "transfer") != (len(cities) > 1):
+        raise UsageError(
+            "`transfer` holds whole cities out, and the other protocols regions of one city",
+            expected="several cities under transfer, or one city", found=f"{len(cities)} under {protocol}",
+        )  # fmt: skip
+    if few and protocol != "transfer":
+        raise UsageError("--labels has a meaning under `transfer` alone", fix="leave it out")
 
     import torch
 
-    from ..evaluation.evaluate import evaluate_city
+    from ..evaluation.evaluate import evaluate_cities
     from ..evaluation.registry import choose
     from ..loop import TrainingDevice
     from ..progress import Reporter
-    from ..settle import settle
+    from ..settle import common_file, settle_cities
 
     torch.set_num_threads(1)
     methods = choose(_names(variants), ["variant"], "--variants")
     methods += choose(_names(baselines), ["literature", "plain"], "--baselines")
-    file = city / CONFIG_FILE
-    config = load_config(file=file if file.exists() else None, tasks=_names(tasks))
-    place = file if file.exists() else None
-    config, said = settle(config, city / "regions.parquet", city / "mobility.parquet", file=place)
+    ordered = sorted(cities, key=lambda city: city.resolve().name)
+    file = file or common_file(ordered)
+    config = load_config(file=file, tasks=_names(tasks))
+    config, said = settle_cities(config, ordered, file=file)
     reporter = Reporter()
     for sentence in said:
         reporter.say(sentence)
-    page = evaluate_city(
-        city,
+    page = evaluate_cities(
+        ordered,
         config,
         methods,
         protocol=protocol,
@@ -83,6 +102,7 @@ def evaluate(
         engine=TrainingDevice.choose(device, None, None),
         reporter=reporter,
         out=out,
+        few=few,
     )
     click.echo(page)
     click.echo(f"results  {out}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command("train")
-@click.argument("city", type=click.Path(file_okay=False, path_type=Path), default=".")
+@click.argument("cities", metavar="[CITY]...", nargs=-1, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder [default: CITY/runs/<time>].")
 @click.option("--preset", type=click.Choice(presets()), help="Settings to start from [default: the file's].")
 @click.option("--config", "file", type=click.Path(path_type=Path), help=f"TOML settings [default: CITY/{CONFIG_FILE}].")
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--compile/--no-compile", "compile_", default=None, help="Compile the steps [default: on CUDA].")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads [default: 1 up to 500 regions].")
 def train(
-    city: Path,
+    cities: tuple[Path, ...],
     out: Path | None,
     preset: str | None,
     file: Path | None,
@@ -49,15 +49,16 @@ def train(
     threads: int | None,
 ) -> None:
     """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet, beside Gaussian processes
-    and networks that share the prediction with them.
+    and networks that share the prediction with them. CITY is this folder by default. Several cities with the same
+    categories train one model, which also predicts cities without a single label; they need --out.
 
     Regions whose label is null are the ones to predict. At the end, held-out figures say what to expect there.
     """
-    from ..trained_run import train_city
+    from ..trained_run import train_cities
 
-    done = train_city(
-        city, out=out, preset=preset, config=file, tasks=tasks, overrides=overrides, seed=seed, resume=resume,
-        device=device, precision=precision, compile_=compile_, threads=threads,
+    done = train_cities(
+        cities or (Path(),), out=out, preset=preset, config=file, tasks=tasks, overrides=overrides, seed=seed,
+        resume=resume, device=device, precision=precision, compile_=compile_, threads=threads,
     )  # fmt: skip
     click.echo(summary(done.metrics))
     click.echo(made_of(open_run(done.path).facts, done.metrics))
@@ -89,7 +90,8 @@ REGIONS_SHOWN = 8
 
 
 def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> str:
-    """Tell the weights and use of every task's parts, how often intervals hold, and regions to doubt."""
+    """Tell the weights and use of every task's parts, how often intervals hold, the figures of each of several cities,
+    and regions to doubt."""
     lines: list[str] = []
     for task, parts in facts.get("parts", {}).items():
         lines += ["", f"{task}: what its parts weigh, and the held-out MAE without each"]
@@ -103,6 +105,12 @@ def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> st
         if held := facts["coverage"].get(task):
             shares = ", ".join(f"{share:.0%} of {size}" for size, share in held.items())
             lines.append(f"  intervals of 90 % hold on {shares} predictions of held-out regions")
+    cities = facts.get("cities", [])
+    lines += [""] if cities else []
+    for city in cities:
+        for task, own in city["tasks"].items():
+            maes = f"MAE {own['held_out']['mae']:.1f}, boosted trees {own['trees']['mae']:.1f}"
+            lines.append(f"{city['city_id']} ({city['regions']} regions), {task}, held out: {maes}")
     far = facts.get("far", [])
     if far:
         more = f" and {len(far) - REGIONS_SHOWN} more" if len(far) > REGIONS_SHOWN else ""

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from topt_deploy import __version__
 from topt_deploy.config.settings import Config
-from topt_deploy.data.city import infer_schema, read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import ToptError
 from topt_deploy.storage.hashed_file import Held, sha256_bytes
 from topt_deploy.storage.text_files import write_json, write_text
 
+from ..cities import CityFiles, read_cities
 from ..datasets.city_files import MOBILITY, REGIONS
 from ..loop import TrainingDevice
 from ..progress import Reporter
 from .coverage import measure
 from .problem import Method, Problem
-from .protocols import PROTOCOLS, Protocol
+from .protocols import PROTOCOLS, Protocol, transfer_with
 from .registry import METHODS, Entry
 from .results import Store
-from .tables import as_json, markdown
+from .tables import as_json, by_city, markdown
 
 Array = np.ndarray[Any, Any]
 
@@ -95,8 +95,8 @@ class Evaluation:
         return ", ".join(said) or None
 
 
-def evaluate_city(
-    city_dir: Path,
+def evaluate_cities(
+    cities: Sequence[Path],
     config: Config,
     names: Sequence[str],
     *,
@@ -106,18 +106,20 @@ def evaluate_city(
     engine: TrainingDevice,
     reporter: Reporter,
     out: Path,
+    few: int = 0,
 ) -> str:
-    """Evaluate methods on a city's folder.
+    """Evaluate methods on a city's folder, or on several cities' under ``transfer``.
 
     Args:
         config: The tasks and views to read, and if flows are read. Prompts are read where the city has them.
         names: Of :data:`.registry.METHODS`.
         out: Folder of the results. Those of other methods and tasks that it holds are reported with these.
+        few: Labelled regions of a held-out city that join the training.
 
     Returns:
         The page that ``results.md`` in that folder holds; ``results.json`` holds the same for machines.
     """
-    problem, labels, hashes = read_problem(city_dir, config, engine, reporter)
+    problem, labels, hashes = read_problem(cities, config, engine, reporter)
     return evaluate_problem(
         problem,
         labels,
@@ -127,23 +129,29 @@ def evaluate_city(
         seeds=seeds,
         nominal=nominal,
         out=out,
+        few=few,
     )
 
 
 def read_problem(
-    city_dir: Path, config: Config, engine: TrainingDevice, reporter: Reporter
+    cities: Sequence[Path], config: Config, engine: TrainingDevice, reporter: Reporter
 ) -> tuple[Problem, Mapping[str, Array], dict[str, Any]]:
-    """A city's folder as a problem without labels, the labels apart, and the hashes of what was read."""
-    regions, mobility = city_dir / REGIONS, city_dir / MOBILITY if config.mobility else None
-    prompts = [column for column in open_table(regions).names if column.startswith(PROMPT_PREFIX)]
-    schema = infer_schema(regions, views=config.views, mobility=config.mobility, prompts=prompts)
-    city = read_city(regions, mobility, schema, labels=config.tasks)
+    """The cities' folders as a problem without labels, the labels apart, and the hashes of what was read."""
+    files = [
+        CityFiles(folder=city, regions=city / REGIONS, mobility=city / MOBILITY if config.mobility else None)
+        for city in cities
+    ]
+    columns = [open_table(own.regions).names for own in files]
+    prompts = [name for name in columns[0] if name.startswith(PROMPT_PREFIX) and all(name in own for own in columns)]
+    city, schema = read_cities(files, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
     problem = Problem.of(city, schema, engine, reporter)
-    hashes = {
-        "regions_sha256": Held(regions).sha256,
-        "mobility_sha256": None if mobility is None else Held(mobility).sha256,
+    hashes: dict[str, Any] = {
+        "regions_sha256": _sha256_files([own.regions for own in files]),
+        "mobility_sha256": _sha256_files([own.mobility for own in files if own.mobility is not None]),
         "inputs_sha256": _sha256(problem.inputs),
     }
+    if city.parts:
+        hashes["cities"] = {str(part.city_id): len(part) for part in city.parts}
     return problem, city.labels, hashes
 
 
@@ -157,11 +165,13 @@ def evaluate_problem(
     seeds: Sequence[int],
     nominal: float | None,
     out: Path,
+    few: int = 0,
 ) -> str:
-    """Evaluate methods on what :func:`read_problem` gave; see :func:`evaluate_city`."""
+    """Evaluate methods on what :func:`read_problem` gave; see :func:`evaluate_cities`."""
     recorded = {
         "protocol": protocol,
         "seeds": list(seeds),
+        **({"few_labels": few} if few else {}),
         **hashes,
         "device": problem.engine.device.type,
         "precision": problem.engine.precision,
@@ -172,16 +182,25 @@ def evaluate_problem(
     Evaluation(
         problem=problem,
         labels=labels,
-        protocol=PROTOCOLS[protocol],
+        protocol=transfer_with(few) if few else PROTOCOLS[protocol],
         seeds=seeds,
         store=store,
         nominal=nominal,
     ).run(methods)
     results = list(store.load(METHODS))
+    if "cities" in recorded:
+        results = by_city(results, recorded["cities"])
     page = markdown(recorded, results)
     write_text(out / "results.md", page)
     write_json(out / "results.json", as_json(recorded, results))
     return page
+
+
+def _sha256_files(files: Sequence[Path]) -> str | None:
+    """A file's hash; of several, the hash of theirs; None for none."""
+    if len(files) < 2:
+        return Held(files[0]).sha256 if files else None
+    return sha256_bytes("".join(Held(file).sha256 for file in files).encode())
 
 
 def _sha256(inputs: Mapping[str, Tensor]) -> str:

@@ -21,13 +21,14 @@ class Paired:
         difference: Its MAE over the other's, less 1.
         rank_biserial: Matched-pairs rank-biserial correlation in [-1, 1] (Kerby 2014), the size of Wilcoxon's effect.
         wilcoxon_p: Wilcoxon signed-rank test over regions, two-sided: the primary test.
-        corrected_t_p: Corrected resampled t test over folds (Nadeau and Bengio 2003), two-sided.
+        corrected_t_p: Corrected resampled t test over folds (Nadeau and Bengio 2003), two-sided; None with fewer than
+            two folds a repetition.
     """
 
     difference: float
     rank_biserial: float
     wilcoxon_p: float
-    corrected_t_p: float
+    corrected_t_p: float | None
 
     @property
     def significant(self) -> bool:
@@ -64,13 +65,15 @@ def _wilcoxon(difference: Array) -> tuple[float, float]:
     return float((np.sign(unequal) * ranks).sum() / ranks.sum()), float(stats.wilcoxon(unequal).pvalue)
 
 
-def corrected_t(difference: Array, fold: Array) -> float:
+def corrected_t(difference: Array, fold: Array) -> float | None:
     """p of the corrected resampled t test: t = d̄ / √((1/J + n_test/n_train)·s²) over the J = R·K folds' means.
 
-    Folds differ in size: the ratio is the folds' mean.
+    Folds differ in size: the ratio is the folds' mean. One fold alone leaves nothing that others trained on: None.
 
     *Shape:* (R, n), (R, n)
     """
+    if fold.max() < 1:
+        return None
     means, ratios = [], []
     for error, number in zip(difference, fold, strict=True):
         for k in range(int(number.max()) + 1):

@@ -12,13 +12,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import cdist
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from topt_deploy.data.features import MOBILITY, POSITION
+from topt_deploy.data.features import MOBILITY
 from topt_deploy.errors import BadData
 
 from ..boosted_trees import boosting, fit_predict, plain_inputs
@@ -78,12 +77,12 @@ class Plain:
             BadData: If the city lacks what the features are made of.
         """
         inputs = {name: tensor.double().cpu().numpy() for name, tensor in problem.inputs.items()}
-        distance = cdist(inputs[POSITION], inputs[POSITION])
+        distance = problem.distance_m()
         x = self._features(inputs, distance)
         targets = np.sqrt(labels) if self.sqrt else labels
         predicted = []
         for target, seed in zip(targets, seeds, strict=True):
-            lag = [nearest_mean(distance, target[:, None])] if self.lag else []
+            lag = [_filled(nearest_mean(distance, target[:, None]), target)] if self.lag else []
             predicted.append(fit_predict(REGRESSORS[self.regressor](seed), np.concatenate([x, *lag], axis=1), target))
         return np.square(predicted) if self.sqrt else np.array(predicted)
 
@@ -115,15 +114,20 @@ def nearest_mean(distance_m: Array, values: Array) -> Array:
         values: float64 (N, F); rows of NaN mark regions without.
 
     Returns:
-        float64 (N, F).
+        float64 (N, F); NaN where no other region of the same city has values.
     """
     usable = np.where(np.isnan(values).any(axis=1), np.inf, distance_m)
     np.fill_diagonal(usable, np.inf)
     nearest = np.argsort(usable, axis=1, kind="stable")[:, :NEAREST]  # (N, K)
     weight = 1 / np.maximum(np.take_along_axis(usable, nearest, axis=1), 1)  # 0 where too few regions have values
-    total = np.einsum("nk,nkf->nf", weight, np.nan_to_num(values)[nearest])
-    mean: Array = total / weight.sum(axis=1, keepdims=True)
+    total, weights = np.einsum("nk,nkf->nf", weight, np.nan_to_num(values)[nearest]), weight.sum(axis=1, keepdims=True)
+    mean: Array = np.divide(total, weights, out=np.full_like(total, np.nan), where=weights > 0)
     return mean
+
+
+def _filled(lag: Array, target: Array) -> Array:
+    """The mean of all training labels where no region of the same city has one."""
+    return np.where(np.isnan(lag), np.nanmean(target), lag)
 
 
 def _plain() -> dict[str, Callable[[], Method]]:

@@ -1,4 +1,4 @@
-"""The input of a method: a city without its labels, and rows of labels without those that are held out."""
+"""The input of a method: a city, or several, without labels, and rows of labels without those that are held out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,10 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
+from topt_deploy.data.cities import stack_cities
 from topt_deploy.data.city import City, Schema
-from topt_deploy.data.features import features
+from topt_deploy.data.features import POSITION, features
 
 from ..loop import TrainingDevice
 from ..progress import Reporter
@@ -40,6 +42,19 @@ class Problem:
         """Leave the labels behind."""
         inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
         return cls(city=replace(city, labels={}), schema=schema, inputs=inputs, engine=engine, reporter=reporter)
+
+    def only(self, cities: Sequence[int]) -> "Problem":
+        """Some of several cities, by their numbers: no method finds anything of the others there."""
+        blocks = [self.city.blocks[number] for number in cities]
+        named = {str(self.city.parts[number].city_id): self.city.parts[number] for number in cities}
+        inputs = {name: torch.cat([x[block] for block in blocks]) for name, x in self.inputs.items()}
+        return replace(self, city=stack_cities(named), inputs=inputs)
+
+    def distance_m(self) -> Array:
+        """Straight distances between the regions (N, N), metres; infinite between those of different cities."""
+        position, part = self.inputs[POSITION].double().cpu().numpy(), self.city.part
+        distance: Array = np.where(part[:, None] == part, cdist(position, position), np.inf)
+        return distance
 
 
 class Method(Protocol):

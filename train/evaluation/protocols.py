@@ -1,7 +1,8 @@
 """Protocols: how held-out predictions come about, and what their figures mean."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from topt_deploy.data.features import POSITION
 from topt_deploy.errors import UsageError
 
 from . import published_protocol
+from .plain_baselines import Mean, Plain
 from .problem import Method, Problem
-from .splits import FOLDS, HeldOut, Splits, honest, spatial
+from .splits import FOLDS, HeldOut, Splits, honest, spatial, transfer
 from .topt_variants import Topt
 
 Array = np.ndarray[Any, Any]
@@ -46,6 +48,22 @@ def _spatial(method: Method, problem: Problem, task: str, labels: Array, seeds: 
     return fit_and_hold_out(method, problem, task, spatial(labels, position, seeds=seeds))
 
 
+def _transfer(
+    method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], _: Path, *, few: int = 0
+) -> HeldOut:
+    if not isinstance(method, Topt | Plain | Mean):
+        raise UsageError(
+            "this method embeds the regions of one city by its flows, and says nothing of another city",
+            fix="leave it out: --baselines plain",
+        )
+    return fit_and_hold_out(method, problem, task, transfer(labels, problem.city.part, seeds=seeds, few=few))
+
+
+def transfer_with(labels: int) -> Protocol:
+    """The protocol ``transfer`` with so many labels of the held-out city."""
+    return replace(PROTOCOLS["transfer"], predict=partial(_transfer, few=labels))
+
+
 def _paper(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], kept: Path) -> HeldOut:
     if not isinstance(method, Topt) or method.preset != published_protocol.PRESET:
         raise UsageError(
@@ -68,6 +86,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
         meaning=f"As `honest`, but whole areas are held out: up to {FOLDS} spatial blocks (k-means on the regions'"
         " positions), drawn anew with each seed. Expect this where no label is near.",
         predict=_spatial,
+    ),
+    "transfer": Protocol(
+        meaning="Whole cities are held out: each city is predicted by a model that was trained on the others, and has"
+        " seen nothing of it, neither labels nor features. With --labels, so many labelled regions of the city joined"
+        " the training, with its features; all figures leave them out.",
+        predict=_transfer,
     ),
     "paper": Protocol(meaning=published_protocol.MEANING, predict=_paper),
 }

@@ -87,6 +87,54 @@ class HeldOut:
         return [metrics(self.truth(), prediction) for prediction in self.prediction]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CitySplits(Splits):
+    """Whole cities held out in turns, but for a few labels of each.
+
+    Attributes:
+        part: int64 (N,), the number of the city that each region is of, among the K cities with labels; -1 for none.
+        few: bool (R, N), the regions whose labels join the training of the row that their city is held out of.
+    """
+
+    part: Array
+    few: Array
+
+    def training_labels(self) -> Array:
+        """See :meth:`Splits.training_labels`."""
+        repetition, held_out = self.rows().T
+        return np.where((self.part != held_out[:, None]) | self.few[repetition], self.labels, np.nan)
+
+
+def transfer(labels: Array, part: Array, *, seeds: Sequence[int], few: int = 0) -> CitySplits:
+    """Every city a fold.
+
+    Args:
+        labels: float64 (N,), NaN where unknown.
+        part: int64 (N,), the number of the city that each region is of.
+        few: So many labelled regions of the held-out city, drawn at random, join the training.
+
+    Raises:
+        BadData: With fewer than two cities with labels, or no region left to hold out.
+    """
+    known = ~np.isnan(labels)
+    numbers, ranks = np.unique(part[known], return_inverse=True)
+    if len(numbers) < 2:
+        raise BadData("too few cities with labels to hold one out", expected="at least 2", found=len(numbers))
+    if (fewest := int(np.bincount(ranks).min())) <= few:
+        raise BadData(
+            "a city has too few labelled regions to hold any out", expected=f"more than {few}", found=fewest,
+            fix="lower --labels, or leave the city out",
+        )  # fmt: skip
+    rank = np.full(len(labels), -1)
+    rank[known] = ranks
+    drawn = np.zeros((len(seeds), len(labels)), bool)
+    for r, seed in enumerate(seeds):
+        for k in range(len(numbers)):
+            drawn[r, np.random.default_rng([seed, k]).permutation(np.flatnonzero(rank == k))[:few]] = True
+    fold = np.where(drawn, -1, rank)
+    return CitySplits(labels=labels, fold=fold, seeds=tuple(seeds), part=rank, few=drawn)
+
+
 def honest(labels: Array, *, seeds: Sequence[int], folds: int = FOLDS) -> Splits:
     """KFold(folds, shuffle=True, random_state=seed) over the labelled regions, once per seed.
 

@@ -1,7 +1,7 @@
 """The results of an evaluation: Markdown for people, JSON for machines, and a verdict per task."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,29 @@ class Verdict:
 
     def _tests(self) -> str:
         found = "significant" if self.paired.significant else "not significant"
-        wilcoxon, t = (f"{p:.2g}" for p in (self.paired.wilcoxon_p, self.paired.corrected_t_p))
-        return f"the difference is {found} (Wilcoxon over regions p = {wilcoxon}, corrected resampled t p = {t})"
+        t = "" if self.paired.corrected_t_p is None else f", corrected resampled t p = {self.paired.corrected_t_p:.2g}"
+        return f"the difference is {found} (Wilcoxon over regions p = {self.paired.wilcoxon_p:.2g}{t})"
+
+
+def by_city(results: Sequence[MethodResult], sizes: Mapping[str, int]) -> list[MethodResult]:
+    """Results of several cities, city by city: tasks are called ``<task>, <city>``.
+
+    Args:
+        sizes: The cities' numbers of regions, in the order of the rows.
+    """
+    ends = np.cumsum([*sizes.values()]).tolist()
+    found = []
+    for task in _tasks(results):
+        for city, start, end in zip(sizes, [0, *ends], ends, strict=False):
+            for result in results:
+                own = result.held_out
+                if result.task != task:
+                    continue
+                if own is not None:
+                    fold = np.minimum(own.fold[:, start:end], 0)  # one city is one fold
+                    own = HeldOut(labels=own.labels[start:end], fold=fold, prediction=own.prediction[:, start:end])
+                found.append(replace(result, task=f"{task}, {city}", held_out=own))
+    return [result for result in found if result.held_out is None or not np.isnan(result.held_out.truth()).all()]
 
 
 def spreads(held_out: HeldOut) -> dict[str, Spread]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from topt_deploy.data.city import City, Schema, read_city
+from topt_deploy.data.city import City, Schema
 from topt_deploy.data.columns import GEOMETRY
 from topt_deploy.data.flows import Flows
 from topt_deploy.data.geometry import geo_library, read_shapes
@@ -16,6 +16,7 @@ from topt_deploy.errors import BadData, NoInput
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.hashed_file import Held
 
+from ..cities import read_placed
 from ..datasets.city_files import MOBILITY, REGIONS
 from .plain_words import sentence_case
 
@@ -55,7 +56,7 @@ def read_place(run: Run, position: Array) -> Place:
         outlines, note = _from_position(position, no_city)
         return Place(outlines=outlines, outlines_note=note, flows=None, no_flows=no_flows or no_city)
     schema = Schema(views={}, mobility=not no_flows)
-    city = read_city(regions, mobility if schema.mobility else None, schema)
+    city = read_placed(regions, mobility if schema.mobility else None, schema, say=lambda text: None)
     outlines, note = _from_table(city)
     return Place(outlines=outlines, outlines_note=note, flows=city.flows, no_flows=no_flows)
 

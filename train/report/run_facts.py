@@ -85,6 +85,11 @@ def read_facts(run: Run) -> Facts:
     """
     if not run.finished:
         raise UsageError("this run is not finished", file=run.path, fix="topt-deploy train --resume")
+    if run.others:
+        raise UsageError(
+            "a report shows one city, and this run was trained on several", file=run.path,
+            fix="export the run, predict a city and draw it: topt-run predict, topt-run map",
+        )  # fmt: skip
     model = load_model(run.path / MODEL_FILE)
     inputs, described = load_tensors(run.path / INPUTS_FILE)
     position = inputs[POSITION].double().numpy()

@@ -11,9 +11,9 @@ from torch import nn
 from topt_deploy.export.prompts import assemble as module
 from topt_deploy.export.prompts.assemble import assemble
 from topt_deploy.export.prompts.lower import FORMS, PRECISIONS
-from topt_deploy.export.prompts.parity_gate import FileRunner
 from topt_deploy.export.prompts.pieces import Network, Piece, Spec, Use, execute
 from topt_deploy.export.prompts.trace import trace, without_weights
+from topt_deploy.runtime.backends.onnxruntime import MappedSession
 
 FLOAT = torch.float32
 WIDTH, LAYERS = 64, 3
@@ -99,7 +99,7 @@ def test_graphs_compute_what_the_network_does_at_any_size(tmp_path):
         found = execute(network(), weights().__getitem__, tensors)
         assert np.abs(found["last"].numpy() - expected).max() < 1e-5
         for form in FORMS:
-            found = FileRunner(done.graphs[form]).run(given, ["last", "same_1"])
+            found = MappedSession(done.graphs[form]).run(given, ["last", "same_1"])
             assert np.abs(found["last"] - expected).max() < 1e-5
             assert np.array_equal(found["same_1"], given["other"])
 

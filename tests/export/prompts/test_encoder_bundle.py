@@ -1,6 +1,7 @@
 """Exported encoders: what their graphs are made of, what the manifest records, and when one is left as it is."""
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from encoders_exported import FAMILIES
+from graphs import scales_of_other_channels, stale_question, stale_wording
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
 from topt_deploy.bundle.manifest import open_bundle
@@ -16,12 +18,17 @@ from topt_deploy.errors import BadBundle, UsageError
 from topt_deploy.export.prompts import encoder_bundle as module
 from topt_deploy.export.prompts.assemble import Assembled
 from topt_deploy.export.prompts.encoder_bundle import make_encoder
-from topt_deploy.export.prompts.lower import FORMS, ONNXRUNTIME, STANDARD
-from topt_deploy.export.prompts.parity_gate import Candidate, FileRunner, gate
+from topt_deploy.export.prompts.lower import STANDARD
+from topt_deploy.export.prompts.parity_gate import Way, gate, ways
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
-from topt_deploy.prompts.templates import load_templates
+from topt_deploy.prompts.templates import Templates, load_templates
+from topt_deploy.runtime.processor import deciding_sets
+from topt_deploy.runtime.prompt_encoder import CHUNKS
 from topt_deploy.storage.hashed_file import sha256_file
+
+WAYS = ways(whole=False, engines=False)
+"""The ways in which an encoder serves on a processor."""
 
 
 def operators(bundle, network, form):
@@ -114,61 +121,85 @@ def test_golden_regions_travel_with_pytorchs_vectors(encoders):
 
 
 class TestGate:
+    """The gate and the self-test alike: both are given the same faulty bundle."""
+
     @pytest.fixture
-    def arguments(self, encoders, tmp_path):
-        """What the gate compares for a bundle of the test's own."""
-        bundle = open_encoder_bundle(shutil.copytree(encoders("qwen2_5_vl"), tmp_path / "encoder.topt"))
-        regions, expected = read_golden(bundle)
-        facts = bundle.manifest.embedding
-        return bundle.path, {
-            "expected": np.stack(list(expected.values()), axis=1),
-            "regions": regions,
-            "questions": list(bundle.templates.questions.values()),
-            "host": bundle.spec.host(bundle.read("tokenizer.json")),
-            "spec": bundle.spec,
-            "embedding": np.frombuffer(bundle.read("embedding.weights"), facts["dtype"]).reshape(facts["shape"]),
-            "past": bundle.manifest.past,
-            "precision": "fp32",
-        }
+    def bundle(self, encoders, tmp_path, request):
+        family, precision = getattr(request, "param", ("qwen2_5_vl", "fp32"))
+        return shutil.copytree(encoders(family, precision), tmp_path / "encoder.topt")
 
     @staticmethod
-    def candidate(folder, form=ONNXRUNTIME):
-        files = {name: folder / f"{name}.{form}.onnx" for name in ("vision", "decoder")}
-        return Candidate(form=form, engine="onnxruntime", files=files, load=FileRunner)
+    def gate(bundle, way=WAYS[0]):
+        opened = open_encoder_bundle(bundle)
+        return gate(opened, np.stack(list(read_golden(opened)[1].values()), axis=1), way)
 
-    @pytest.mark.parametrize("form", [ONNXRUNTIME, STANDARD])
-    def test_lets_pass_what_is_right(self, arguments, form):
-        folder, compared = arguments
-        measured = gate(self.candidate(folder, form), **compared)
-        assert [m.region for m in measured] == [region.name for region in compared["regions"]]
+    def refused(self, topt_run, bundle, match, ways=WAYS):
+        for way in ways:
+            with pytest.raises(BadBundle, match=match.format("parity gate failed")):
+                self.gate(bundle, way)
+        for engine in {way.engine for way in ways}:
+            said = topt_run("selftest", bundle, "--encoder-engine", engine)
+            assert said.code == 76
+            assert re.search(match.format("self-test failed"), said.err)
+
+    @pytest.mark.parametrize("way", WAYS, ids=str)
+    def test_lets_pass_what_is_right(self, bundle, way):
+        measured = self.gate(bundle, way)
+        assert tuple(m.region for m in measured) == open_encoder_bundle(bundle).manifest.golden
+        assert {(m.form, m.engine) for m in measured} == {(way.form, way.engine)}
 
     @pytest.mark.parametrize(("network", "region"), [("decoder", "golden-0"), ("vision", "golden-1")])
-    def test_refuses_a_weight_that_is_another(self, arguments, network, region):
-        folder, compared = arguments
-        weights = np.fromfile(folder / f"{network}.weights", np.float32)
-        largest = np.argsort(np.abs(weights))[-40:]
-        weights[largest] *= 1.2
-        weights.tofile(folder / f"{network}.weights")
-        with pytest.raises(BadBundle, match=f"parity gate failed on {region}"):
-            gate(self.candidate(folder), **compared)
+    def test_refuses_a_weight_that_is_another(self, bundle, reseal, topt_run, network, region):
+        weights = np.fromfile(bundle / f"{network}.weights", np.float32)
+        weights[np.argsort(np.abs(weights))[-40:]] *= 1.2
+        weights.tofile(bundle / f"{network}.weights")
+        reseal(bundle, lambda record: None)
+        self.refused(topt_run, bundle, f"{{}} on {region}")
 
-    def test_refuses_a_graph_that_computes_otherwise(self, arguments):
-        folder, compared = arguments
-        file = folder / "decoder.standard.onnx"
+    def test_refuses_a_graph_that_computes_otherwise(self, bundle, reseal):
+        file = bundle / "decoder.standard.onnx"
         graph = onnx.load(file, load_external_data=False)
         (node, *_) = (node for node in graph.graph.node if node.op_type == "Sigmoid")
         node.op_type = "Tanh"
         file.write_bytes(graph.SerializeToString())
+        reseal(bundle, lambda record: None)
         with pytest.raises(BadBundle, match="parity gate failed") as refused:
-            gate(self.candidate(folder, STANDARD), **compared)
+            self.gate(bundle, Way(form=STANDARD, engine="onnxruntime"))
         assert "higher --encoder-precision" in refused.value.fix
+        assert self.gate(bundle), "the other form is as it was"
+
+    @pytest.mark.parametrize("bundle", [("text", "int8")], indirect=True)
+    def test_refuses_scales_of_other_channels(self, bundle, reseal, topt_run):
+        scales_of_other_channels(bundle)
+        reseal(bundle, lambda record: None)
+        self.refused(topt_run, bundle, "{} on golden-0")
+
+    @pytest.mark.parametrize("bundle", [("text", "fp32"), ("text", "int4")], indirect=True)
+    @pytest.mark.parametrize("stale", [stale_question, stale_wording])
+    def test_refuses_a_stale_template(self, bundle, reseal, topt_run, stale):
+        """In few bits another question moves the vectors by less than the rounding does: it is told by its hash."""
+        reseal(bundle, stale)
+        self.refused(topt_run, bundle, "made with another template")
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-    def test_refuses_what_is_no_vector(self, arguments, value):
-        folder, compared = arguments
-        compared["expected"] = np.full_like(compared["expected"], value)
+    def test_refuses_expected_vectors_that_are_not_pytorchs(self, bundle, value):
         with pytest.raises(BadBundle, match="parity gate failed"):
-            gate(self.candidate(folder), **compared)
+            gate(open_encoder_bundle(bundle), np.full((3, 3, 32), value, np.float32), WAYS[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_region_is_read_in_parts_by_every_engine(encoders, family):
+    bundle = open_encoder_bundle(encoders(family))
+    host = bundle.spec.host(bundle.read("tokenizer.json"))
+    lengths = [len(host.prompt(r.text, (), [""]).sequences[0].ids) for r in read_golden(bundle)[0]]
+    assert min(lengths) < max(CHUNKS.values()) < max(lengths)
+
+
+def test_the_manifest_names_the_instruction_sets_of_the_gate(encoders, reseal, tmp_path):
+    bundle = shutil.copytree(encoders("text"), tmp_path / "encoder.topt")
+    assert open_encoder_bundle(bundle).manifest.gated_on == deciding_sets()
+    reseal(bundle, lambda record: record.pop("gated_on"))
+    assert open_encoder_bundle(bundle).manifest.gated_on is None, "an older bundle still opens"
 
 
 class TestMake:
@@ -190,15 +221,45 @@ class TestMake:
         with pytest.raises(UsageError, match="another encoder is already there"):
             self.make(tiny_models("qwen2_5_vl"), place)
 
-    def test_nothing_is_left_where_the_gate_fails(self, tiny_models, tmp_path, monkeypatch):
-        def refuse(*_, **__):
-            raise BadBundle("parity gate failed")
+    @pytest.fixture
+    def traced(self, encoders, monkeypatch):
+        """Export without the seconds of tracing: the networks are given."""
 
-        monkeypatch.setattr(module, "assemble", lambda *_: Assembled(graphs=dict.fromkeys(FORMS), weights=tmp_path))
-        monkeypatch.setattr(module, "gate", refuse)
-        with pytest.raises(BadBundle, match="parity gate failed"):
+        def assemble(network, load, kept, precision, folder, forms):
+            for file in encoders("text").glob(f"{network.name}.*"):
+                shutil.copy(file, folder)
+            graphs = {form: folder / f"{network.name}.{form}.onnx" for form in forms}
+            return Assembled(graphs=graphs, weights=folder / f"{network.name}.weights")
+
+        monkeypatch.setattr(module, "assemble", assemble)
+        return assemble
+
+    def test_the_gate_says_what_it_ran_on(self, traced, tiny_models, tmp_path):
+        said = []
+        self.make(tiny_models("text"), tmp_path / "encoder.topt", said)
+        assert [line.partition(":")[0].strip() for line in said if "smallest cosine" in line] == [
+            str(way) for way in ways(whole=True, engines=False)
+        ]
+
+    @pytest.mark.parametrize("fault", ["another weight", "another template"])
+    def test_nothing_is_left_where_the_gate_fails(self, fault, traced, tiny_models, tmp_path, monkeypatch):
+        if fault == "another template":
+            stale = load_templates().as_dict()
+            stale_question({"templates": stale})
+            monkeypatch.setattr(Templates, "as_dict", lambda self: stale)
+        else:
+
+            def assemble(*arguments):
+                done = traced(*arguments)
+                weights = np.fromfile(done.weights, np.float32)
+                weights[np.argsort(np.abs(weights))[-40:]] *= 1.2
+                weights.tofile(done.weights)
+                return done
+
+            monkeypatch.setattr(module, "assemble", assemble)
+        with pytest.raises(BadBundle, match=fault if fault == "another template" else "parity gate failed"):
             self.make(tiny_models("text"), tmp_path / "encoder.topt")
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
     def test_an_unknown_precision(self, tiny_models, tmp_path):
         with pytest.raises(UsageError, match="no such precision"):

@@ -14,17 +14,18 @@ from encoders_exported import FAMILIES
 from engines import rtx
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
+from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import BadBundle, UsageError
 from topt_deploy.export.prompts import assemble as module
 from topt_deploy.export.prompts.checkpoint_tensors import Tensors, recipe
 from topt_deploy.export.prompts.default_profiles import default_profile, of_network
 from topt_deploy.export.prompts.lower import TENSORRT
-from topt_deploy.export.prompts.parity_gate import Candidate, FileRunner, gate
 from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
-from topt_deploy.prompts.golden_regions import read_golden
-from topt_deploy.prompts.graph_backend import VISION
+from topt_deploy.prompts.golden_regions import read_golden, reproduce
+from topt_deploy.prompts.graph_backend import VISION, GraphBackend
 from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
+from topt_deploy.runtime.backends.onnxruntime import MappedSession
 from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import RTX
 from topt_deploy.tensorrt.profile import ProfileRange
@@ -76,25 +77,27 @@ def test_every_network_builds_for_two_capabilities(graphs, family, precision):
     ("family", "precision"), [*product(FAMILIES, PRECISIONS), ("text", "fp32"), ("deepseek_vl2", "fp32")]
 )
 def test_it_says_what_pytorch_says(graphs, encoders, family, precision):
-    """The gate, with what PyTorch said when the family's bundle was made; in float32 where experts see all tokens."""
+    """What PyTorch said when the family's bundle was made; in float32 where experts see all tokens."""
     files, spec = graphs(family, precision)
     bundle = open_encoder_bundle(encoders(family))
     regions, expected = read_golden(bundle)
-    facts = bundle.manifest.embedding
-    measured = gate(
-        Candidate(
-            form=TENSORRT, engine="onnxruntime", files={n.name: f for n, f in files.items()}, load=FileRunner
-        ),
-        expected=np.stack(list(expected.values()), axis=1),
-        regions=regions,
-        questions=list(bundle.templates.questions.values()),
-        host=spec.host(bundle.read("tokenizer.json")),
-        spec=spec,
+    facts, host = bundle.manifest.embedding, spec.host(bundle.read("tokenizer.json"))
+    backend = GraphBackend(
+        {network.name: MappedSession(file) for network, file in files.items()},
         embedding=np.frombuffer(bundle.read("embedding.weights"), facts["dtype"]).reshape(facts["shape"]),
-        past=bundle.manifest.past,
-        precision=precision,
+        past=bundle.manifest.past, spec=spec, chunk=64,
     )  # fmt: skip
-    assert (max(m.difference for m in measured) > 1e-4) == (precision != "fp32"), "fewer bits than float32 indeed"
+    questions, vectors = list(bundle.templates.questions.values()), np.stack(list(expected.values()), axis=1)
+    measured = [
+        reproduce(
+            backend, host.prompt(region.text, region.images, questions), of_region, TOLERANCE[precision],
+            failed=region.name, fix="",
+        )
+        for region, of_region in zip(regions, vectors, strict=True)
+    ]  # fmt: skip
+    assert (max(difference for _, difference in measured) > 1e-4) == (precision != "fp32"), (
+        "fewer bits than float32 indeed"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

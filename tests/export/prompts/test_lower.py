@@ -12,9 +12,9 @@ from torch import nn
 from topt_deploy.export.prompts.assemble import assemble
 from topt_deploy.export.prompts.graph_builder import MICROSOFT
 from topt_deploy.export.prompts.lower import FORMS, PRECISIONS
-from topt_deploy.export.prompts.parity_gate import FileRunner
 from topt_deploy.export.prompts.pieces import Network, Piece, Spec, Use
 from topt_deploy.export.prompts.traced_operators import attention
+from topt_deploy.runtime.backends.onnxruntime import MappedSession
 
 OUT = 48
 FLOAT, BOOL = torch.float32, torch.bool
@@ -74,7 +74,7 @@ def restated(x, weight, precision, form):
 
 def run(network, tensors, precision, form, folder, inputs):
     done = assemble(network, lambda name: torch.tensor(tensors[name]), {}, precision, folder)
-    return FileRunner(done.graphs[form]).run(inputs, ["y"])["y"]
+    return MappedSession(done.graphs[form]).run(inputs, ["y"])["y"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -181,9 +181,9 @@ def test_attention(tmp_path, keys, masked):
             given["mask"][..., 0] = True
         expected = attending(*(given.get(name) for name in ("query", "key", "value", "mask")))
         for form in FORMS:
-            found = FileRunner(done.graphs[form]).run(given, ["y"])["y"]
+            found = MappedSession(done.graphs[form]).run(given, ["y"])["y"]
             assert np.abs(found - expected).max() < 1e-5
         if masked:  # a query that may look nowhere gets something finite
             given["mask"][0, 0, 0] = False
             for form in FORMS:
-                assert np.isfinite(FileRunner(done.graphs[form]).run(given, ["y"])["y"]).all()
+                assert np.isfinite(MappedSession(done.graphs[form]).run(given, ["y"])["y"]).all()

@@ -8,8 +8,8 @@ from torch import nn
 
 from topt_deploy.export.prompts.assemble import assemble
 from topt_deploy.export.prompts.outliers import LIMITS, Outliers
-from topt_deploy.export.prompts.parity_gate import FileRunner
 from topt_deploy.export.prompts.pieces import Network, Piece, Spec, Use, execute
+from topt_deploy.runtime.backends.onnxruntime import MappedSession
 
 WIDTH, LAYERS, BAD = 96, 3, 1
 
@@ -103,6 +103,6 @@ def test_keeping_it_makes_better_vectors(given, tmp_path):
     for name, kept in (("all in 8 bits", {}), ("kept", outliers.kept())):
         (tmp_path / name).mkdir()
         done = assemble(network(), tensors.__getitem__, kept, "int8", tmp_path / name)
-        found = FileRunner(done.graphs["onnxruntime"]).run({"hidden": given}, ["last"])["last"]
+        found = MappedSession(done.graphs["onnxruntime"]).run({"hidden": given}, ["last"])["last"]
         cosines[name] = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert 1 - cosines["kept"] < 0.3 * (1 - cosines["all in 8 bits"])

@@ -1,6 +1,6 @@
 import pytest
 
-from topt_deploy.train.cli.train import summary, verdict
+from topt_deploy.train.cli.train import REGIONS_SHOWN, made_of, summary, verdict
 from topt_deploy.train.metrics import Metrics, TaskReport
 
 
@@ -32,3 +32,48 @@ def test_the_summary_has_every_tasks_figures_and_verdict():
         f"crime: {verdict(report(45, 50, 60))}",
         f"calls: {verdict(report(1.5, 2, 0))}",
     ]
+
+
+PARTS = {
+    "kernels from 0.7": {"weight": 0.75, "mae_without": 48.25},
+    "SREL with Prompt4RE": {"weight": 0.25, "mae_without": 44.5},
+}
+
+
+def test_after_the_figures_come_weights_coverage_and_regions_to_doubt():
+    facts = {
+        "parts": {"crime": PARTS},
+        "coverage": {"crime": {"all": 0.9, "small": 0.95, "medium": 0.875, "large": 0.85}},
+        "far": ["07", "31"],
+    }
+    assert made_of(facts, {"crime": report(45, 50, 60)}).splitlines() == [
+        "",
+        "crime: what its parts weigh, and the held-out MAE without each",
+        "  kernels from 0.7       75%      48.2",
+        "  SREL with Prompt4RE    25%      44.5  earns nothing here",
+        "  intervals of 90 % hold on 90% of all, 95% of small, 88% of medium, 85% of large predictions of held-out"
+        " regions",
+        "",
+        "unlike the other regions, do not trust: 07, 31",
+    ]
+
+
+def test_of_many_regions_to_doubt_some_are_named():
+    facts = {"far": [f"{n:02d}" for n in range(REGIONS_SHOWN + 3)]}
+    assert made_of(facts, {}).endswith(f"{REGIONS_SHOWN - 1:02d} and 3 more")
+
+
+def test_of_several_cities_each_has_its_own_figures():
+    figures = {"held_out": {"mae": 12.25}, "trees": {"mae": 15.0}}
+    city = {"city_id": "ash", "regions": 24, "tasks": {"crime": figures}}
+    assert made_of({"cities": [city]}, {}).splitlines() == [
+        "",
+        "ash (24 regions), crime, held out: MAE 12.2, boosted trees 15.0",
+    ]
+
+
+def test_a_run_shows_all_of_it(demo_trained):
+    for part in ("held out", "trees", "in sample", "kernels from", "networks", "next: topt-deploy export"):
+        assert part in demo_trained.out
+    assert "\ncrime: what its parts weigh, and the held-out MAE without each\n" in demo_trained.out
+    assert "\n  intervals of 90 % hold on " in demo_trained.out

@@ -47,7 +47,7 @@ def test_rows_of_a_seed_are_the_heads_that_training_gives(problem):
         expected = train_ensemble(
             problem.inputs, SCHEMA, prompts, labels[mine], method.config("crime", seed), "crime",
             Workplace(engine=CPU, reporter=quiet()),
-            embedding=topt_variants._embeddings[problem][(method.config("crime", seed).tasks["crime"].srel, seed)],
+            embedding=topt_variants._embeddings[problem][(method.config("crime", seed).tasks["crime"].srel, seed)][1],
         )  # fmt: skip
         np.testing.assert_array_equal(found[mine], expected.predicted)
     assert (found >= 0).all()
