@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+READER = "protobuf.py"
+"""Reads the messages that two guards look at, and stops nothing by itself."""
 PAGE = (ROOT / "docs" / "background" / "hardening.md").read_text(encoding="utf-8")
 
 
 def test_every_guard_is_on_the_page():
-    guards = {path.name for path in (ROOT / "topt_deploy" / "hardening").glob("*.py")} - {"__init__.py"}
+    guards = {path.name for path in (ROOT / "topt_deploy" / "hardening").glob("*.py")} - {"__init__.py", READER}
     assert set(re.findall(r"^\| `(\w+\.py)` \|", PAGE, re.M)) == guards
 
 
