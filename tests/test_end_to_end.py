@@ -87,7 +87,7 @@ class TestThreeCommands:
 
     def test_export(self, demo_exported, demo_bundle):
         assert demo_exported.out.splitlines()[-1] == "next: topt-run predict regions.parquet"
-        assert "parity passed on 4 cities" in demo_exported.out
+        assert "parity passed on 8 cities" in demo_exported.out
         assert demo_bundle.is_dir()
 
     def test_predict(self, demo_bundle):

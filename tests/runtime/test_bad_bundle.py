@@ -307,6 +307,22 @@ class TestSelfTest:
         assert topt_run("predict", desk.regions).code == 0, "the seal alone cannot know"
         assert topt_run("selftest", desk.bundle).code == BAD_BUNDLE
 
+    @pytest.mark.parametrize(
+        "facts",
+        [{"of": "golden-9"}, {"regions": 10**9}, {"regions": 0}, {"rows": [725]}, {"rows": []}, {"rows": "all"}],
+        ids=str,
+    )
+    def test_an_enlarged_city_of_another_form(self, facts, desk, topt_run, reseal):
+        reseal(desk.bundle, lambda record: record["enlarged"]["enlarged-725"].update(facts))
+        assert topt_run("selftest", desk.bundle).code == BAD_BUNDLE
+
+    def test_an_older_bundle_has_no_enlarged_city(self, desk, topt_run, reseal):
+        reseal(desk.bundle, lambda record: record.pop("enlarged"))
+        said = topt_run("selftest", desk.bundle)
+        assert said.code == 0, said.err
+        assert "golden-31" in said.out
+        assert "enlarged" not in said.out
+
 
 def test_info_checks_every_hash(desk, topt_run):
     said = topt_run("info", desk.bundle)
