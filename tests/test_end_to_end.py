@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables
+from builders import PROMPT4RE, SREL, quiet, replaced, tiny_city_tables, write_tables
 from commands import PATIENCE_S, environment, shell
 from safetensors.numpy import load_file
 
@@ -117,13 +117,6 @@ class TestThreeCommands:
         assert kept == {"model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured"}
 
 
-def write(folder, regions, mobility):
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(regions, folder / "regions.parquet")
-    pq.write_table(mobility, folder / "mobility.parquet")
-    return folder
-
-
 def train_at(city, config):
     """Train the city in this folder within this process; the run is its folder ``run``."""
     from topt_deploy.train.loop import TrainingDevice
@@ -138,7 +131,7 @@ def train_at(city, config):
 @pytest.fixture(scope="module")
 def city(shared, once):
     def make(folder):
-        city = write(folder / "interrupted", *tiny_city_tables(20, prompts=PROMPTS))
+        city = write_tables(folder / "interrupted", *tiny_city_tables(20, prompts=PROMPTS))
         (city / "topt.toml").write_text(INTERRUPTED)
 
     once("interrupted", make)
@@ -233,7 +226,7 @@ class TestInterrupted:
             assert "Traceback" not in said.err
 
     def test_another_city_is_not_resumed_on(self, unfinished, tmp_path, topt_deploy):
-        other = write(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=PROMPTS))
+        other = write_tables(tmp_path / "other", *tiny_city_tables(20, seed=1, prompts=PROMPTS))
         said = topt_deploy("train", other, "--resume", "--out", unfinished)
         assert said.code == 78
         assert "has changed since this run was started" in said.err
@@ -251,7 +244,10 @@ def train(shared, once):
         ]
         task = {"srel": vars(SREL), "prompt4re": vars(PROMPT4RE), "target": {"drop_zeros": drop_zeros}}
         config = config_from_dict({"tasks": {"crime": task, "calls": {**task, "target": {}}}})
-        once(name, lambda folder: train_at(write(folder / name, replaced(regions, crime=labels), mobility), config))
+        once(
+            name,
+            lambda folder: train_at(write_tables(folder / name, replaced(regions, crime=labels), mobility), config),
+        )
         return shared / name / "run"
 
     return call
@@ -299,7 +295,7 @@ def exported(shared, once):
             from topt_deploy.export.city_bundle import export_bundle
             from topt_deploy.run_folder import open_run
 
-            city = write(folder / name, *tables)
+            city = write_tables(folder / name, *tables)
             (city / "topt.toml").write_text(toml)
             train_at(city, load_config(preset="paper", file=city / "topt.toml"))
             export_bundle(open_run(city / "run"), city / "model.topt", say=lambda text: None)

@@ -124,6 +124,9 @@ class MappedSession:
 
     def __init__(self, graph: Path, *, threads: int = 0) -> None:
         options = session_options("cpu", threads)
+        # Weights behind DequantizeLinear, as the forms for GPUs have them, are multiplied in float32. By itself ONNX
+        # Runtime would round what they are multiplied with to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self._source = graph
         try:
             self._session = ort.InferenceSession(graph, options, providers=[CPU_PROVIDER])

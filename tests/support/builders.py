@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from topt_deploy.config.settings import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TargetConfig, TaskConfig
 from topt_deploy.data.city import City, infer_schema, read_city
@@ -61,6 +63,14 @@ def tiny_city_tables(
 def fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
     """Rows of (N, W) as fixed-size lists of float32."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.astype(np.float32).ravel()), values.shape[1])
+
+
+def write_tables(folder: Path, regions: pa.Table, mobility: pa.Table) -> Path:
+    """Write a city's folder, made where absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(regions, folder / "regions.parquet")
+    pq.write_table(mobility, folder / "mobility.parquet")
+    return folder
 
 
 def replaced(table: pa.Table, **columns: Any) -> pa.Table:

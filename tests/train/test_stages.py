@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import LAND_USE, POI, SREL, replaced, task_config, tiny_city, tiny_city_tables, tiny_config
+from builders import LAND_USE, POI, SREL, replaced, task_config, tiny_city, tiny_city_tables, tiny_config, write_tables
 from builders import quiet as reporter
 from interruption import Interrupted, interrupt_at
 from sklearn.linear_model import Ridge
@@ -26,7 +26,6 @@ from topt_deploy.run_folder import newest_run, open_run
 from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train import loop as fit_module
 from topt_deploy.train.boosted_trees import boosted_trees
-from topt_deploy.train.datasets.city_files import write_city
 from topt_deploy.train.loop import TrainingDevice, Workplace, fit
 from topt_deploy.train.prompt4re import HeadResult, fold_of, one_label, train_head, training_sets
 from topt_deploy.train.run import TaskOutcome, report, start_run, train_run
@@ -438,7 +437,7 @@ def test_the_trees_see_no_held_out_label_and_nothing_of_the_models_own_views():
 def city_folder(path, **columns):
     tasks = ("crime", "calls", "fires")
     regions, mobility = tiny_city_tables(N, tasks=tasks, prompts=[f"prompt_{task}" for task in tasks])
-    write_city(path, replaced(regions, **columns), mobility)
+    write_tables(path, replaced(regions, **columns), mobility)
     return {"regions": path / "regions.parquet", "mobility": path / "mobility.parquet"}
 
 
@@ -487,7 +486,7 @@ class TestRun:
         tables = {name: pq.read_table(path) for name, path in files.items()}
         rng = np.random.default_rng(0)
         shuffled = {name: table.take(rng.permutation(len(table))) for name, table in tables.items()}
-        write_city(tmp_path / "shuffled", **shuffled)
+        write_tables(tmp_path / "shuffled", **shuffled)
         others = {name: tmp_path / "shuffled" / path.name for name, path in files.items()}
         reports = run(tmp_path / "a", files), run(tmp_path / "b", others)
         assert reports[0] == reports[1]

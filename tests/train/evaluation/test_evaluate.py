@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import quiet, replaced, tiny_city, tiny_city_tables
+from builders import quiet, replaced, tiny_city, tiny_city_tables, write_tables
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from topt_deploy.config.load import load_config
@@ -16,7 +16,6 @@ from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.train import boosted_trees
 from topt_deploy.train.cli import evaluate as command
-from topt_deploy.train.datasets.city_files import write_city
 from topt_deploy.train.evaluation import plain_baselines, topt_variants
 from topt_deploy.train.evaluation.evaluate import Evaluation
 from topt_deploy.train.evaluation.literature.embedding import TrainingRecipe
@@ -314,7 +313,7 @@ def test_the_command_offers_every_protocol():
 def folder(tmp_path):
     regions, mobility = tiny_city_tables(18)
     labels = [None if n == 3 else v for n, v in enumerate(regions["crime"].to_pylist())]
-    write_city(tmp_path / "city", replaced(regions, crime=labels), mobility)
+    write_tables(tmp_path / "city", replaced(regions, crime=labels), mobility)
     return tmp_path
 
 
@@ -355,7 +354,7 @@ def test_another_city_cannot_go_into_the_folder(folder, topt_deploy):
     command = ("evaluate", folder / "city", "--tasks", "crime", "--baselines", "mean", "--out", folder / "out")
     assert topt_deploy(*command).code == 0
     regions, mobility = tiny_city_tables(18, seed=5)
-    write_city(folder / "city", regions, mobility)
+    write_tables(folder / "city", regions, mobility)
     said = topt_deploy(*command)
     assert said.code == 78
     assert "regions_sha256" in said.err
