@@ -98,7 +98,7 @@ def test_several_cities_are_predicted_as_wholes(model, frame, expected):
 def test_the_example_in_it_is_a_golden_city(model, demo_bundle):
     predicted = model.predict(model.input_example)
     golden = pq.read_table(demo_bundle / "golden/golden-7.expected.parquet")
-    for task in golden.column_names:
+    for task in predicted.task.unique():  # what else the graph puts out stands there, too
         found = predicted.prediction[predicted.task == task].to_numpy()
         assert found == pytest.approx(golden.column(task).to_numpy(), rel=1e-4)
 

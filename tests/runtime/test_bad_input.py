@@ -238,7 +238,7 @@ def test_a_changed_byte_in_the_footer_is_bad_data_or_harmless_and_never_a_bug(de
 
 
 def test_a_folder_in_place_of_the_mobility_is_refused(desk, refused):
-    refused(BAD_DATA, "is a folder", arguments=("--mobility", desk.bundle))
+    refused(NO_INPUT, "a folder without a part of a table", arguments=("--mobility", desk.bundle))
 
 
 def test_a_folder_without_regions_is_refused(desk, refused):
