@@ -52,7 +52,7 @@ def test_every_command_has_help_that_names_its_arguments(path):
     assert command.help.rstrip().endswith(".")
     for argument in command.params:
         if isinstance(argument, click.Argument):
-            name = argument.human_readable_name.removesuffix("...")
+            name = argument.human_readable_name.removesuffix("...").strip("[]")
             assert name in command.help, f"{path}: {name} is not explained"
 
 
