@@ -21,6 +21,7 @@ def cli() -> None:
 for command in (
     info.info, selftest.selftest, cache.cache, predict.predict, check.check, map_.map_command, encode.encode,
 ):  # fmt: skip
+    command.context_settings.update(cli.context_settings)  # -h helps a command that is called by itself, too
     cli.add_command(command)
 
 

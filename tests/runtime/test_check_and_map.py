@@ -11,8 +11,7 @@ import pytest
 
 from topt_deploy.errors import BadData, NoInput
 from topt_deploy.runtime.check_predictions import binomial_below, check_predictions
-from topt_deploy.runtime.cli.check import check as check_command
-from topt_deploy.runtime.cli.map import map_command
+from topt_deploy.runtime.cli import cli
 from topt_deploy.runtime.map_page import write_map
 
 IDS = [f"R{number}" for number in range(1, 21)]
@@ -94,12 +93,12 @@ def test_the_command_has_a_code_a_file_and_metrics(tmp_path, capsys):
     prometheus = pytest.importorskip("prometheus_client.parser")
     path, good = predictions(tmp_path), labels(tmp_path, [100] * 20)
     more = ["--out", str(tmp_path / "check.json"), "--metrics-file", str(tmp_path / "check.prom")]
-    assert check_command.main([str(path), "--labels", str(good), *more], standalone_mode=False) == 0
+    assert cli.main(["check", str(path), "--labels", str(good), *more], standalone_mode=False) == 0
     assert json.loads((tmp_path / "check.json").read_text())["broken"] == []
     families = list(prometheus.text_string_to_metric_families((tmp_path / "check.prom").read_text()))
     assert {f.name: f.samples[0].value for f in families if f.samples}["topt_check_coverage"] == 1
     bad = labels(tmp_path, [900] * 20)
-    assert check_command.main([str(path), "--labels", str(bad), *more], standalone_mode=False) == 3
+    assert cli.main(["check", str(path), "--labels", str(bad), *more], standalone_mode=False) == 3
     assert "does not hold" in capsys.readouterr().out
 
 
@@ -146,7 +145,7 @@ def test_a_page_of_maps_needs_no_other_file(tmp_path):
 
     boxes = [shapely.to_wkb(shapely.box(i % 5, i // 5, i % 5 + 1, i // 5 + 1)) for i in range(20)]
     path = predictions(tmp_path, geometry=(boxes, geo_metadata(["Polygon"])))
-    assert map_command.main([str(path)], standalone_mode=False) is None
+    assert cli.main(["map", str(path)], standalone_mode=False) is None
     text = (tmp_path / "map.html").read_text()
     page = _Page()
     page.feed(text)
