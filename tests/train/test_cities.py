@@ -14,7 +14,6 @@ from topt_deploy.data.cities import stack_cities
 from topt_deploy.data.city import infer_schema
 from topt_deploy.data.features import features
 from topt_deploy.errors import BadConfig, BadData, UsageError
-from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.loop import TrainingDevice, Workplace
 from topt_deploy.train.prompt4re import by_city, fold_of, train_head, training_sets
@@ -45,11 +44,7 @@ epochs = 4
 """
 
 
-@pytest.fixture(autouse=True)
-def few_trees(monkeypatch):
-    """The baseline at a hundredth of its cost."""
-    whole = baseline.GradientBoostingRegressor
-    monkeypatch.setattr(baseline, "GradientBoostingRegressor", lambda **more: whole(**more | {"n_estimators": 3}))
+pytestmark = pytest.mark.usefixtures("few_trees")
 
 
 def write(path, n, seed=0, settings=SETTINGS, **more):

@@ -11,7 +11,6 @@ from builders import replaced, tiny_city_tables
 import topt_deploy as topt
 from topt_deploy.config.load import load_config
 from topt_deploy.data.city import infer_schema
-from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train.cities import read_placed
 from topt_deploy.train.evaluation import topt_variants
 
@@ -22,11 +21,7 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def few_trees(monkeypatch):
-    """The baseline at a hundredth of its cost."""
-    whole = baseline.GradientBoostingRegressor
-    monkeypatch.setattr(baseline, "GradientBoostingRegressor", lambda **more: whole(**more | {"n_estimators": 3}))
+pytestmark = pytest.mark.usefixtures("few_trees")
 
 
 def nulls(values, rows):

@@ -23,7 +23,6 @@ from topt_deploy.model.checkpoint import load_model
 from topt_deploy.model.prompt4re import ridge
 from topt_deploy.model.topt import TaskHead, predict
 from topt_deploy.run_folder import newest_run, open_run
-from topt_deploy.train import boosted_trees as baseline
 from topt_deploy.train import loop as fit_module
 from topt_deploy.train.boosted_trees import boosted_trees
 from topt_deploy.train.loop import TrainingDevice, Workplace, fit
@@ -450,15 +449,6 @@ def run_config():
 def run(out, files, config=None):
     started = start_run(out, files["regions"].parent, config or run_config(), **files)
     return train_run(started, **files, engine=CPU, reporter=reporter(out / "metrics.jsonl"))
-
-
-@pytest.fixture
-def few_trees(monkeypatch):
-    """The baseline at a hundredth of its cost."""
-    whole = baseline.GradientBoostingRegressor
-    monkeypatch.setattr(
-        baseline, "GradientBoostingRegressor", lambda **settings: whole(**settings | {"n_estimators": 3})
-    )
 
 
 @pytest.mark.usefixtures("few_trees")

@@ -9,12 +9,10 @@ import torch
 from builders import quiet, tiny_city, tiny_city_tables
 from sklearn.metrics import mean_absolute_error
 
-from topt_deploy.config.load import load_config
 from topt_deploy.data.cities import stack_cities
 from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadData, UsageError
-from topt_deploy.train import boosted_trees
-from topt_deploy.train.evaluation import plain_baselines, topt_variants
+from topt_deploy.train.evaluation import plain_baselines
 from topt_deploy.train.evaluation.literature import LITERATURE
 from topt_deploy.train.evaluation.paired_tests import compare
 from topt_deploy.train.evaluation.plain_baselines import PLAIN
@@ -27,21 +25,9 @@ from topt_deploy.train.loop import TrainingDevice
 SIZES = {"ash": 24, "birch": 21, "cedar": 23}
 SCHEMA = infer_schema(tiny_city_tables()[0], views=("poi", "land_use"), mobility=True)
 CPU = TrainingDevice(device=torch.device("cpu"))
-TINY = [
-    *("srel.epochs=2", "srel.width=8", "srel.heads=2", "prompt4re.epochs=2", "prompt4re.heads=2"),
-    *("ensemble.epochs=2", "ensemble.steps=2", "ensemble.features=8", "ensemble.width=4", "ensemble.members=2"),
-]
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """Ensembles and trainings at a hundredth of their cost."""
-    for module, name in ((boosted_trees, "GradientBoostingRegressor"), (plain_baselines, "ExtraTreesRegressor")):
-        whole = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *_, whole=whole, **settings: whole(**settings | {"n_estimators": 3}))
-    monkeypatch.setattr(
-        topt_variants, "load_config", lambda overrides, **more: load_config(overrides=[*overrides, *TINY], **more)
-    )
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 def cities(seed=0):
