@@ -14,6 +14,7 @@ from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
 from topt_deploy.runtime.backends.onnxruntime import MappedSession
+from topt_deploy.runtime.golden_checks import relative_difference
 from topt_deploy.runtime.predictor import open_predictor
 
 from .golden_cities import SyntheticCity
@@ -65,17 +66,12 @@ def compare(
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             worst = float("inf")
             continue
-        worst = max(worst, _relative(b, a))
+        worst = max(worst, relative_difference(a, b))
         tie = max(TIES[precision], OFF_BY_ROUNDING * (rounding or {}).get(task, 0.0))
         for exact, other in zip(np.atleast_2d(a.T), np.atleast_2d(b.T), strict=True):
             ranked = exact[np.argsort(other, kind="stable")]  # must not decrease, ties apart
             swapped += int((ranked[:-1] - ranked[1:] > tie * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
     return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
-
-
-def _relative(found: Array, exact: Array) -> float:
-    """The largest difference relative to the exact number, or to one count where it is smaller."""
-    return float((np.abs(found - exact) / np.maximum(np.abs(exact), 1.0)).max())
 
 
 def run_model(model: TopT, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -88,7 +84,7 @@ def rounding(model: TopT, inputs: Mapping[str, Array]) -> dict[str, float]:
     """The error of float32 on a city, by task: the model's largest relative difference from itself in float64."""
     wide = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in inputs.items()}
     exact = run_model(deepcopy(model).double(), wide)
-    return {task: _relative(predicted, exact[task]) for task, predicted in run_model(model, inputs).items()}
+    return {task: relative_difference(exact[task], predicted) for task, predicted in run_model(model, inputs).items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

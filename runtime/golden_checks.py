@@ -74,7 +74,9 @@ def check_golden_cities(predictor: "Predictor") -> list[GoldenCheck]:
             rows = facts.get("rows", slice(None))
             if missing := {*predictor.tasks} - {*expected.column_names}:
                 raise ValueError(f"no expected values of {', '.join(sorted(missing))}")
-            worst = max(_difference(_values(expected, name), found[name][rows]) for name in expected.column_names)
+            worst = max(
+                relative_difference(_values(expected, name), found[name][rows]) for name in expected.column_names
+            )
         if not worst <= tolerance:
             raise BadBundle(
                 f"self-test failed on {city}: this machine does not reproduce the exporter's predictions",
@@ -102,7 +104,7 @@ def _values(table: pa.Table, name: str) -> Array:
     return np.array(table.column(name).to_pylist(), dtype=np.float64)
 
 
-def _difference(expected: Array, found: Array) -> float:
+def relative_difference(expected: Array, found: Array) -> float:
     """The largest, relative to the expected value, or to one count where it is smaller; infinite where one is none."""
     if expected.shape != found.shape:
         raise ValueError(f"{expected.shape} expected values, {found.shape} found")

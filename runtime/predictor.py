@@ -262,8 +262,9 @@ class Predictor:
         """
         manifest, n = self.bundle.manifest, len(next(iter(arrays.values())))
         found = self.session.run(arrays, list(names) or manifest.outputs)
+        by_fold = self._by_fold
         for name, values in found.items():
-            folds = manifest.tasks[name.removesuffix(FOLDS)]["fold_scores"] if name in self._by_fold else []
+            folds = manifest.tasks[name.removesuffix(FOLDS)]["fold_scores"] if name in by_fold else []
             shape = (n, len(folds)) if folds else (n,)
             if values.shape != shape:
                 raise BadBundle(

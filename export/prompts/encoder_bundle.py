@@ -160,16 +160,17 @@ def export_encoder(
     if target is not None:
         target.check()
         profile, forms = parse_profile(target.profile, profile, unnamed=TOKENS), [*FORMS, TENSORRT]
-    tensors = Tensors(checkpoint, made.canonical)
+    tensors, host = Tensors(checkpoint, made.canonical), checkpoint.spec.host(checkpoint.tokenizer)
     work = _Work(
         checkpoint=checkpoint,
+        host=host,
         recipe=made,
         tensors=tensors,
         precision=precision,
         embedding=_embedding(tensors, made, folder / EMBEDDING, "float32" if precision == "fp32" else "float16"),
         regions=golden_regions(
             templates,
-            checkpoint.spec.host(checkpoint.tokenizer),
+            host,
             images=checkpoint.spec.family != TEXT,
             context=checkpoint.spec.context or CONTEXT,
         ),
@@ -199,6 +200,7 @@ class _Work:
 
     Attributes:
         checkpoint, recipe, tensors: The model, how it is taken apart, and its weights.
+        host: The host side, which makes the networks' inputs.
         precision: Of the decoder's linear maps.
         embedding: Token embeddings, mapped.
         regions, questions: What the bundle is compared on, in every form of its networks.
@@ -206,6 +208,7 @@ class _Work:
     """
 
     checkpoint: Checkpoint
+    host: Family
     recipe: ExportRecipe
     tensors: Tensors
     precision: str
@@ -218,11 +221,6 @@ class _Work:
     def spec(self) -> EncoderSpec:
         """The model as an encoder."""
         return self.checkpoint.spec
-
-    @cached_property
-    def host(self) -> Family:
-        """The host side, which makes the networks' inputs."""
-        return self.spec.host(self.checkpoint.tokenizer)
 
     @cached_property
     def whole(self) -> bool:
