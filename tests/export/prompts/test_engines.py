@@ -20,6 +20,8 @@ from topt_deploy.export.prompts import assemble as module
 from topt_deploy.export.prompts.checkpoint_tensors import Tensors, recipe
 from topt_deploy.export.prompts.default_profiles import default_profile, of_network
 from topt_deploy.export.prompts.lower import TENSORRT
+from topt_deploy.export.prompts.outliers import LIMITS, Outliers
+from topt_deploy.export.prompts.parity_gate import TorchRunner, reference
 from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
 from topt_deploy.prompts.golden_regions import read_golden, reproduce
@@ -34,7 +36,7 @@ PRECISIONS = ("fp16", "int8", "int4")
 
 
 @pytest.fixture(scope="module")
-def graphs(tiny_models, tmp_path_factory):
+def graphs(tiny_models, encoders, tmp_path_factory):
     """A family's graphs for TensorRT in a precision: the files, by network, and the networks."""
     trace = cache(module.trace)
 
@@ -47,14 +49,33 @@ def graphs(tiny_models, tmp_path_factory):
     def make(family, precision):
         checkpoint, made = opened(family)
         tensors = Tensors(checkpoint, made.canonical)
+        kept = lossy_maps(open_encoder_bundle(encoders(family)), made.networks, tensors, precision)
         folder = tmp_path_factory.mktemp(f"{family}-{precision}")
         with patch.object(module, "trace", trace):
             for network in made.networks:
                 own = "int8" if network.name == VISION and precision == "int4" else precision
-                module.assemble(network, tensors.load, {}, own, folder, [TENSORRT])
+                module.assemble(network, tensors.load, kept, own, folder, [TENSORRT])
         return {network: folder / f"{network.name}.tensorrt.onnx" for network in made.networks}, checkpoint.spec
 
     return make
+
+
+def lossy_maps(bundle, networks, tensors, precision):
+    """The maps that the exporter keeps in more bits, by the bundle's golden regions."""
+    if precision not in LIMITS:
+        return {}
+    outliers = Outliers(precision=precision)
+    backend = backend_of(bundle, {network.name: TorchRunner(network, tensors.load, outliers) for network in networks})
+    host = bundle.spec.host(bundle.read("tokenizer.json"))
+    reference(host, backend, read_golden(bundle)[0], list(bundle.templates.questions.values()))
+    return outliers.kept()
+
+
+def backend_of(bundle, runners):
+    """A bundle's encoder, run by these."""
+    facts = bundle.manifest.embedding
+    embedding = np.frombuffer(bundle.read("embedding.weights"), facts["dtype"]).reshape(facts["shape"])
+    return GraphBackend(runners, embedding=embedding, past=bundle.manifest.past, spec=bundle.spec, chunk=64)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -81,12 +102,8 @@ def test_it_says_what_pytorch_says(graphs, encoders, family, precision):
     files, spec = graphs(family, precision)
     bundle = open_encoder_bundle(encoders(family))
     regions, expected = read_golden(bundle)
-    facts, host = bundle.manifest.embedding, spec.host(bundle.read("tokenizer.json"))
-    backend = GraphBackend(
-        {network.name: MappedSession(file) for network, file in files.items()},
-        embedding=np.frombuffer(bundle.read("embedding.weights"), facts["dtype"]).reshape(facts["shape"]),
-        past=bundle.manifest.past, spec=spec, chunk=64,
-    )  # fmt: skip
+    host = spec.host(bundle.read("tokenizer.json"))
+    backend = backend_of(bundle, {network.name: MappedSession(file) for network, file in files.items()})
     questions, vectors = list(bundle.templates.questions.values()), np.stack(list(expected.values()), axis=1)
     measured = [
         reproduce(
