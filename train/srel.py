@@ -1,6 +1,7 @@
 """Stage 1: train SREL on the features of a city, or of several. No label is used."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -232,16 +233,20 @@ class _Sample:
         return embedding
 
 
+def without_trace(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn inside are put back, so that training goes on as if nothing had been looked at."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @torch.no_grad()
 def embed_with_dropout(srel: Srel, inputs: Mapping[str, Tensor], adjacency: Matrix) -> Tensor:
-    """Embeddings E (N, D) in training mode, as the published code reads them. Random numbers are put back, so that
-    training goes on as if nothing had been read.
+    """Embeddings E (N, D) in training mode, as the published code reads them; without a trace in training.
 
     Args:
         adjacency: Of the regions, :class:`topt_deploy.model.srel.Adjacency`.
     """
     device = inputs[POSITION].device
-    with held_on(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with held_on(device), without_trace(device):
         embedding: Tensor = srel.train()(inputs, adjacency)
         return embedding
 

@@ -27,7 +27,7 @@ from topt_deploy.storage.os_errors import write_error
 
 from ..loop import Workplace, fit
 from ..prompt4re import fold_of
-from ..srel import embed, embed_with_dropout, train_embedding
+from ..srel import embed, embed_with_dropout, train_embedding, without_trace
 from .literature.graphs import od_matrix
 from .problem import Problem
 from .splits import HeldOut
@@ -252,7 +252,8 @@ def head_predictions(
     """Held-out predictions of Prompt4RE: each fold's from the epoch after which they fit its labels best.
 
     The folds train side by side. Within a fold the highest R² is the lowest sum of squared errors, which a fold of
-    one region has too. Dropout is active when the held-out regions are predicted, as published.
+    one region has too. Dropout is active when the held-out regions are predicted, as published; training goes on as
+    if they had not been.
 
     Args:
         embedding: E (N, D), frozen.
@@ -282,7 +283,8 @@ def head_predictions(
     @torch.no_grad()
     def observe(epoch: int) -> None:
         if (epoch - 1) % PREDICTION_EVERY == 0:
-            predicted = target.counts(head(seen, coordinates)).double()
+            with without_trace(device):
+                predicted = target.counts(head(seen, coordinates)).double()
             error = (held_out * (predicted - counts).square()).sum(dim=1)
             better = error < best
             best[better], kept[better] = error[better], predicted[better]
