@@ -32,7 +32,12 @@ SHORT_SET = {key: int(value) for key, _, value in (setting.partition("=") for se
 """The same for training from Python."""
 FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md", "docs/tutorial/open-data.md")
 """Pages that begin in an empty folder; the others where a city, a run and a bundle are."""
-ELSEWHERE = {"topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it"}
+ELSEWHERE = {
+    "topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it",
+    "topt-deploy evaluate . --protocol paper --search 20 --runs 5 --tasks crime --out table1": (
+        "tests/train/evaluation/test_published_search.py searches; this takes an hour"
+    ),
+}
 CHECKS = {
     "README.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
     "docs/how-to/python.md": "assert len(predictions) > 0",
