@@ -330,6 +330,8 @@ def checked(folder, predict, task):
 
 ABLATION = {
     "full": "",
+    "no_deep_fc": "[tasks.{0}.srel]\ndeep_fc = false",
+    "own_widths": "[tasks.{0}.prompt4re]\nvalue_width = 6\nsoft_prompt = 3",
     "no_distance_bias": "[tasks.{0}.srel]\ndistance_bias = false",
     "no_centrality": "[tasks.{0}.srel]\ncentrality = false",
     "no_prompt4re": "[tasks.{0}.prompt4re]\nenabled = false",
@@ -396,6 +398,8 @@ class TestVariants:
         weights = load_file(ablation / "run" / "model.safetensors")
         assert not [name for name in weights if "no_prompt4re.basis" in name]
         assert [name for name in weights if "full.basis" in name]
+        assert "srel.of.for_full.mlp.3.weight" in weights
+        assert "srel.of.for_no_deep_fc.mlp.3.weight" not in weights
         assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
 
     @pytest.mark.parametrize("task", LIKELIHOODS)

@@ -76,20 +76,7 @@ def evaluate(
     Lists are separated by commas; a name may be a pattern such as 'boosting*', or a whole group: variant, literature,
     plain. The same command again goes on where it stopped, and other methods or tasks add to the same folder.
     """
-    if protocol in ("paper", "transfer") and coverage is not None:
-        raise UsageError(f"--coverage has no meaning under `{protocol}`", fix="measure it under honest or spatial")
-    if (protocol == "transfer") != (len(cities) > 1):
-        raise UsageError(
-            "`transfer` holds whole cities out, and the other protocols regions of one city",
-            expected="several cities under transfer, or one city", found=f"{len(cities)} under {protocol}",
-        )  # fmt: skip
-    if few and protocol != "transfer":
-        raise UsageError("--labels has a meaning under `transfer` alone", fix="leave it out")
-    if trials and protocol != "paper":
-        raise UsageError(
-            "--search chooses settings by the held-out labels, which no protocol but `paper` does",
-            expected="--protocol paper", found=f"--protocol {protocol}",
-        )  # fmt: skip
+    _refuse(protocol, cities=len(cities), few=few, coverage=coverage, trials=trials)
     if trials:
         variants, baselines = variants or "paper", baselines or "none"
 
@@ -137,3 +124,21 @@ def evaluate(
 def _names(listed: str) -> list[str]:
     """The names of a list; ``none`` stands for none."""
     return [name for part in listed.split(",") if (name := part.strip()) not in ("", "none")]
+
+
+def _refuse(protocol: str, *, cities: int, few: int, coverage: float | None, trials: int | None) -> None:
+    """Raise UsageError for options that have no meaning under the protocol."""
+    if protocol in ("paper", "transfer") and coverage is not None:
+        raise UsageError(f"--coverage has no meaning under `{protocol}`", fix="measure it under honest or spatial")
+    if (protocol == "transfer") != (cities > 1):
+        raise UsageError(
+            "`transfer` holds whole cities out, and the other protocols regions of one city",
+            expected="several cities under transfer, or one city", found=f"{cities} under {protocol}",
+        )  # fmt: skip
+    if few and protocol != "transfer":
+        raise UsageError("--labels has a meaning under `transfer` alone", fix="leave it out")
+    if trials and protocol != "paper":
+        raise UsageError(
+            "--search chooses settings by the held-out labels, which no protocol but `paper` does",
+            expected="--protocol paper", found=f"--protocol {protocol}",
+        )  # fmt: skip

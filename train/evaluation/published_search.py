@@ -56,7 +56,7 @@ SEARCHED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a trial draws.
+    """The draw of one trial.
 
     Attributes:
         number: 0 is the preset's own settings.
@@ -109,7 +109,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Outcome:
-    """What a trial or a run came to.
+    """The result of a trial or a run.
 
     Attributes:
         selected: Figures under the published selection.
