@@ -157,7 +157,9 @@ def _task(name: str, task: Predicted, found: PredictionFile, place: _Place) -> s
         maps.append(_map(f"{title}, width of the interval", width, place.outlines, tips, hatched, purples))
     told = [f"{number(float(task.value[known].sum()))} in all"]
     if beyond := int(hatched.sum()):
-        told.append(how_many(beyond, "region (hatched) lies", "regions (hatched) lie") + " beyond what the model was trained on")
+        told.append(
+            f"{how_many(beyond, 'region (hatched) lies', 'regions (hatched) lie')} beyond what the model was trained on"
+        )
     if absent := int((~known).sum()):
         told.append(how_many(absent, "region has", "regions have") + " no prediction")
     return (

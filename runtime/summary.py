@@ -133,7 +133,8 @@ class Summary:
 
     def text(self) -> str:
         """The same for people."""
-        told = [f"{self.cities[status]:,} {status}" for status in (DONE, PARTIAL, SKIPPED, FAILED) if self.cities[status]]
+        known = [status for status in (DONE, PARTIAL, SKIPPED, FAILED) if self.cities[status]]
+        told = [f"{self.cities[status]:,} {status}" for status in known]
         rows = self.set_aside.total()
         return f"{how_many(self.cities.total(), 'city', 'cities')}: {', '.join(told)}" + (
             f"; {how_many(rows, 'row')} set aside" if rows else ""
