@@ -196,6 +196,7 @@ def with_cities(folder: Path) -> None:
     (folder / "doubtful").mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)  # a dozen commands each, on a machine that may be busy
 @pytest.mark.parametrize("page", pages_with("bash", "console", "python"))
 def test_the_page_can_be_followed(page: str, prepared: Callable[[str], Path]) -> None:

@@ -7,6 +7,8 @@ import pytest
 from figures import FULL, record
 from small_disk import SmallDisk, small_disk
 
+pytestmark = pytest.mark.slow
+
 PARTS = 12 if FULL else 2
 """How finely free space is varied, from none to what is needed."""
 

@@ -11,6 +11,8 @@ from figures import FULL, record
 from killing import Forked, Target, Trials
 from train_again import FRESH, GO_ON, IMPORTED, train
 
+pytestmark = pytest.mark.slow
+
 POINTS = 200
 SETTINGS = """\
 preset = "srel"
