@@ -6,6 +6,7 @@ small that it is over in a second or two, most of which something is being writt
 
 from random import Random
 
+import pytest
 from commands import shell
 from figures import FULL, record
 from killing import Forked, Target, Trials
