@@ -144,6 +144,7 @@ def uninterrupted(city, once):
     return city / "whole"
 
 
+@pytest.mark.slow
 class TestInterrupted:
     """Stopped at any moment and gone on with, a run ends bit for bit as if nothing had happened."""
 
@@ -380,6 +381,7 @@ def ensembles(exported):
     return exported("ensembles", *variants(ENSEMBLES, TINY_ENSEMBLE, ".ensemble"))
 
 
+@pytest.mark.slow
 class TestVariants:
     @pytest.mark.parametrize("task", ABLATION)
     def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, predict):
@@ -459,6 +461,7 @@ def trained_chicago(chicago, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 class TestChicago:
     """The real city of the paper: 77 community areas, Llama's prompt vectors of 4096 numbers."""
 
