@@ -402,7 +402,7 @@ class TestVariants:
         assert [name for name in weights if "full.basis" in name]
         assert "srel.of.for_full.mlp.3.weight" in weights
         assert "srel.of.for_no_deep_fc.mlp.3.weight" not in weights
-        assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
+        assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == len(ABLATION) - 1
 
     @pytest.mark.parametrize("task", LIKELIHOODS)
     def test_so_does_every_other_setting(self, task, likelihoods, predict):

@@ -183,21 +183,11 @@ class Prompt4Re(nn.Module):
         if self.prompted:
             assert prompts is not None
             source = prompts[None] if self.alignment is None else self.alignment(joined, prompts[None])
-            if self.training and self.hidden is None:
-                return self._without_soft_prompt(joined, source)
             soft = self.soft_prompt(source)  # S (M, N, D)
             joined = torch.cat([joined.expand(len(soft), -1, -1), soft], dim=-1)  # F = [E ‖ S]
         out = self.linear(joined)
         if self.hidden is not None and self.hidden_out is not None:
             out = out + self.hidden_out(self.dropout(torch.relu(self.hidden(joined))))
-        return out.squeeze(-1)
-
-    def _without_soft_prompt(self, embedding: Tensor, source: Tensor) -> Tensor:
-        """The same ŷ of a linear FNN, E w_E + P' (W_S w_S) + b_S w_S + b: a fifth less work, for S is not formed."""
-        own = embedding.shape[-1]
-        from_embedding, from_soft = self.linear.weight[:, :own], self.linear.weight[:, own:]
-        shift = self.soft_prompt.bias @ from_soft + self.linear.bias
-        out = embedding @ from_embedding + source @ (self.soft_prompt.weight @ from_soft) + shift
         return out.squeeze(-1)
 
 
