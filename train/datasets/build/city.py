@@ -37,7 +37,7 @@ Made = tuple[dict[str, Array], dict[str, Any]]
 
 REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 REJECTS, RECEIPT = "rejects.parquet", "build.receipt.json"
-BYTES_PER_CELL = 32
+BYTES_PER_CELL = 64
 """Of the files: a finer grid pays where there are many points."""
 
 
