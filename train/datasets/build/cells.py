@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 OUTSIDE, UNSURE = -1, -2
 NEAR = 1e-10
 """Degrees: what is nearer than that is not decided here. Rounding errs by less than a thousandth of it."""
-BLOCK = 8
+BLOCK = 4
 """Cells along each side of a block: blocks that lie wholly in one region need no cells, and most do."""
 _MIXED = -3
 """Of a cell with edges: this, less its place among such cells."""
@@ -221,7 +221,7 @@ class Cells:
         self._hard = hard
 
     def _fill(self, line: Array) -> Array:
-        """The first region by id that holds each cell's middle, (size, size), from crossings: an odd one and the next."""
+        """The first region by id that holds each cell's middle, from crossings: an odd one and the next. (size, size)"""
         group = line // (2.0 * self.size)
         at = line - group * (2.0 * self.size) - 0.5  # in cells, from middle to middle
         # Each region's crossings of a row are even in number.

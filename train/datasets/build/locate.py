@@ -31,7 +31,7 @@ AT_ONCE = 1 << 14
 """Points that go through the grid together: what is made of them stays in the processor's cache."""
 CELLS = 1024
 """Along each side, by default."""
-CELLS_MOST = 4096
+CELLS_MOST = 2048
 THREADS = 2
 
 
