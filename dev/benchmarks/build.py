@@ -129,9 +129,11 @@ def geopandas(folder: Path) -> int:
 
 def regions_alone(folder: Path) -> int:
     """The cost of a build without points: reading 2,000 areas."""
+    from topt_deploy.pandas_blocker import without_pandas
     from topt_deploy.train.datasets.build.recipe import recipe_of
     from topt_deploy.train.datasets.build.regions import read_regions
 
+    without_pandas()  # as the command does
     return len(read_regions(recipe_of({"regions": {"file": "areas.geojson", "id": "id"}}, folder=folder, name="c")))
 
 

@@ -110,7 +110,9 @@ class Locator:
         inside = shapely.contains_xy(self.shapes[region], x[point], y[point])
         found = np.full(len(x), len(self.shapes), np.int64)
         np.minimum.at(found, point[inside], region[inside])
-        on_border = np.unique(point[~inside & (found[point] == len(self.shapes))])
+        lost = np.zeros(len(x), bool)
+        lost[point[~inside & (found[point] == len(self.shapes))]] = True
+        on_border = np.flatnonzero(lost)
         for one in on_border:
             found[one] = self._border(float(x[one]), float(y[one]), region[point == one])
         found[found == len(self.shapes)] = OUTSIDE
