@@ -4,11 +4,10 @@ import copy
 import functools
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
-from fuzzing import contained, contained_records, guided, mutations
+from fuzzing import contained, contained_records, guided, mutations, scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +58,7 @@ def seeds() -> list[bytes]:
 @functools.cache
 def folder() -> Path:
     """An encoder's bundle but for its manifest."""
-    place = Path(tempfile.mkdtemp(prefix="fuzz-")) / "encoder.topt"
+    place = scratch() / "encoder.topt"
     for name, data in FILES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(data)

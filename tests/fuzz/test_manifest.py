@@ -3,10 +3,9 @@
 import functools
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 
-from fuzzing import contained, contained_records, guided, mutations
+from fuzzing import contained, contained_records, guided, mutations, scratch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,7 +38,7 @@ def seeds() -> list[bytes]:
 @functools.cache
 def folder() -> Path:
     """A bundle but for its manifest."""
-    place = Path(tempfile.mkdtemp(prefix="fuzz-")) / "model.topt"
+    place = scratch() / "model.topt"
     for name, data in FILES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(data)

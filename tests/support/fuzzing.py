@@ -4,7 +4,9 @@ A target is a module of tests/fuzz with ``seeds()``, sound inputs as bytes, and 
 :class:`~topt_deploy.errors.ToptError` and nothing else. ``python fuzzing.py FILE SECONDS`` runs atheris on one.
 """
 
+import atexit
 import copy
+import functools
 import importlib.util
 import json
 import os
@@ -29,6 +31,15 @@ ODD = (
     {"": None}, {"a": 1},
 )  # fmt: skip
 """Values that some code or other has not thought of."""
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder for what a target writes before each call, in memory where the system has a place for that."""
+    memory = Path("/dev/shm")
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None)
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def contained(target: Callable[[bytes], object], data: bytes) -> None:
@@ -57,9 +68,14 @@ def mutations(seeds: Sequence[bytes]) -> Any:
     return st.builds(edited, st.sampled_from(list(seeds)), st.lists(edit, max_size=4))
 
 
-def altered(record: Any, random: Random) -> Any:
-    """A copy of a record in which up to three values, at any depth, are replaced, taken out, put in or moved about."""
-    record = copy.deepcopy(record)
+def altered(text: str, random: Random) -> Any:
+    """A record in which up to three values, at any depth, are replaced, taken out, put in or moved about.
+
+    Args:
+        text: The record, as JSON: it is parsed in a sixth of the time that a deep copy takes.
+        random: What decides.
+    """
+    record = json.loads(text)
     for _ in range(random.randint(1, 3)):
         place = record
         while place:
@@ -82,8 +98,9 @@ def altered(record: Any, random: Random) -> Any:
 
 def contained_records(record: Any, target: Callable[[bytes], object]) -> None:
     """Call a target with :data:`RECORDS` altered records, the same ones each time."""
+    text = json.dumps(record)
     for number in range(RECORDS):
-        data = json.dumps(altered(record, Random(number))).encode()
+        data = json.dumps(altered(text, Random(number))).encode()
         try:
             contained(target, data)
         except BaseException:
