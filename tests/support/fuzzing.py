@@ -7,13 +7,15 @@ A target is a module of tests/fuzz with ``seeds()``, sound inputs as bytes, and 
 import atexit
 import copy
 import functools
+import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,6 +27,8 @@ SECONDS = int(os.environ.get("TOPT_FUZZ_SECONDS", "2"))
 MEMORY_MB = 2048
 RECORDS = int(os.environ.get("TOPT_FUZZ_RECORDS", "300"))
 """Manifests that :func:`altered` makes of each kind; ``make fuzz`` makes a million."""
+SCRATCH = "TOPT_FUZZ_SCRATCH"
+"""Names the place of :func:`scratch` to atheris' process, which ends without removing anything."""
 ODD = (
     None, True, False, 0, 1, -1, 3, 1 << 31, 1 << 63, -(1 << 63), 1 << 80, 0.0, -0.5, 1e-9, 1e300, float("nan"),
     float("inf"), "", "a", "/etc/hostname", "../x", "\0", "fp32", "0" * 64, "é" * 300, [], [0], [[]], {},
@@ -36,10 +40,50 @@ ODD = (
 @functools.cache
 def scratch() -> Path:
     """A folder for what a target writes before each call, in memory where the system has a place for that."""
-    memory = Path("/dev/shm")
-    folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=os.environ.get(SCRATCH, memory))
     atexit.register(folder.cleanup)
     return Path(folder.name)
+
+
+@contextmanager
+def held_in_memory(files: Mapping[str, bytes]) -> Iterator[None]:
+    """Have whatever sealed folder is opened hold these files: reading a manifest from a disk takes longer than checking
+    it, and what a disk's files may do is tested in tests/attacks."""
+    from topt_deploy.bundle import sealed
+
+    class Held:
+        def __init__(self, path: Path, inside: str = "") -> None:
+            pass
+
+        def __enter__(self) -> "Held":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def sizes(self) -> dict[str, int]:
+            return {name: len(data) for name, data in files.items()}
+
+        def read(self, name: str, limit: int) -> bytes:
+            return files[name][: limit + 1]
+
+        def digest(self, name: str, limit: int) -> str:
+            return hashlib.sha256(self.read(name, limit)).hexdigest()
+
+    plain = sealed.Archive
+    sealed.Archive = Held  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        sealed.Archive = plain  # type: ignore[misc]
+
+
+def sealed_manifest(data: bytes) -> dict[str, bytes]:
+    """A manifest and its seal."""
+    from topt_deploy.bundle.sealed import MANIFEST, SEAL
+
+    return {MANIFEST: data, SEAL: f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode()}
 
 
 def contained(target: Callable[[bytes], object], data: bytes) -> None:
@@ -115,7 +159,13 @@ def guided(file: str) -> None:
     pytest.importorskip("atheris", reason="atheris is not installed (wheels for Linux only)")
     # By way of a shell that stays: a process begins with its parent's highest memory, which libFuzzer has a limit for.
     command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, __file__, file, str(SECONDS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + PATIENCE_S)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS + PATIENCE_S,
+        env=os.environ | {SCRATCH: str(scratch())},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
