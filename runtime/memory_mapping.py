@@ -1,13 +1,17 @@
 """Files of a bundle that are mapped by what runs them, and must not change, or are tried in a process of their own."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from topt_deploy.bundle.sealed import Sealed
-from topt_deploy.errors import BadBundle, UsageError
+from topt_deploy.errors import BadBundle, Exit, OutOfMemory, UsageError
+
+LAST_WORDS_BYTES = 1 << 16
+_ASKED = re.compile(rb"memory allocation of (\d+) bytes failed")  # as Rust says it
 
 
 @contextmanager
@@ -37,20 +41,28 @@ def survives(call: Callable[[], object], bundle: Path, what: str) -> None:
     What it raises there it raises here, too, and is not told of.
 
     Raises:
-        BadBundle: If the process is ended by a signal.
+        BadBundle: If the process is ended by a signal, or for want of more memory than this machine has.
+        OutOfMemory: If it is ended for want of less.
     """
+    ours, theirs = os.pipe()
     child = os.fork()
     if not child:
         with suppress(BaseException):
-            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # whatever a signal is taken for elsewhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its last words are told by what raises them here
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # whatever it is taken for elsewhere
+            os.dup2(theirs, 2)  # its last words are told by what raises them here
             call()
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as words:
+        asked = max(map(int, _ASKED.findall(words.read(LAST_WORDS_BYTES))), default=0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    short = 0 < asked <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if code == Exit.TRY_AGAIN or (code == -signal.SIGABRT and short):
+        raise OutOfMemory(bundle)
+    if code:
         raise BadBundle(
-            f"{what} ends the process that reads it", file=bundle,
-            found=signal.Signals(os.WTERMSIG(status)).name, fix="do not use this bundle",
+            f"{what} ends the process that reads it", file=bundle, found=signal.Signals(-code).name,
+            fix="do not use this bundle",
         )  # fmt: skip
 
 

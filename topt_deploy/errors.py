@@ -5,6 +5,8 @@ names, as far as they apply, the file, the column, the region ids, what was expe
 what to do; no user mistake ends in a traceback.
 """
 
+import errno
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any
@@ -42,6 +44,8 @@ def printable(text: str, keep: str = "") -> str:
         text: The text.
         keep: Characters that stay as they are.
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -196,6 +200,16 @@ class OutOfMemory(TryAgain):
         )
 
 
+class TooManyFiles(TryAgain):
+    """This process, or the machine, has as many files open as it may have."""
+
+    def __init__(self, file: object = None) -> None:
+        super().__init__(
+            "too many files are open", file=file,
+            fix="allow more (ulimit -n), or use fewer --workers, and go on with --resume",
+        )  # fmt: skip
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as SIGINT does: what is open is closed, and the record written."""
 
@@ -227,8 +241,8 @@ def user_error(error: BaseException, file: object = None) -> ToptError | None:
     """
     if isinstance(error, ToptError):
         return error
-    if any(isinstance(cause, MemoryError) for cause in _causes(error)):
-        return OutOfMemory(file)
+    if (short := next(filter(None, (shortage(cause, file) for cause in _causes(error))), None)) is not None:
+        return short
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return IOFailure(
@@ -236,6 +250,29 @@ def user_error(error: BaseException, file: object = None) -> ToptError | None:
             fix="mend what it says, then run again",
         )  # fmt: skip
     return None
+
+
+def shortage(error: BaseException, file: object = None) -> TryAgain | None:
+    """The user's error for memory or open files that could not be had; None for whatever else was raised."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, ImportError):  # what the system's loader says is in the text alone
+        number = next((n for n in (errno.ENOMEM, errno.EMFILE, errno.ENFILE) if os.strerror(n) in str(error)), None)
+    if isinstance(error, SystemError):  # of C code that failed without a word
+        number = _last_errno()
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return OutOfMemory(file)
+    return TooManyFiles(file) if number in (errno.EMFILE, errno.ENFILE) else None
+
+
+def _last_errno() -> int | None:
+    """C's errno of this thread, where the system's library is glibc."""
+    import ctypes
+
+    place = getattr(ctypes.CDLL(None), "__errno_location", None)
+    if place is None:
+        return None
+    place.restype = ctypes.POINTER(ctypes.c_int)
+    return int(place()[0])
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

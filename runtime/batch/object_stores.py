@@ -191,6 +191,10 @@ def _remove(uri: str) -> None:
 def _system(uri: str) -> tuple[Any, str]:
     from pyarrow import fs
 
+    if "\0" in unquote(uri):
+        raise UsageError(
+            "not a usable URI", file=shown(uri), found="a zero byte", expected="a name that files may have"
+        )
     if uri.startswith("az://"):
         return _azure(uri)
     if uri.startswith("gs://") and "retry_limit_seconds=" not in uri:

@@ -148,6 +148,30 @@ class TestInputs:
         said = topt_run("predict", *arguments)
         assert said.code in (2, BAD_DATA, NO_INPUT, BAD_BUNDLE), said.err
 
+    @pytest.mark.parametrize("command", ["one city", "a map", "a batch", "a self-test"])
+    def test_files_that_may_be_open_are_few(self, command, many):
+        words = {
+            "one city": "topt-run predict regions.parquet",
+            "a map": "topt-run predict regions.parquet --geo map.geojson",
+            "a batch": "topt-run predict many --bundle model.topt --out out --workers 2",
+            "a self-test": "topt-run selftest model.topt",
+        }[command]
+        codes = {}
+        for number in (6, 7, 8, 10, 12, 16):  # with fewer Python does not start
+            said = shell(f"ulimit -n {number}; {words}", many)
+            codes[number] = said.code
+            assert said.code in (DONE, TRY_AGAIN), (number, said)
+            assert said.code == DONE or "too many files are open" in said.err, (number, said)
+        assert codes[16] == DONE
+
+    @pytest.mark.parametrize(("short", "code"), [(errno.ENOMEM, TRY_AGAIN), (errno.EMFILE, TRY_AGAIN), (errno.EIO, 70)])
+    def test_libraries_that_cannot_be_loaded(self, short, code, desk, topt_run, monkeypatch):
+        def fail(*_):
+            raise ImportError(f"x.so: cannot open shared object file: {os.strerror(short)}")
+
+        monkeypatch.setattr("topt_deploy.runtime.predict_city._key", fail)
+        assert topt_run("predict", desk.regions).code == code
+
     def test_memory_that_is_short_is_said_so(self, desk):
         kib = 900 * 1024
 

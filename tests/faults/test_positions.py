@@ -124,6 +124,11 @@ MAPS = {
     "well-known text": (lambda c: pa.array(["POINT (1 2)"] * len(c)), geo_metadata([]), "binary (WKB)"),
     "a struct": (lambda c: pa.array([{"x": 1.0, "y": 2.0}] * len(c)), geo_metadata([]), "binary (WKB)"),
     "a list": (lambda c: pa.array([[1.0, 2.0]] * len(c)), geo_metadata([]), "binary (WKB)"),
+    "projected, and labelled as degrees": (
+        lambda c: pa.array([shapely.to_wkb(shapely.box(5e5, 4e6, 5e5 + 9, 4e6 + 9))] * len(c), pa.binary()),
+        geo_metadata(["Polygon"]),
+        "no degrees",
+    ),
     "one null": (lambda c: pa.array([None, *c.to_pylist()[1:]], pa.binary()), geo_metadata(["Polygon"]), "'D001'"),
 }
 

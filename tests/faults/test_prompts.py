@@ -14,7 +14,7 @@ from commands import shell
 from encode_city import write_city
 from PIL import Image
 
-from topt_deploy.errors import BadBundle, BadData, NoPermission
+from topt_deploy.errors import BadBundle, BadData, NoPermission, OutOfMemory
 from topt_deploy.prompts import encode as module
 from topt_deploy.prompts.cache import Cache, _checksum
 from topt_deploy.prompts.encode import encode
@@ -210,6 +210,15 @@ class TestBundle:
         with pytest.raises(BadBundle, match="ends the process"):
             survives(os.abort, tmp_path, "tokenizer.json")
         survives(lambda: 1 / 0, tmp_path, "tokenizer.json")
+
+        def abort(asked):
+            os.write(2, b"memory allocation of %d bytes failed" % asked)  # as Rust does
+            os.abort()
+
+        with pytest.raises(OutOfMemory):
+            survives(lambda: abort(4096), tmp_path, "tokenizer.json")
+        with pytest.raises(BadBundle, match="ends the process"):
+            survives(lambda: abort(1 << 60), tmp_path, "tokenizer.json")
 
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "text"])
     def test_every_setting_that_is_missing_or_odd(self, family, encoders, tmp_path, reseal, topt_run):

@@ -2,15 +2,13 @@
 
 import datetime
 import decimal
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 from builders import tiny_city_tables
-from fuzzing import SECONDS, contained
+from fuzzing import SECONDS, contained, scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +21,7 @@ N = 8
 EXAMPLES = 60 * SECONDS
 REGIONS, MOBILITY = tiny_city_tables(N, prompts=["prompt_crime"], prompt_width=4)
 SCHEMA = infer_schema(REGIONS, views=["poi", "land_use"], mobility=True, prompts=["prompt_crime"])
-FILE = Path(tempfile.mkdtemp(prefix="fuzz-")) / "table.parquet"
+FILE = scratch() / "table.parquet"
 WORDING = load_templates().wording
 
 FLAT = [

@@ -4,16 +4,14 @@ import copy
 import functools
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
-from fuzzing import contained, contained_records, guided, mutations
+from fuzzing import contained, contained_records, guided, held_in_memory, mutations, scratch, sealed_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.bundle.encoder_manifest import open_encoder_bundle
-from topt_deploy.bundle.sealed import MANIFEST, SEAL
 from topt_deploy.errors import BadBundle, NoDevice, UsageError
 from topt_deploy.prompts.golden_regions import read_golden
 from topt_deploy.prompts.templates import load_templates
@@ -58,8 +56,8 @@ def seeds() -> list[bytes]:
 
 @functools.cache
 def folder() -> Path:
-    """An encoder's bundle but for its manifest."""
-    place = Path(tempfile.mkdtemp(prefix="fuzz-")) / "encoder.topt"
+    """An encoder's bundle but for its manifest: ONNX Runtime opens files itself."""
+    place = scratch() / "encoder.topt"
     for name, data in FILES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(data)
@@ -68,14 +66,13 @@ def folder() -> Path:
 
 def target(data: bytes) -> None:
     """Seal the bytes as a manifest, open the bundle, and take it into use as far as a graph that is none lets it."""
-    (folder() / MANIFEST).write_bytes(data)
-    (folder() / SEAL).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
-    opened = open_encoder_bundle(folder())
-    assert opened.spec.identity
-    opened.spec.host(FILES["tokenizer.json"])
-    for use in (lambda: read_golden(opened), lambda: load_encoder(opened, engine="onnxruntime", threads=1)):
-        with pytest.raises((BadBundle, NoDevice, UsageError)):
-            use()
+    with held_in_memory(FILES | sealed_manifest(data)):
+        opened = open_encoder_bundle(folder())
+        assert opened.spec.identity
+        opened.spec.host(FILES["tokenizer.json"])
+        for use in (lambda: read_golden(opened), lambda: load_encoder(opened, engine="onnxruntime", threads=1)):
+            with pytest.raises((BadBundle, NoDevice, UsageError)):
+                use()
 
 
 def test_the_seed_is_sound():

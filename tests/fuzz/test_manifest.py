@@ -1,17 +1,13 @@
 """Manifests that whoever sealed them has changed: a bundle opens, or is refused."""
 
-import functools
 import hashlib
 import json
-import tempfile
-from pathlib import Path
 
-from fuzzing import contained, contained_records, guided, mutations
+from fuzzing import contained, contained_records, guided, held_in_memory, mutations, scratch, sealed_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from topt_deploy.bundle.manifest import open_bundle
-from topt_deploy.bundle.sealed import MANIFEST, SEAL
 from topt_deploy.runtime.predictor import Predictor
 
 FILES = {"onnx/fp32.onnx": b"graph", "onnx/topt.weights": bytes(64), "golden/a.regions.parquet": b"table"}
@@ -36,26 +32,15 @@ def seeds() -> list[bytes]:
     return [json.dumps(RECORD).encode(), b"{}", b'{"schema_version": 1e999}']
 
 
-@functools.cache
-def folder() -> Path:
-    """A bundle but for its manifest."""
-    place = Path(tempfile.mkdtemp(prefix="fuzz-")) / "model.topt"
-    for name, data in FILES.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(data)
-    return place
-
-
 def target(data: bytes) -> None:
     """Seal the bytes as a manifest, and open the bundle."""
-    (folder() / MANIFEST).write_bytes(data)
-    (folder() / SEAL).write_text(f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n")
-    opened = open_bundle(folder())
-    Predictor(opened, device="cpu", threads=1)
-    _ = opened.manifest.schema
-    for name in opened.record["files"]:
-        if not name.endswith(".onnx"):
-            opened.read(name)
+    with held_in_memory(FILES | sealed_manifest(data)):
+        opened = open_bundle(scratch())
+        Predictor(opened, device="cpu", threads=1)
+        _ = opened.manifest.schema
+        for name in opened.record["files"]:
+            if not name.endswith(".onnx"):
+                opened.read(name)
 
 
 def test_the_seed_is_sound():

@@ -2,12 +2,11 @@
 
 import functools
 import io
-import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from builders import tiny_city_tables
-from fuzzing import contained, guided, mutations
+from fuzzing import contained, guided, mutations, scratch
 from hypothesis import given
 
 from topt_deploy.data.city import infer_schema, read_city
@@ -26,7 +25,7 @@ def city():
 
 @functools.cache
 def file() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fuzz-")) / "regions.parquet"
+    return scratch() / "regions.parquet"
 
 
 @functools.cache

@@ -86,14 +86,14 @@ class Archive:
                 if not info.filename.endswith("/"):
                     yield info.filename, info.file_size
             return
-        folders = [self.path]
+        folders = [(self.path, "")]
         while folders:
-            folder = folders.pop()
+            folder, before = folders.pop()
             with reading(folder), os.scandir(folder) as entries:
                 for entry in entries:
-                    name = Path(entry.path).relative_to(self.path).as_posix()
+                    name = before + entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry.path))
+                        folders.append((Path(entry.path), f"{name}/"))
                     elif entry.is_file(follow_symlinks=False):
                         yield name, entry.stat(follow_symlinks=False).st_size
                     else:

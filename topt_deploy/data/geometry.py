@@ -22,6 +22,9 @@ from .parquet_parts import ParquetParts
 Array = np.ndarray[Any, Any]
 LONLAT_CRS = {"OGC:CRS84", "EPSG:4326"}
 """Accepted systems: x is the longitude in both, for GeoParquet overrides the authority's axis order."""
+FARTHEST = (360.0, 90.0)
+"""Degrees of longitude and latitude beyond which a shape is in another system, whatever its file says. Some count
+longitudes from 0 to 360."""
 
 
 def centroids(table: pa.Table, name: str, ids: Array) -> Array:
@@ -177,19 +180,21 @@ def _crs_name(crs: Any) -> str:
 
 
 def checked_shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usable: bool = True) -> Array:
-    """WKB as shapely geometries (N,), none of them null; nor empty or invalid, unless that does not matter."""
+    """WKB as shapely geometries (N,) in degrees, none null; nor empty or invalid, unless that does not matter."""
     shapely = geo_library("shapely")
     if isinstance(column.type, pa.ExtensionType):  # where geoarrow's types are registered
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise BadData("not a geometry", file=name, column=label, expected="binary (WKB)", found=column.type)
     shapes = decode_wkb(column.to_numpy())
+    far = (np.abs(shapely.bounds(shapes)) > np.array([*FARTHEST, *FARTHEST])).any(axis=1)  # False where there is none
     kinds = (
         ("null, a curve or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
+        ("coordinates that are no degrees", far, "reproject them to CRS84 (longitude, latitude)"),
         ("empty", shapely.is_empty(shapes), "add the missing shapes"),
         ("invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
     )
-    for kind, bad, fix in kinds if usable else kinds[:1]:
+    for kind, bad, fix in kinds if usable else kinds[:2]:
         if bad.any():
             raise BadRows(
                 "geometries cannot be used", table=BadRows.REGIONS, rows=bad, code="bad_geometry",

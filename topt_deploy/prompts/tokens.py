@@ -50,7 +50,8 @@ class Tokens:
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+            with rust_at_work():  # a bundle's was read by another process first, which may end as it likes
+                self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         except BaseException as error:  # the library raises bare exceptions
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise

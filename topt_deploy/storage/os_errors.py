@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from topt_deploy.errors import BadData, CannotCreate, IOFailure, NoInput, NoPermission, OutOfMemory, ToptError
+from topt_deploy.errors import BadData, CannotCreate, IOFailure, NoInput, NoPermission, OutOfMemory, ToptError, shortage
 
 CANNOT_CREATE = {
     errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
@@ -18,6 +18,8 @@ _NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EI
 def write_error(path: Path, error: OSError) -> ToptError:
     """The user's error for a failed write to ``path``."""
     reason = error.strerror or str(error)
+    if (short := shortage(error, path)) is not None:
+        return short
     if error.errno in CANNOT_CREATE:
         return CannotCreate(
             f"cannot create this output ({reason})",
@@ -53,8 +55,8 @@ def reading(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise OutOfMemory(path) from error
     except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise OutOfMemory(path) from error
+        if (short := shortage(error, path)) is not None:
+            raise short from error
         if error.errno in _NO_FILE:  # trying again would find the same
             raise BadData(f"no file can be there ({error.strerror})", file=path, expected="a plain file") from error
         raise IOFailure(f"reading failed ({error.strerror or error})", file=path) from error
