@@ -157,9 +157,9 @@ def _task(name: str, task: Predicted, found: PredictionFile, place: _Place) -> s
         maps.append(_map(f"{title}, width of the interval", width, place.outlines, tips, hatched, purples))
     told = [f"{number(float(task.value[known].sum()))} in all"]
     if hatched.any():
-        told.append(f"{int(hatched.sum()):,} regions (hatched) lie beyond what the model was trained on")
+        told.append(_regions(hatched, "(hatched) lies", "(hatched) lie") + " beyond what the model was trained on")
     if not known.all():
-        told.append(f"{int((~known).sum()):,} regions have no prediction")
+        told.append(_regions(~known, "has", "have") + " no prediction")
     return (
         f"<section><h2>{title}</h2><p>{escape('; '.join(told))}.</p>"
         f'<div class="pair">{"".join(maps)}</div>{_table(task, place, found)}</section>'
@@ -173,6 +173,11 @@ def _tip(name: str, task: Predicted, i: int) -> str:
     if not np.isnan(task.lower[i]):
         lines.append(f"interval {number(float(task.lower[i]))} to {number(float(task.upper[i]))}")
     return "\n".join(lines + (["beyond the training range"] if task.status[i] == "extrapolated" else []))
+
+
+def _regions(which: Array, one: str, several: str) -> str:
+    many = int(which.sum())
+    return f"1 region {one}" if many == 1 else f"{many:,} regions {several}"
 
 
 def _map(label: str, values: Array, drawn: Outlines, tips: list[str], hatched: Array, scale: Any) -> str:
