@@ -315,6 +315,21 @@ class TestPython:
         with pytest.raises(UsageError, match="no such device"):
             load(demo_bundle, device="gpu")
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"bundle": 3}, {"bundle": None}, {"threads": "two"}, {"threads": 0}, {"threads": 1.5},
+            {"encoder_bundle": 3}, {"require_signature": b"key"},
+        ],
+    )  # fmt: skip
+    def test_arguments_of_another_kind(self, arguments, demo_bundle):
+        with pytest.raises(UsageError, match=next(iter(arguments))):
+            topt_deploy.load(**{"bundle": demo_bundle, **arguments})
+
+    def test_a_coverage_that_is_no_number(self, demo_bundle, demo_city):
+        with pytest.raises(UsageError, match="coverage"):
+            topt_deploy.load(demo_bundle).predict(demo_city / "regions.parquet", coverage="high")
+
     def test_one_task_is_no_list_of_letters(self, predictor, demo_city):
         found = predictor.predict(demo_city / "regions.parquet", demo_city / "mobility.parquet", tasks="crime")
         assert set(found.column("task").to_pylist()) == {"crime"}
