@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: install services demo test lint types docs check-install images-check benchmark cities results reliability batch fuzz oom gpu-check clean
+.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch fuzz oom gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -72,12 +72,15 @@ demo: $(VENV)/stamp-demo
 	cd demo && $(BIN)/topt-run map predictions.parquet
 	cd demo && $(BIN)/topt-deploy report --out report.html
 
+# `make test` leaves out the tests that take longest (marked slow): documents followed to the letter, exports of every
+# family, clusters. `make test-all` runs every test, as CI does.
+test: SOME := -m "not slow"
 # The first run leaves a bundle that the second, without PyTorch, predicts from. One thread per worker: two
 # that each take every core are slower than one. confcutdir: tests/conftest.py may need what only VENV has.
-test: install services $(RUNTIME_VENV)/stamp
+test test-all: install services $(RUNTIME_VENV)/stamp
 	rm -rf $(BUNDLE)
 	OMP_NUM_THREADS=1 TOPT_KEEP_BUNDLE=$(BUNDLE) TOPT_SERVICES=$(abspath $(SERVICES)) \
-		$(VENV)/bin/pytest -n 2 --durations=10 --ignore=tests/runtime_only
+		$(VENV)/bin/pytest -n 2 $(SOME) --durations=10 --ignore=tests/runtime_only
 	TOPT_TEST_BUNDLE_DIR=$(BUNDLE) $(RUNTIME_VENV)/bin/pytest --confcutdir=tests/runtime_only tests/runtime_only
 
 lint: install

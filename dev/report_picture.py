@@ -8,20 +8,18 @@ it in Chromium without a window. A city that is there already is neither importe
 """
 
 import argparse
-import importlib.util
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from chicago_areas import chicago_areas
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "report.png"
 COMMAND = Path(sys.executable).parent / "topt-deploy"
-FEET = "EPSG:3435"
-"""Illinois East in US feet, which Chicago77.shp is in; it has no .prj."""
 WIDTH, HEIGHT, COLOURS = 1200, 965, 128
 
 
@@ -30,20 +28,11 @@ def run(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True)
 
 
-def shapes() -> Path:
-    """libpysal's file of the 77 community areas."""
-    found = importlib.util.find_spec("libpysal")
-    if found is None or found.origin is None:
-        raise SystemExit("libpysal is absent: pip install 'topt-deploy[test]'")
-    return Path(found.origin).parent / "examples" / "chicago" / "Chicago77.shp"
-
-
 def report_on_chicago(city: Path, hafusion: Path, prompt4re: Path) -> Path:
     """The page of a run of the default preset."""
     if not (city / "regions.parquet").exists():
         source = ("--city", "Chi", "--prompt4re", prompt4re, "--encoder", "llama", "--out", city)
-        places = ("--geometry", shapes(), "--geometry-id", "AREA_NUMBE", "--geometry-name", "COMMUNITY")
-        run(COMMAND, "import", "hafusion", hafusion, *source, *places, "--src-crs", FEET)
+        run(COMMAND, "import", "hafusion", hafusion, *source, *chicago_areas())
     if not (city / "runs" / "picture").exists():
         run(COMMAND, "train", city, "--out", city / "runs" / "picture")
     run(COMMAND, "report", city / "runs" / "picture", "--out", city / "report.html")

@@ -12,7 +12,7 @@ from topt_deploy.data.columns import GEOMETRY, REGION_ID, TableReader, floats, s
 from topt_deploy.data.geometry import geo_library, read_shapes
 from topt_deploy.drawing.outlines import Outlines, point_outlines, polygon_outlines, project_m
 from topt_deploy.drawing.scales import BLUES, PURPLES, Scale, number, sequential
-from topt_deploy.errors import BadData, BadRows, NoInput
+from topt_deploy.errors import BadData, BadRows, NoInput, how_many
 from topt_deploy.intended_use import INTENDED_USE
 from topt_deploy.storage.os_errors import check_place
 from topt_deploy.storage.text_files import write_text
@@ -115,7 +115,7 @@ def _drawn(shapes: Array) -> Outlines:
 def _page(found: PredictionFile, place: _Place) -> str:
     city = found.city or found.path.resolve().parent.name
     when = str(found.receipt.get("started", ""))[:10]
-    about = [f"{len(found.region_id):,} regions"] + ([f"predicted {when}"] if when else [])
+    about = [how_many(len(found.region_id), "region")] + ([f"predicted {when}"] if when else [])
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -156,10 +156,12 @@ def _task(name: str, task: Predicted, found: PredictionFile, place: _Place) -> s
     if not np.isnan(width).all():
         maps.append(_map(f"{title}, width of the interval", width, place.outlines, tips, hatched, purples))
     told = [f"{number(float(task.value[known].sum()))} in all"]
-    if hatched.any():
-        told.append(f"{int(hatched.sum()):,} regions (hatched) lie beyond what the model was trained on")
-    if not known.all():
-        told.append(f"{int((~known).sum()):,} regions have no prediction")
+    if beyond := int(hatched.sum()):
+        told.append(
+            f"{how_many(beyond, 'region (hatched) lies', 'regions (hatched) lie')} beyond what the model was trained on"
+        )
+    if absent := int((~known).sum()):
+        told.append(how_many(absent, "region has", "regions have") + " no prediction")
     return (
         f"<section><h2>{title}</h2><p>{escape('; '.join(told))}.</p>"
         f'<div class="pair">{"".join(maps)}</div>{_table(task, place, found)}</section>'

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topt_deploy.errors import Exit, ToptError, TryAgain, exit_code
+from topt_deploy.errors import Exit, ToptError, TryAgain, exit_code, how_many
 from topt_deploy.storage.text_files import write_text
 
 from .addresses import is_uri, joined, shown
@@ -133,9 +133,12 @@ class Summary:
 
     def text(self) -> str:
         """The same for people."""
-        told = [f"{self.cities[status]} {status}" for status in (DONE, PARTIAL, SKIPPED, FAILED) if self.cities[status]]
+        known = [status for status in (DONE, PARTIAL, SKIPPED, FAILED) if self.cities[status]]
+        told = [f"{self.cities[status]:,} {status}" for status in known]
         rows = self.set_aside.total()
-        return f"{self.cities.total()} cities: {', '.join(told)}" + (f"; {rows} rows set aside" if rows else "")
+        return f"{how_many(self.cities.total(), 'city', 'cities')}: {', '.join(told)}" + (
+            f"; {how_many(rows, 'row')} set aside" if rows else ""
+        )
 
     def metrics(self) -> str:
         """For the textfile collector of Prometheus' node_exporter, in its text format."""

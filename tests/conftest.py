@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -17,6 +18,9 @@ from hypothesis import settings
 from topt_deploy.cli import cli
 from topt_deploy.console import run
 from topt_deploy.runtime.cli import cli as runtime_cli
+
+if TYPE_CHECKING:
+    from topt_deploy.export.onnx_graph import Graph
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT.parent / "shared" / "data"
@@ -141,6 +145,26 @@ def demo_exported(once: Once, demo_city: Path, demo_run: Path) -> Said:
 def demo_bundle(demo_city: Path, demo_exported: Said) -> Path:
     """The demo's bundle."""
     return demo_city / "model.topt"
+
+
+@pytest.fixture
+def demo_graph(demo_bundle: Path) -> "Graph":
+    """The demo's graph, as the exporter made it."""
+    from topt_deploy.bundle.manifest import open_bundle
+    from topt_deploy.export.onnx_graph import Graph
+
+    opened = open_bundle(demo_bundle)
+    variant = opened.manifest.variants["fp32"]
+    places = {name: (offset, tuple(shape)) for name, (offset, shape) in variant["initializers"].items()}
+    return Graph(model=opened.read(variant["graph"]), weights=opened.read(variant["weights"]), initializers=places)
+
+
+@pytest.fixture
+def demo_traced(demo_graph: "Graph", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the demo take its graph as it is: tracing it again is nearly all of an export's time."""
+    from topt_deploy.export import city_bundle
+
+    monkeypatch.setattr(city_bundle, "export_graph", lambda model, inputs: demo_graph)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,12 @@ SHORT_SET = {key: int(value) for key, _, value in (setting.partition("=") for se
 """The same for training from Python."""
 FROM_NOTHING = ("README.md", "docs/tutorial/first-map.md", "docs/tutorial/open-data.md")
 """Pages that begin in an empty folder; the others where a city, a run and a bundle are."""
-ELSEWHERE = {"topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it"}
+ELSEWHERE = {
+    "topt-deploy train --resume": "tests/test_end_to_end.py interrupts a training and resumes it",
+    "topt-deploy evaluate . --protocol paper --search 20 --runs 5 --tasks crime --out table1": (
+        "tests/train/evaluation/test_published_search.py searches; this takes an hour"
+    ),
+}
 CHECKS = {
     "README.md": "assert len(predictions) > 0 and 'prediction' in predictions.column_names",
     "docs/how-to/python.md": "assert len(predictions) > 0",
@@ -138,11 +143,16 @@ class Reader:
             self.skipped.append(line)
             return
         assert line.split()[0] in ("topt-deploy", "topt-run"), f"{self.page} shows {line!r}: who runs it?"
-        short = " " + shlex.join(SHORT) if line.startswith("topt-deploy train") else ""
-        done: Said = shell(line + short, self.folder)
+        done: Said = shell(line + self.shorter(line, printed), self.folder)
         assert done.code == exit_codes(self.page).get(line, 0), f"{line}\n{done.out}{done.err}"
         if printed is not None:
             assert form(done.out) == form(printed), f"{self.page}: {line} prints something else now:\n{done.out}"
+
+    def shorter(self, line: str, printed: list[str] | None) -> str:
+        """Options that make a training short; the preset that is exported fastest, unless the page shows another's."""
+        if not line.startswith("topt-deploy train"):
+            return ""
+        return shlex.join(["", *SHORT, *(() if printed or "--preset" in line else ("--preset", "kernels"))])
 
     def cannot(self, line: str) -> bool:
         """Whether a command needs data or a package that is not here."""
@@ -191,6 +201,7 @@ def with_cities(folder: Path) -> None:
     (folder / "doubtful").mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)  # a dozen commands each, on a machine that may be busy
 @pytest.mark.parametrize("page", pages_with("bash", "console", "python"))
 def test_the_page_can_be_followed(page: str, prepared: Callable[[str], Path]) -> None:

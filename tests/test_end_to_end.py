@@ -144,6 +144,7 @@ def uninterrupted(city, once):
     return city / "whole"
 
 
+@pytest.mark.slow
 class TestInterrupted:
     """Stopped at any moment and gone on with, a run ends bit for bit as if nothing had happened."""
 
@@ -330,6 +331,8 @@ def checked(folder, predict, task):
 
 ABLATION = {
     "full": "",
+    "no_deep_fc": "[tasks.{0}.srel]\ndeep_fc = false",
+    "own_widths": "[tasks.{0}.prompt4re]\nvalue_width = 6\nsoft_prompt = 3",
     "no_distance_bias": "[tasks.{0}.srel]\ndistance_bias = false",
     "no_centrality": "[tasks.{0}.srel]\ncentrality = false",
     "no_prompt4re": "[tasks.{0}.prompt4re]\nenabled = false",
@@ -378,6 +381,7 @@ def ensembles(exported):
     return exported("ensembles", *variants(ENSEMBLES, TINY_ENSEMBLE, ".ensemble"))
 
 
+@pytest.mark.slow
 class TestVariants:
     @pytest.mark.parametrize("task", ABLATION)
     def test_every_variant_of_the_ablation_trains_exports_and_predicts(self, task, ablation, predict):
@@ -396,7 +400,9 @@ class TestVariants:
         weights = load_file(ablation / "run" / "model.safetensors")
         assert not [name for name in weights if "no_prompt4re.basis" in name]
         assert [name for name in weights if "full.basis" in name]
-        assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == 5
+        assert "srel.of.for_full.mlp.3.weight" in weights
+        assert "srel.of.for_no_deep_fc.mlp.3.weight" not in weights
+        assert len([t for t in manifest["inputs"] if t.startswith("prompt_")]) == len(ABLATION) - 1
 
     @pytest.mark.parametrize("task", LIKELIHOODS)
     def test_so_does_every_other_setting(self, task, likelihoods, predict):
@@ -455,6 +461,7 @@ def trained_chicago(chicago, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 class TestChicago:
     """The real city of the paper: 77 community areas, Llama's prompt vectors of 4096 numbers."""
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from topt_deploy.errors import BadData, BadRows, Exit, ToptError
+from topt_deploy.errors import BadData, BadRows, Exit, ToptError, how_many
 
 CLASSES = ToptError.__subclasses__()
 
@@ -79,3 +79,9 @@ def test_an_error_travels_between_processes():
     assert str(again) == str(error)
     assert again.as_dict() == error.as_dict()
     assert again.rows.tolist() == [True, False]
+
+
+def test_one_is_not_many():
+    assert how_many(1, "region") == "1 region"
+    assert how_many(0, "region") == "0 regions"
+    assert how_many(1200, "city", "cities") == "1,200 cities"

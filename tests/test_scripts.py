@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from services import service
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TASKS = ("crime", "check_in", "service_call")
 
 
+@pytest.mark.slow
 def test_the_wheels_model_is_the_one_that_made_the_demos_prompts(tmp_path, monkeypatch):
     from topt_deploy.prompts.pytorch.checkpoint import open_checkpoint
     from topt_deploy.prompts.pytorch.load import torch_encoder

@@ -1,11 +1,13 @@
 """``topt-deploy``: commands by name. A stage is imported when its command is called, and not before."""
 
 import importlib
+import sys
 
 import click
 
 from . import __version__
 from .console import run
+from .pandas_blocker import without_pandas
 
 _COMMANDS = {
     "build": ("topt_deploy.train.cli.build:build", "Build a city from the files that cities publish."),
@@ -51,4 +53,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point."""
+    if sys.argv[1:2] == ["build"]:  # training may need pandas, for libraries that others add
+        without_pandas()
     run(cli)

@@ -32,6 +32,11 @@ class Exit(IntEnum):
     TERMINATED = 143
 
 
+def how_many(count: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts: "1 region", "1,200 regions"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Text with control characters and the like spelled out, ``\x1b``: what a file says must not steer a terminal.
 

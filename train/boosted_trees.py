@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import sklearn
 from sklearn.ensemble import GradientBoostingRegressor
 
 from topt_deploy.data.columns import PROMPT_PREFIX
@@ -35,7 +36,9 @@ def fit_predict(regressor: Any, x: Array, targets: Array) -> Array:
     *Shape:* features (N, F), targets (N,) with NaN where unknown → (N,)
     """
     known = ~np.isnan(targets)
-    predicted: Array = regressor.fit(x[known], targets[known]).predict(x)
+    # Every tree of a boosting would check the same numbers and settings again, which takes a fifth of the time.
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        predicted: Array = regressor.fit(x[known], targets[known]).predict(x)
     return np.maximum(predicted, 0)
 
 

@@ -1,6 +1,7 @@
 """Stage 1: train SREL on the features of a city, or of several. No label is used."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import Config, SrelConfig
 from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import POSITION, feature_widths
+from topt_deploy.errors import BadConfig
 from topt_deploy.model.row_tiles import Matrix, held_on, matrix, one_tile
 from topt_deploy.model.srel import Srel, SrelLoss
 
@@ -95,21 +97,32 @@ def train_embedding(
     name: str,
     place: Workplace,
     *,
+    rows: bool = False,
     observe: Callable[[int, Srel], None] | None = None,
 ) -> Srel:
     """Train the stage-1 model ``name`` of :meth:`Config.embeddings`.
 
     Args:
         inputs: :func:`topt_deploy.data.features.features` as tensors on the engine's device.
+        rows: The inputs are those of ``srel.inputs = "rows"``, and not of a model that is to be deployed.
         observe: Called with the number of epochs done and the model, after every epoch.
 
     Returns:
         The trained model in evaluation mode, on the engine's device.
+
+    Raises:
+        BadConfig: If the settings ask for rows, and these inputs are not.
     """
     settings = config.embeddings()[name]
+    if settings.inputs == "rows" and not rows:
+        raise BadConfig(
+            "the weights of srel.inputs = 'rows' fit one city and one order of its regions", column="srel.inputs",
+            expected="'context'", found="'rows'",
+            fix="use it under `topt-deploy evaluate --protocol paper` alone",
+        )  # fmt: skip
     stage, device = f"srel/{name}", place.engine.device
     place.engine.seed(config.seed, stage)
-    srel = Srel(feature_widths(schema), settings)
+    srel = Srel({view: inputs[view].shape[1] for view in feature_widths(schema)}, settings)
     position = inputs[POSITION].cpu()
     srel.fit_statistics({k: v.cpu() for k, v in inputs.items()}, *(position[block] for block in city.blocks))
     with held_on(device):
@@ -217,6 +230,24 @@ class _Sample:
         some = some.to(self.device)
         views = {name: self.inputs[name][some] for name in self.srel.encoders.names}
         embedding: Tensor = self.srel(views, self.srel.adjacency(self.inputs[POSITION][some]))
+        return embedding
+
+
+def without_trace(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers that are drawn inside are put back, so that training goes on as if nothing had been looked at."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@torch.no_grad()
+def embed_with_dropout(srel: Srel, inputs: Mapping[str, Tensor], adjacency: Matrix) -> Tensor:
+    """Embeddings E (N, D) in training mode, as the published code reads them; without a trace in training.
+
+    Args:
+        adjacency: Of the regions, :class:`topt_deploy.model.srel.Adjacency`.
+    """
+    device = inputs[POSITION].device
+    with held_on(device), without_trace(device):
+        embedding: Tensor = srel.train()(inputs, adjacency)
         return embedding
 
 

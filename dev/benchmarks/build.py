@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -99,17 +100,18 @@ def read_csv(folder: Path) -> int:
 
 
 def build_of(file: str) -> Callable[[Path], int]:
-    """Build the city with one file of points, from nothing."""
+    """Build the city with one file of points, from nothing: the command itself."""
 
     def run(folder: Path) -> int:
-        from topt_deploy.train.datasets.build.city import build
-        from topt_deploy.train.datasets.build.recipe import recipe_of
+        from topt_deploy.cli import main
 
-        raw = {"regions": {"file": "areas.geojson", "id": "id"}, "points": {"poi": file}}
-        pa.set_memory_pool(pa.system_memory_pool())  # as the command does
         with tempfile.TemporaryDirectory() as out:
-            report = build(recipe_of(raw, folder=folder, name="city"), Path(out))
-        return report.tallies["points.poi"].assigned
+            sys.argv = ["topt-deploy", "build", "--regions", str(folder / "areas.geojson"), "--id-col", "id",
+                        "--points", f"poi={folder / file}", "--out", out]  # fmt: skip
+            with suppress(SystemExit):
+                main()
+            receipt = json.loads((Path(out) / "build.receipt.json").read_text())
+        return int(receipt["sources"]["points.poi"]["assigned"])
 
     return run
 
@@ -127,9 +129,11 @@ def geopandas(folder: Path) -> int:
 
 def regions_alone(folder: Path) -> int:
     """The cost of a build without points: reading 2,000 areas."""
+    from topt_deploy.pandas_blocker import without_pandas
     from topt_deploy.train.datasets.build.recipe import recipe_of
     from topt_deploy.train.datasets.build.regions import read_regions
 
+    without_pandas()  # as the command does
     return len(read_regions(recipe_of({"regions": {"file": "areas.geojson", "id": "id"}}, folder=folder, name="c")))
 
 

@@ -20,6 +20,10 @@ from pathlib import Path
 from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "dev"))
+
+from chicago_areas import chicago_areas  # noqa: E402 - which lies in dev/
+
 BIN = Path(sys.executable).parent
 FLOOR = "import numpy, pyarrow, onnxruntime, click"
 START_UP_RUNS = 11
@@ -80,24 +84,33 @@ def picture(city: Path, run: str, out: Path) -> None:
     """Predictions on the map, and held-out predictions against what was reported."""
     import matplotlib.pyplot as plt
     import pyarrow.parquet as pq
+    import shapely
+    from matplotlib.collections import PathCollection
+    from matplotlib.path import Path as Outline
 
-    regions = pq.read_table(city / "regions.parquet", columns=["region_id", "lon", "lat"]).to_pydict()
+    regions = pq.read_table(city / "regions.parquet", columns=["region_id", "geometry"]).to_pydict()
     held = pq.read_table(city / "runs" / run / "held_out.parquet").to_pylist()
     tasks = list(dict.fromkeys(row["task"] for row in held))
-    place = dict(zip(regions["region_id"], zip(regions["lon"], regions["lat"], strict=True), strict=True))
+    outline = {
+        region: Outline.make_compound_path(*(Outline(shapely.get_coordinates(r)) for r in shapely.get_rings(shape)))
+        for region, shape in zip(regions["region_id"], shapely.from_wkb(regions["geometry"]), strict=True)
+    }
     figure, axes = plt.subplots(2, len(tasks), figsize=(4 * len(tasks), 8.2), height_ratios=[1.25, 1])
     for column, task in enumerate(tasks):
         rows = [row for row in held if row["task"] == task and row["held_out"] is not None]
         truth, predicted = ([row[k] for row in rows] for k in ("label", "held_out"))
-        lon, lat = zip(*(place[row["region_id"]] for row in rows), strict=True)
         map_, scatter = axes[:, column]
         top = max(truth)
-        size = [20 + 480 * p / top for p in predicted]
-        dots = map_.scatter(lon, lat, c=predicted, s=size, cmap="viridis", norm="symlog", edgecolors="white", lw=0.5)
+        areas = PathCollection(
+            [outline[row["region_id"]] for row in rows], array=predicted, norm="symlog", edgecolors="white", lw=0.5
+        )
+        map_.add_collection(areas)
+        map_.autoscale_view()
         map_.set_aspect(1 / 0.745)  # cos 41.9°
         map_.set_title(task.replace("_", " "))
         map_.set(xticks=[], yticks=[])
-        figure.colorbar(dots, ax=map_, shrink=0.6, label="predicted, held out")
+        map_.spines[:].set_visible(False)
+        figure.colorbar(areas, ax=map_, shrink=0.6, label="predicted, held out")
         scatter.plot([1, top], [1, top], color="grey", lw=1)
         scatter.scatter(truth, predicted, s=14)
         scatter.set(xscale="symlog", yscale="symlog", xlabel="reported", ylabel="predicted, held out")
@@ -119,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         city = Path(name) / "chicago"
         source = ("import", "hafusion", options.hafusion, "--city", "Chi", "--prompt4re", options.prompt4re)
-        imported = measure(BIN / "topt-deploy", *source, "--encoder", "llama", "--out", city)
+        imported = measure(BIN / "topt-deploy", *source, *chicago_areas(), "--encoder", "llama", "--out", city)
         one, one_record = train(city, "paper-crime", "--preset", "paper", "--task", "crime")
         exported = measure(BIN / "topt-deploy", "export", city / "runs" / "paper-crime")
         one_runs, one_floors = start_up(city)

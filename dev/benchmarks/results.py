@@ -14,16 +14,22 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from topt_deploy.config.load import load_config
 from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.evaluation.evaluate import evaluate_problem, read_problem
-from topt_deploy.train.evaluation.problem import Method
+from topt_deploy.train.evaluation.problem import Method, Problem
+from topt_deploy.train.evaluation.published_search import search
 from topt_deploy.train.evaluation.registry import METHODS, Entry
+from topt_deploy.train.evaluation.topt_variants import VARIANTS, Topt
 from topt_deploy.train.loop import TrainingDevice
 from topt_deploy.train.progress import Reporter
+
+Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("crime", "check_in", "service_call")
@@ -45,11 +51,15 @@ class Suite:
     encoder: str = "llama"
     coverage: float | None = None
     first: int = FIRST_SEED
+    trials: int = 0  # of the published search; without, none
 
 
 _QWEN_TITLE = "Prompts of Qwen2.5-VL-7B"
 SUITES = {
     "paper": Suite("The paper's Table 1: `paper`", "paper", PAPER, seeds=1, first=0),
+    "paper-searched": Suite(
+        "The paper's Table 1, searched: `paper`", "paper", [*TABLE_1, "paper-rows"], seeds=5, trials=20
+    ),
     "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=1, first=0, encoder="qwen"),
     "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
     "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
@@ -123,6 +133,31 @@ def _same(method: Method) -> Method:
     return method
 
 
+def search_suite(
+    suite: Suite,
+    problem: Problem,
+    labels: Mapping[str, Array],
+    hashes: Mapping[str, Any],
+    options: argparse.Namespace,
+    *,
+    out: Path,
+) -> None:
+    """Search what the options name. A method with settings of its own is called after them."""
+    chosen = {name: VARIANTS[name] for name in options.methods or suite.methods}
+    search(
+        problem,
+        {task: labels[task] for task in options.tasks},
+        hashes,
+        {
+            ", ".join([name, *options.set]): Topt(topt.preset, *topt.overrides, *options.set)
+            for name, topt in chosen.items()
+        },
+        trials=options.trials or suite.trials,
+        seeds=range(suite.first, suite.first + (options.runs or suite.seeds)),
+        out=out,
+    )
+
+
 def main() -> None:
     """Run the chosen suites; write the page when all have their results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -130,6 +165,13 @@ def main() -> None:
     parser.add_argument("--prompt4re", required=True, type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "results")
     parser.add_argument("--only", nargs="*", choices=SUITES, default=list(SUITES), help="Suites [default: all].")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS, help="Tasks that are searched [all].")
+    parser.add_argument("--methods", nargs="*", help="Methods that are searched [the suite's].")
+    parser.add_argument("--trials", type=int, help="Trials of a search [the suite's].")
+    parser.add_argument("--runs", type=int, help="Runs of a search's best trial [the suite's].")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="Settings of what is searched, for a shorter search."
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +184,9 @@ def main() -> None:
             engine = TrainingDevice.choose("cpu", None, None)
             problems[suite.encoder] = read_problem([city], load_config(tasks=TASKS), engine, reporter)
         reporter.say(f"suite {name}")
+        if suite.trials:
+            search_suite(suite, *problems[suite.encoder], options, out=options.folder / name)
+            continue
         evaluate_problem(
             *problems[suite.encoder],
             {method: methods[method] for method in suite.methods},

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import overload
 
 from topt_deploy.errors import UsageError
+from topt_deploy.pandas_blocker import with_pandas
 from topt_deploy.storage.outputs import check_outside
 
 from ..addresses import is_uri
 from ..device_choice import CPU
-from ..pandas_blocker import with_pandas
 from ..predict_city import CityJob
 from ..settings import Setting
 from ..summary import CityResult, Summary

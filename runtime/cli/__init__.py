@@ -6,8 +6,8 @@ import click
 
 from topt_deploy import __version__
 from topt_deploy.console import run
+from topt_deploy.pandas_blocker import without_pandas
 
-from ..pandas_blocker import without_pandas
 from . import cache, check, encode, info, predict, selftest
 from . import map as map_
 

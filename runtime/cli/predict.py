@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from topt_deploy.console import Log
-from topt_deploy.errors import NoInput, ToptError, UsageError, printable
+from topt_deploy.errors import NoInput, ToptError, UsageError, how_many, printable
 from topt_deploy.progress import ProgressBar
 from topt_deploy.storage.outputs import METRICS, check_outputs, check_suffix
 
@@ -291,4 +291,4 @@ def _preview(table: "pa.Table") -> str:
     text = [names, *([f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in text) for i in range(len(names))]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in text]
-    return "\n".join([*shown, f"({len(table)} rows)"])
+    return "\n".join([*shown, f"({how_many(len(table), 'row')})"])

@@ -9,6 +9,8 @@ from topt_deploy.bundle.manifest import SCHEMA_VERSION
 from topt_deploy.bundle.sealed import MANIFEST, open_sealed
 from topt_deploy.errors import BadBundle
 
+pytestmark = pytest.mark.slow
+
 SAMPLED = 1000
 
 

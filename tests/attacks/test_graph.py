@@ -286,6 +286,7 @@ class TestPolyglots:
                 continue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EXPORTED)
 def test_what_the_exporters_write_is_allowed(family, encoders):
     for precision in EXPORTED[family]:

@@ -38,11 +38,12 @@ class TestPresets:
         }
         assert found == {
             "crime": (7e-4, 2, 0.1, 1e-4, False),
-            "check_in": (2e-4, 5, 0.4, 3e-4, True),
-            "service_call": (8e-4, 2, 0.3, 1e-4, False),
+            "check_in": (2e-4, 5, 0.4, 5e-4, True),
+            "service_call": (7e-4, 2, 0.1, 1e-2, False),
         }
         for task in tasks.values():
             assert (task.srel.width, task.srel.intra_blocks, task.srel.inter_blocks) == (144, 1, 2)
+            assert task.srel.deep_fc
             assert (task.srel.channels, task.srel.memory, task.srel.view_width) == (32, 36, 32)
             assert (task.srel.epochs, task.srel.weight_decay, task.srel.dropout) == (4000, 5e-4, 0.1)
             assert (task.prompt4re.epochs, task.prompt4re.ridge_alpha) == (3000, 1.0)
@@ -161,7 +162,7 @@ class TestTasks:
         assert list(config.embeddings()) == ["crime", "check_in"]  # the paper's crime has the common settings
         assert [config.embedding_of(task) for task in config.tasks] == ["crime", "crime", "crime", "check_in"]
         assert config.embeddings()["crime"] == config.tasks["dogs"].srel
-        assert len(load_config(preset="paper").embeddings()) == 3
+        assert len(load_config(preset="paper").embeddings()) == 2  # service calls share crime's
         same = load_config(preset="paper", overrides=["srel.lr=1e-3", "srel.layers=2", "srel.bias=0.1"])
         assert list(same.embeddings()) == ["crime"]
 

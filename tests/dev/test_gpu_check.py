@@ -45,6 +45,7 @@ def test_without_a_gpu_every_part_is_skipped_by_name(tmp_path):
     assert (tmp_path / "gpu-report.md").read_text() in done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu_at_tiny_sizes(tmp_path):
     done, report = run(tmp_path, "--device", "cpu", "--size", "tiny")
     checks = {check["name"]: check for check in report["checks"]}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import shell
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "examples" / "notebook").glob("*.ipynb"))
 SHORT = 'preset="quick", set={"srel.epochs": 2, "prompt4re.epochs": 2, "ensemble.epochs": 2}'
 CHECK = """

@@ -10,6 +10,8 @@ from services import service
 
 from topt_deploy.storage.locks import locked
 
+pytestmark = pytest.mark.slow
+
 TOPT_RUN = Path(sys.executable).with_name("topt-run")
 HERE = Path(__file__).parent
 

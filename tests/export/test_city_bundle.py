@@ -126,6 +126,7 @@ def test_nothing_in_it_can_run_code(demo_bundle):
             assert data.decode().isprintable() or "\n" in data.decode()
 
 
+@pytest.mark.slow
 def test_exported_again_as_a_zip_it_is_the_same_to_the_byte(demo_bundle, demo_run, export, tmp_path):
     """Once more through tracing, graph and gate: only the clock may differ, and nothing of it is in there."""
     out = tmp_path / "model.zip"

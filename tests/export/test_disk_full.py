@@ -7,7 +7,7 @@ import pytest
 from figures import FULL, record
 from small_disk import SmallDisk, small_disk
 
-from topt_deploy.export import city_bundle
+pytestmark = pytest.mark.slow
 
 PARTS = 12 if FULL else 2
 """How finely free space is varied, from none to what is needed."""
@@ -17,20 +17,6 @@ PARTS = 12 if FULL else 2
 def disk(tmp_path: Path):
     with small_disk(tmp_path / "small", 64) as disk:
         yield disk
-
-
-@pytest.fixture
-def translated_once(monkeypatch):
-    """The graph, which takes most of an export's time, is the same for the same run: the first one serves all."""
-    graphs = []
-
-    def export_graph(*arguments):
-        if not graphs:
-            graphs.append(real(*arguments))
-        return graphs[0]
-
-    real = city_bundle.export_graph
-    monkeypatch.setattr(city_bundle, "export_graph", export_graph)
 
 
 def needed(disk: SmallDisk, call) -> int:
@@ -43,7 +29,7 @@ def needed(disk: SmallDisk, call) -> int:
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["first", "again"])
-@pytest.mark.usefixtures("translated_once")
+@pytest.mark.usefixtures("demo_traced")
 def test_export(topt_deploy, demo_run, demo_bundle, disk, older):
     out = disk.folder / "model.topt"
 

@@ -59,6 +59,8 @@ def expected(demo_bundle, demo_city):
     return table.select(COLUMNS).to_pandas()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("demo_traced")
 def test_the_command_writes_it_and_mlflow_predicts_the_same(topt_deploy, tmp_path, demo_run, frame, expected):
     import mlflow
 

@@ -82,24 +82,15 @@ def test_rounding_is_what_float32_loses(demo_run):
     assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
 
 
-@pytest.fixture
-def graph(demo_bundle):
-    """The demo's graph, as the exporter made it."""
-    opened = open_bundle(demo_bundle)
-    variant = opened.manifest.variants["fp32"]
-    places = {name: (offset, tuple(shape)) for name, (offset, shape) in variant["initializers"].items()}
-    return Graph(model=opened.read(variant["graph"]), weights=opened.read(variant["weights"]), initializers=places)
-
-
 def export(demo_run, out, monkeypatch, graph, said=None):
     """Export without the half minute of tracing: the graph is given."""
     monkeypatch.setattr(exporting, "export_graph", lambda model, inputs: graph)
     return exporting.export_bundle(open_run(demo_run), out, say=(said if said is not None else []).append)
 
 
-def test_the_true_graph_passes(graph, demo_run, demo_bundle, tmp_path, monkeypatch):
+def test_the_true_graph_passes(demo_graph, demo_run, demo_bundle, tmp_path, monkeypatch):
     said = []
-    done = export(demo_run, tmp_path / "model.topt", monkeypatch, graph, said)
+    done = export(demo_run, tmp_path / "model.topt", monkeypatch, demo_graph, said)
     assert [parity.regions for parity in done.parity] == SIZES
     assert all(parity.worst <= TOLERANCES["fp32"] and parity.swapped == 0 for parity in done.parity)
     assert done.parity[0].city == "training city"
@@ -113,8 +104,8 @@ def test_the_gate_sees_both_sides_of_a_tile_and_of_the_next():
     assert [largest(1), largest(2)] == [512, 724]
 
 
-def test_the_self_test_crosses_tiles_and_the_bundle_does_not_grow(graph, demo_run, tmp_path, monkeypatch):
-    export(demo_run, tmp_path / "model.topt", monkeypatch, graph)
+def test_the_self_test_crosses_tiles_and_the_bundle_does_not_grow(demo_graph, demo_run, tmp_path, monkeypatch):
+    export(demo_run, tmp_path / "model.topt", monkeypatch, demo_graph)
     checks = load(tmp_path / "model.topt").selftest()
     assert [(check.city, check.regions) for check in checks] == [
         ("golden-7", 7), ("golden-31", 31), ("enlarged-725", 725),
@@ -146,9 +137,9 @@ def all_nan(graph):
 
 
 @pytest.mark.parametrize("fault", [weights_rotated, second_tile_off_by_one])
-def test_gate_and_self_test_each_catch_what_serves_wrongly(fault, graph, demo_run, tmp_path, monkeypatch):
+def test_gate_and_self_test_each_catch_what_serves_wrongly(fault, demo_graph, demo_run, tmp_path, monkeypatch):
     """Both were passed once: graph and weights are right as files, or right in one tile."""
-    faulty, out = fault(graph), tmp_path / "model.topt"
+    faulty, out = fault(demo_graph), tmp_path / "model.topt"
     first = "enlarged-513" if fault is second_tile_off_by_one else "training city"
     with pytest.raises(BadBundle, match=f"parity gate failed on {first} .*no bundle was written"):
         export(demo_run, out, monkeypatch, faulty)
@@ -161,13 +152,13 @@ def test_gate_and_self_test_each_catch_what_serves_wrongly(fault, graph, demo_ru
 
 @pytest.mark.parametrize("tamper", [one_weight, all_nan])
 @pytest.mark.parametrize("older", [False, True])
-def test_a_tampered_graph_fails_and_leaves_no_bundle(tamper, older, graph, demo_run, tmp_path, monkeypatch):
+def test_a_tampered_graph_fails_and_leaves_no_bundle(tamper, older, demo_graph, demo_run, tmp_path, monkeypatch):
     out = tmp_path / "model.topt"
     if older:
-        export(demo_run, out, monkeypatch, graph)
+        export(demo_run, out, monkeypatch, demo_graph)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert bool(before) == older
-    tampered = Graph(model=graph.model, weights=tamper(graph).tobytes(), initializers=graph.initializers)
+    tampered = Graph(model=demo_graph.model, weights=tamper(demo_graph).tobytes(), initializers=demo_graph.initializers)
     with pytest.raises(BadBundle, match=r"parity gate failed on .*no bundle was written") as caught:
         export(demo_run, out, monkeypatch, tampered)
     assert "0.0001" in str(caught.value)

@@ -31,6 +31,8 @@ from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import RTX, TENSORRT
 from topt_deploy.tensorrt.profile import ProfileRange
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("fp16", "int8", "int4")
 SIZES = (1, 2, 9, 77, 150)
 

@@ -201,6 +201,8 @@ VARIANTS = {
     "paper": {},
     "hidden": {"hidden": 5},
     "own width": {"width": 12, "heads": 4},
+    "own widths": {"width": 12, "heads": 4, "value_width": 8, "soft_prompt": 5},
+    "own soft prompt, no alignment": {"alignment": False, "soft_prompt": 3},
     "no alignment": {"alignment": False},
     "no alignment, hidden": {"alignment": False, "hidden": 4},
 }

@@ -157,8 +157,10 @@ class TestSrel:
             {"distance_bias": False},
             {"centrality": False},
             {"distance_bias": False, "centrality": False, "layers": 0, "inter_blocks": 1},
+            {"deep_fc": True, "layers": 3, "heads": 1, "bias": 0.4, "intra_blocks": 2},
+            {"deep_fc": True, "inputs": "rows"},
         ],
-        ids=["full", "paper's check-in", "no bias", "no centrality", "no space"],
+        ids=["full", "paper's check-in", "no bias", "no centrality", "no space", "HAFusion's layers", "raw counts"],
     )
     def test_matches_the_equations_in_float64(self, settings):
         srel, inputs = model_and_inputs(bias=settings.pop("bias", 0.1), **settings)

@@ -133,7 +133,7 @@ def kill_at_work(
 
 BLIND = """
 import sys
-from topt_deploy.runtime.pandas_blocker import with_pandas
+from topt_deploy.pandas_blocker import with_pandas
 with_pandas()
 from topt_deploy.runtime.batch.plan import plan
 from topt_deploy.runtime.batch.city_task import Setting

@@ -88,7 +88,7 @@ def _environment(library: Path) -> dict[str, str]:
 def _serve() -> None:
     from importlib import import_module
 
-    from topt_deploy.runtime.pandas_blocker import without_pandas
+    from topt_deploy.pandas_blocker import without_pandas
 
     without_pandas()
     for module in PRELOADED:

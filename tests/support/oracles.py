@@ -44,17 +44,17 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Array
 def attention(q: Array, k: Array, v: Array, heads: int, bias: Array | None = None) -> tuple[Array, Array]:
     """Multi-head attention, query by query: mixed values (N, W), head-averaged weights (N, N)."""
     n, width = q.shape
-    size = width // heads
-    mixed, average = np.zeros((n, width)), np.zeros((n, len(k)))
+    size, values = width // heads, v.shape[1] // heads
+    mixed, average = np.zeros(v.shape), np.zeros((n, len(k)))
     for h in range(heads):
-        part = slice(h * size, (h + 1) * size)
+        part, own = slice(h * size, (h + 1) * size), slice(h * values, (h + 1) * values)
         for i in range(n):
             scores = []
             for j in range(len(k)):
                 score = sum(a * b for a, b in zip(q[i, part], k[j, part], strict=True)) / math.sqrt(size)
                 scores.append(score + (0.0 if bias is None else bias[i, j]))
             for j, weight in enumerate(softmax(scores)):
-                mixed[i, part] += weight * v[j, part]
+                mixed[i, own] += weight * v[j, own]
                 average[i, j] += weight / heads
     return mixed, average
 
@@ -93,9 +93,24 @@ def view_encoder(x: Array, module) -> Array:
     x = (x - array(module.standardize.mean)) / array(module.standardize.scale)
     x = np.maximum(linear(x, module.proj), 0)
     for block in module.blocks:
-        mixed, weights = self_attention(x, block.attention)
-        x = feed_forward(x, mixed + score_feature(weights, block.score_feature), block.feed_forward)
+        if hasattr(block, "attention"):
+            mixed, weights = self_attention(x, block.attention)
+            x = feed_forward(x, mixed + score_feature(weights, block.score_feature), block.feed_forward)
+        else:
+            x = deep_fc(x, block)
     return x
+
+
+def deep_fc(x: Array, module) -> Array:
+    """topt_deploy.model.layers.DeepFc: two linear maps, LeakyReLU of slope 0.3, a third, LeakyReLU."""
+    first, second, _, third, _ = module
+    x = leaky_relu(linear(linear(x, first), second))
+    return leaky_relu(linear(x, third))
+
+
+def leaky_relu(x: Array) -> Array:
+    """LeakyReLU of slope 0.3."""
+    return np.where(x > 0, x, 0.3 * x)
 
 
 def external_attention(x: Array, module) -> Array:
@@ -118,7 +133,10 @@ def view_fusion(views: Array, module) -> tuple[Array, Array]:
     n, count, width = views.shape
     others = views
     for block in module.blocks:
-        others = external_attention(others, block)
+        if hasattr(block, "keys"):
+            others = external_attention(others, block)
+        else:
+            others = np.stack([deep_fc(one, block) for one in others])
     own, theirs = module.mix_own.item(), module.mix_others.item()
     mixed = (own * views + theirs * others) / (own + theirs)
     score = np.stack([linear(mixed[i], module.score) for i in range(n)])
@@ -162,9 +180,10 @@ def srel(views: dict[str, Array], adjacency: Array, module) -> Array:
     for layer in module.layers:
         mixed, _ = self_attention(x, layer.attention, bias)
         x = feed_forward(x, mixed, layer.feed_forward)
+    if len(module.mlp) == 5:
+        return deep_fc(x, module.mlp)
     first, _, last = module.mlp
-    hidden = linear(x, first)
-    return linear(np.where(hidden > 0, hidden, 0.3 * hidden), last)
+    return linear(leaky_relu(linear(x, first)), last)
 
 
 def member_linear(x: Array, module, member: int) -> Array:

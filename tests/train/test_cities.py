@@ -152,6 +152,7 @@ class TestParts:
                 )
 
 
+@pytest.mark.slow
 class TestRun:
     def test_a_city_without_a_label_is_predicted_by_the_bundle(self, folders, tmp_path):
         *known, unseen = folders

@@ -21,7 +21,7 @@ TINY = {
 }  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("few_trees")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_trees")]
 
 
 def nulls(values, rows):

@@ -6,10 +6,13 @@ small that it is over in a second or two, most of which something is being writt
 
 from random import Random
 
+import pytest
 from commands import shell
 from figures import FULL, record
 from killing import Forked, Target, Trials
 from train_again import FRESH, GO_ON, IMPORTED, train
+
+pytestmark = pytest.mark.slow
 
 POINTS = 200
 SETTINGS = """\

@@ -212,6 +212,7 @@ def _check(task: TaskConfig, where: str) -> None:
     for name, width, heads in (
         ("srel", task.srel.width, task.srel.heads),
         ("prompt4re", attention, task.prompt4re.heads),
+        ("prompt4re", task.prompt4re.value_width or attention, task.prompt4re.heads),
     ):
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")

@@ -57,6 +57,11 @@ class SrelConfig:
         memory: d_m, slots of the external attention's memory.
         channels: c, channels that an attention score is expanded to.
         view_width: d', width of the view-weight score.
+        deep_fc: Close every view's encoder, the external attention and the whole with HAFusion's fully connected
+            layers, and start the external attention as HAFusion does. The paper's form.
+        inputs: ``context`` reads log1p counts and what flows lead to, standardised, which fits any city. ``rows`` reads
+            raw counts and every region's row of the OD matrix, as HAFusion does: the weights fit one city and an order
+            of its regions, so that it can be evaluated under `paper` and not deployed.
         distance_bias: Use distances as a bias of the attention. Off is an ablation.
         centrality: Use the centrality of regions. Off is an ablation.
         bias: λ at the start, the weight of the adjacency in the attention scores.
@@ -85,6 +90,8 @@ class SrelConfig:
     memory: Positive = 36
     channels: Positive = 32
     view_width: Positive = 32
+    deep_fc: bool = False
+    inputs: Literal["context", "rows"] = "context"
     distance_bias: bool = True
     centrality: bool = True
     bias: float = 0.1
@@ -113,6 +120,8 @@ class Prompt4ReConfig:
         alignment: Off is the ablation without alignment: the prompt is projected and concatenated.
         components: Principal components of the prompt vectors that are kept; 0 keeps all.
         width: Width of the attention; 0 takes the embedding's. The authors' code has the prompt's own.
+        value_width: Width of the attention's values; 0 takes ``width``.
+        soft_prompt: Width of the soft prompt; 0 takes the embedding's.
         heads: Attention heads.
         skip: Besides the embedding, the head also sees the features and prompts themselves, standardised.
         hidden: Width of a hidden layer in the FNN; 0 is the paper's single linear layer.
@@ -136,6 +145,8 @@ class Prompt4ReConfig:
     alignment: bool = True
     components: int = 0
     width: int = 0
+    value_width: int = 0
+    soft_prompt: int = 0
     heads: int = 4
     skip: bool = False
     hidden: int = 0

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from topt_deploy.config.settings import SrelConfig
 
-from .layers import Dropout, FeedForward, SelfAttention, Standardize
+from .layers import DeepFc, Dropout, FeedForward, SelfAttention, Standardize
 
 
 class _PooledScores(torch.autograd.Function):
@@ -79,7 +79,8 @@ class IntraViewBlock(nn.Module):
 
 
 class ViewEncoder(nn.Module):
-    """One view: standardised, projected to the width, through the intra-view blocks.
+    """One view: standardised, projected to the width, through the intra-view blocks and, with ``deep_fc``, a
+    :class:`.layers.DeepFc`.
 
     *Shape:* (N, F) → (N, D)
     """
@@ -90,6 +91,8 @@ class ViewEncoder(nn.Module):
         self.proj = nn.Linear(features, config.width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(IntraViewBlock(config) for _ in range(config.intra_blocks))
+        if config.deep_fc:
+            self.blocks.append(DeepFc(config.width, config.width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(torch.relu(self.proj(self.standardize(x))))
@@ -124,6 +127,9 @@ class ViewFusion(nn.Module):
     The view weights come from an attentive score between pairs of views, averaged over the second view and over
     the regions, and softmaxed: one weight per view and city.
 
+    With ``deep_fc``, what the views take from each other goes through a :class:`.layers.DeepFc`, and the external
+    attention starts from N(0, 0.001²), as in HAFusion's code.
+
     *Shape:* (N, V, D) → (N, D), and the view weights (V,)
     """
 
@@ -137,6 +143,10 @@ class ViewFusion(nn.Module):
         self.score = nn.Linear(config.width, config.view_width, bias=False)
         self.score_from = nn.Linear(config.view_width, 1)
         self.score_to = nn.Linear(config.view_width, 1)
+        if config.deep_fc:
+            for weight in self.blocks.parameters():
+                nn.init.normal_(weight, std=1e-3)
+            self.blocks.append(DeepFc(config.width, config.width))
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         others = views

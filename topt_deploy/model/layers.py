@@ -148,6 +148,22 @@ class SelfAttention(nn.Module):
         return self.out(mixed), seen[0] if seen else None
 
 
+class DeepFc(nn.Sequential):
+    """HAFusion's closing layers of a module, after the authors' code: two linear maps, LeakyReLU, a third, LeakyReLU.
+
+    *Shape:* (..., I) → (..., O)
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(inputs, 2 * inputs),
+            nn.Linear(2 * inputs, 2 * inputs),
+            nn.LeakyReLU(0.3),
+            nn.Linear(2 * inputs, outputs),
+            nn.LeakyReLU(0.3),
+        )
+
+
 class FeedForward(nn.Module):
     """Residual, layer norm, feed-forward, residual, layer norm: the second half of a post-norm block.
 

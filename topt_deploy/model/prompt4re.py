@@ -100,17 +100,18 @@ class Alignment(nn.Module):
 
     P' = LayerNorm(MHA(E, P) + E·W_res).
 
-    *Shape:* E (1, N, I), prompts (1, N, R) → (M, N, W)
+    *Shape:* E (1, N, I), prompts (1, N, R) → (M, N, W), W the width of the values
     """
 
     def __init__(self, *, members: int, inputs: int, inner: int, rank: int, config: Prompt4ReConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        values = config.value_width or inner
         self.query = MemberLinear(members, inputs, inner)
         self.key = MemberLinear(members, rank, inner)
-        self.value = MemberLinear(members, rank, inner)
-        self.residual = MemberLinear(members, inputs, inner)
-        self.norm = MemberLayerNorm(members, inner)
+        self.value = MemberLinear(members, rank, values)
+        self.residual = MemberLinear(members, inputs, values)
+        self.norm = MemberLayerNorm(members, values)
         self.dropout = Dropout(config.dropout)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Prompt4Re(nn.Module):
     Args:
         members: M.
         inputs: I, what the head sees of a region: D, or more where features are passed along (``skip``).
-        width: D, the width of the soft prompt.
+        width: D, the width of the soft prompt unless the settings give another.
         rank: R, the width of :class:`PromptBasis`; 0 without prompts.
         config: Stage-2 settings. ``alignment`` off projects the prompts instead of aligning them.
     """
@@ -153,11 +154,12 @@ class Prompt4Re(nn.Module):
         super().__init__()
         self.prompted = rank > 0
         self.alignment = None
-        inner = config.width or width
+        inner, width = config.width or width, config.soft_prompt or width
         if self.prompted:
             if config.alignment:
                 self.alignment = Alignment(members=members, inputs=inputs, inner=inner, rank=rank, config=config)
-            self.soft_prompt = MemberLinear(members, inner if config.alignment else rank, width)
+            aligned = config.value_width or inner
+            self.soft_prompt = MemberLinear(members, aligned if config.alignment else rank, width)
         joined = inputs + width if self.prompted else inputs
         self.linear = MemberLinear(members, joined, 1)
         nn.init.normal_(self.linear.weight, std=math.sqrt(2 / (joined + 1)))  # Xavier, as the authors have it

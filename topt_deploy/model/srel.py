@@ -12,7 +12,7 @@ from topt_deploy.config.settings import SrelConfig
 from topt_deploy.data.features import EARTH_RADIUS_M
 
 from .fusion import ViewEncoder, ViewFusion
-from .layers import ByName, FeedForward, SelfAttention
+from .layers import ByName, DeepFc, FeedForward, SelfAttention
 from .row_tiles import ALL, Matrix, Rows, in_tiles, matrix, take
 
 NEIGHBOURS = 5
@@ -101,6 +101,7 @@ class Srel(nn.Module):
 
     def __init__(self, feature_widths: Mapping[str, int], config: SrelConfig) -> None:
         super().__init__()
+        self.standardizes = config.inputs == "context"
         self.adjacency = Adjacency(config)
         self.encoders = ByName(
             {view: ViewEncoder(features=width, config=config) for view, width in feature_widths.items()}
@@ -109,17 +110,15 @@ class Srel(nn.Module):
         self.centrality = nn.Linear(1, config.width) if config.centrality else None
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.distance_bias else None  # λ
         self.layers = nn.ModuleList(GraphormerLayer(config) for _ in range(config.layers))
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, 2 * config.width),
-            nn.LeakyReLU(0.3),
-            nn.Linear(2 * config.width, config.width),
-        )
+        self.mlp = _light_mlp(config.width) if not config.deep_fc else DeepFc(config.width, config.width)
 
     def fit_statistics(self, inputs: Mapping[str, Tensor], *positions: Tensor) -> None:
-        """Fix feature statistics from the training city, and the decay length from its positions, or each city's."""
-        for view, encoder in self.encoders.items():
-            assert isinstance(encoder, ViewEncoder)
-            encoder.standardize.fit(inputs[view])
+        """Fix feature statistics from the training city, and the decay length from its positions, or each city's. Raw
+        counts (``inputs = "rows"``) stay as they are."""
+        if self.standardizes:
+            for view, encoder in self.encoders.items():
+                assert isinstance(encoder, ViewEncoder)
+                encoder.standardize.fit(inputs[view])
         self.adjacency.fit(*positions)
 
     def forward(self, views: Mapping[str, Tensor], adjacency: Matrix) -> Tensor:
@@ -133,6 +132,10 @@ class Srel(nn.Module):
             x = layer(x, bias)
         out: Tensor = self.mlp(x)
         return out
+
+
+def _light_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.LeakyReLU(0.3), nn.Linear(2 * width, width))
 
 
 class SrelLoss(nn.Module):

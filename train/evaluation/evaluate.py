@@ -168,16 +168,7 @@ def evaluate_problem(
     few: int = 0,
 ) -> str:
     """Evaluate methods on what :func:`read_problem` gave; see :func:`evaluate_cities`."""
-    recorded = {
-        "protocol": protocol,
-        "seeds": list(seeds),
-        **({"few_labels": few} if few else {}),
-        **hashes,
-        "device": problem.engine.device.type,
-        "precision": problem.engine.precision,
-        "versions": {"topt-deploy": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in LIBRARIES},
-    }
+    recorded = facts_of(problem, hashes, protocol=protocol, seeds=seeds) | ({"few_labels": few} if few else {})
     store = Store.open(out, problem.city.region_id, recorded)
     Evaluation(
         problem=problem,
@@ -194,6 +185,19 @@ def evaluate_problem(
     write_text(out / "results.md", page)
     write_json(out / "results.json", as_json(recorded, results))
     return page
+
+
+def facts_of(problem: Problem, hashes: Mapping[str, Any], *, protocol: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Everything that results depend on beside method and task (:meth:`.results.Store.open`)."""
+    return {
+        "protocol": protocol,
+        "seeds": list(seeds),
+        **hashes,
+        "device": problem.engine.device.type,
+        "precision": problem.engine.precision,
+        "versions": {"topt-deploy": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
+    }
 
 
 def _sha256_files(files: Sequence[Path]) -> str | None:

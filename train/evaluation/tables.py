@@ -166,7 +166,7 @@ def _figures(results: Sequence[MethodResult]) -> str:
     for method, group in {r.method: r.group for r in results}.items():
         figures = [_cell(cells, method, task) for task in _tasks(results)]
         rows.append([method, GROUPS[group], *figures])
-    return _table(rows)
+    return table(rows)
 
 
 def _cell(cells: Mapping[tuple[str, str], Mapping[str, Spread]], method: str, task: str) -> str:
@@ -190,10 +190,10 @@ def _coverage(results: Sequence[MethodResult]) -> str:
             shares = [c.all, *c.by_size.values(), min(c.by_block, key=lambda block: block.coverage)]
             whole, *strata = (f"{100 * s.coverage:.0f} % of {s.regions}" for s in shares)
             rows.append([r.method, r.task, f"{100 * c.nominal:g} %", whole, f"{c.all.width:.1f}", *strata])
-    return _table(rows)
+    return table(rows)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is its head."""
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body])

@@ -137,6 +137,11 @@ def _embedding(problem: Problem, config: Config, task: str, place: Workplace) ->
     return embeddings[key][1]
 
 
+ROWS = (
+    "srel.inputs=rows", "srel.width=77", "srel.ffn_width=256", "prompt4re.width=144", "prompt4re.soft_prompt=144",
+)  # fmt: skip
+"""Raw counts and rows of the OD matrix, at HAFusion's width for Chicago: that of its rows."""
+
 VARIANTS: Mapping[str, Topt] = {
     "topt": Topt("default"),
     "topt-no-prompts": Topt("default", "prompt4re.enabled=false"),
@@ -149,6 +154,7 @@ VARIANTS: Mapping[str, Topt] = {
     "topt-kernels": Topt("kernels"),
     "srel": Topt("srel"),
     "paper": Topt("paper"),
+    "paper-rows": Topt("paper", *ROWS),
     "paper-no-prompt4re": Topt("paper", "prompt4re.enabled=false"),
     "paper-no-task-prompt": Topt("paper", "prompt4re.prompt=none"),
     "paper-no-alignment": Topt("paper", "prompt4re.alignment=false"),

@@ -12,6 +12,7 @@ from topt_deploy.config.settings import DEFAULT_PRESET
 from topt_deploy.console import decimal
 from topt_deploy.drawing.scales import BLUES, PURPLES, diverging, number, sequential
 from topt_deploy.intended_use import INTENDED_USE
+from topt_deploy.later_counts import Check
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.os_errors import check_place
 from topt_deploy.storage.text_files import write_text
@@ -20,7 +21,7 @@ from ..cli.train import verdict
 from .evaluation import ShownEvaluation, read_evaluation
 from .explanations import MadeOf, attention_section, exchanged, made_of
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
-from .later_counts import LaterCounts, read_later_counts
+from .later_counts import read_later_counts
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
 from .plain_words import sentence_case, title_of, view_name
 from .run_facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
@@ -87,7 +88,7 @@ def write_report(run: Run, out: Path, evaluation: Path | None = None, check: Pat
     return len(page.encode())
 
 
-def render(facts: Facts, evaluation: ShownEvaluation | None = None, later: LaterCounts | None = None) -> str:
+def render(facts: Facts, evaluation: ShownEvaluation | None = None, later: Check | None = None) -> str:
     """The page of a run, as HTML."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -16,6 +16,8 @@ from topt_deploy.export.quantize_weights import quantize_int8
 from topt_deploy.runtime import prompt_encoder as runtime_encoder
 from topt_deploy.runtime.prompt_encoder import open_encoder
 
+pytestmark = pytest.mark.slow
+
 INT16 = np.iinfo(np.int16)
 LARGEST_ACTIVATION = 255
 

@@ -27,6 +27,8 @@ from topt_deploy.runtime.processor import deciding_sets
 from topt_deploy.runtime.prompt_encoder import CHUNKS
 from topt_deploy.storage.hashed_file import sha256_file
 
+pytestmark = pytest.mark.slow
+
 WAYS = ways(whole=False, engines=False)
 """The ways in which an encoder serves on a processor."""
 

@@ -32,6 +32,8 @@ from topt_deploy.tensorrt.build import build_engine
 from topt_deploy.tensorrt.library import RTX
 from topt_deploy.tensorrt.profile import ProfileRange
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = ("fp16", "int8", "int4")
 
 

@@ -207,6 +207,7 @@ def test_an_image_token_in_the_text_is_refused(family):
         family.prompt("12 <|image_pad|>", [picture((30, 30))], QUESTIONS)
 
 
+@pytest.mark.slow
 class TestExport:
     @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_vision_is_transformers(self, networks, weights, model, settings, size):

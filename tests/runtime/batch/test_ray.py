@@ -11,6 +11,7 @@ from batch import BLIND, kill_at_work, outputs, spoil, start
 from commands import PATIENCE_S, environment, shell
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("ray") is None, reason="no Ray here: pip install 'topt-deploy[ray]'"),
 ]
 DONE, PARTIAL, BAD_DATA, NO_DEVICE, TRY_AGAIN = 0, 3, 65, 69, 75

@@ -12,6 +12,7 @@ from batch import BLIND, ancestor, kill_at_work, outputs, spoil, start
 from commands import PATIENCE_S, environment, shell
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("pyspark") is None, reason="no Spark here: pip install 'topt-deploy[spark]'"),
     pytest.mark.skipif(shutil.which("java") is None, reason="no Java here: apt-get install openjdk-17-jre-headless"),
 ]

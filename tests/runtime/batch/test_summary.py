@@ -168,4 +168,4 @@ def test_memory_grows_with_failures_alone():
         summary.add(GOOD)
     assert summary.failures == []
     assert summary.cities["done"] == 1000
-    assert summary.text() == "1000 cities: 1000 done"
+    assert summary.text() == "1,000 cities: 1,000 done"

@@ -14,14 +14,13 @@ from sklearn.model_selection import KFold
 
 from topt_deploy.config.settings import Config
 from topt_deploy.data.city import infer_schema
-from topt_deploy.errors import BadData, UsageError
-from topt_deploy.model.checkpoint import load_tensors
+from topt_deploy.errors import BadConfig, BadData, UsageError
 from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis
 from topt_deploy.train.evaluation import published_protocol
 from topt_deploy.train.evaluation.plain_baselines import Mean
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS
-from topt_deploy.train.evaluation.published_protocol import hold_out, selected_embedding
+from topt_deploy.train.evaluation.published_protocol import best_look, hold_out, looks, selected_embedding
 from topt_deploy.train.evaluation.topt_variants import VARIANTS, Topt
 from topt_deploy.train.loop import TrainingDevice, Workplace
 from topt_deploy.train.prompt4re import fold_of
@@ -44,6 +43,10 @@ def problem():
 
 def settings(srel=None, prompt4re=None, target=None):
     return task_config(srel, {"dropout": 0.0, "fold_seed": 2024, **(prompt4re or {})}, target)
+
+
+def embedding_of(problem, labels, own, *, seed, cache):
+    return selected_embedding(looks(problem, own.srel, seed=seed, cache=cache), labels, own)
 
 
 def squared_errors(held_out, labels=LABELS):
@@ -106,7 +109,7 @@ def test_each_fold_keeps_its_own_best_epoch_as_a_loop_over_folds_does(problem, t
     held_out = hold_out(problem, "crime", labels, own, seeds=[3], cache=tmp_path)
 
     regions = np.flatnonzero((labels > 0) if drop_zeros else ~np.isnan(labels))
-    embedding = selected_embedding(problem, "crime", labels, own, seed=3, cache=tmp_path)[regions]
+    embedding = embedding_of(problem, labels, own, seed=3, cache=tmp_path)[regions]
     prompts = problem.inputs["prompt_crime"][regions]
     problem.engine.seed(3, "prompt4re/crime")
     coordinates = PromptBasis.fit(prompts)(prompts)
@@ -160,7 +163,9 @@ def test_the_embedding_is_the_epoch_that_a_ridge_predicts_best_from(problem, tmp
     own = settings(srel={"epochs": 185, "lr": 3e-3}, target={"drop_zeros": True})
     labels = LABELS.copy()
     labels[[0, 7]] = 0
-    embedding = selected_embedding(problem, "crime", labels, own, seed=1, cache=tmp_path)
+    seen = looks(problem, own.srel, seed=1, cache=tmp_path)
+    assert len(seen.embeddings) == 19  # epochs 1, 11, … 181
+    embedding = selected_embedding(seen, labels, own)
     assert len(offered) == 7  # epochs 1, 31, … 181
 
     regions = np.flatnonzero(labels)
@@ -173,31 +178,60 @@ def test_the_embedding_is_the_epoch_that_a_ridge_predicts_best_from(problem, tmp
     best = int(np.argmax(scores))
     assert best < 6, "no test of choosing: the last epoch is the best"
     torch.testing.assert_close(embedding, offered[best])
-    (file,) = tmp_path.iterdir()
-    facts = load_tensors(file)[1]
-    assert facts["epoch"] == 1 + 30 * best
-    spread = np.square(labels[regions] - labels[regions].mean()).sum()
-    assert facts["squared_error"] == pytest.approx((1 - scores[best]) * spread)
+    monkeypatch.undo()
+    assert best_look(seen, labels, own) == 3 * best
+    finer = best_look(seen, labels, own, every=10)
+    torch.testing.assert_close(selected_embedding(seen, labels, own, every=10), seen.embeddings[finer])
 
 
-def test_looking_at_the_embedding_leaves_its_training_as_it_is(problem):
-    """Dropout stays on: after the last epoch the embedding is the one that ``topt-deploy train`` would have."""
-    config = Config(seed=1, tasks={"crime": settings(srel={"epochs": 61, "dropout": 0.3})})
-    offered = []
+def test_looking_at_the_embedding_leaves_its_training_as_it_is(problem, tmp_path):
+    """After the last epoch the embedding is the one that ``topt-deploy train`` would have."""
+    config = Config(seed=1, tasks={"paper": settings(srel={"epochs": 61, "dropout": 0.3})})
+    place = Workplace(engine=problem.engine, reporter=quiet())
+    trained = train_embedding(CITY, problem.inputs, SCHEMA, config, "paper", place)
+    seen = looks(problem, config.tasks["paper"].srel, seed=1, cache=tmp_path)
+    torch.testing.assert_close(seen.last, embed(trained, problem.inputs), rtol=0, atol=0)
 
-    def train(**more):
-        place = Workplace(engine=problem.engine, reporter=quiet())
-        return train_embedding(CITY, problem.inputs, SCHEMA, config, "crime", place, **more)
 
-    train(observe=lambda epoch, srel: offered.append((epoch, embed(srel, problem.inputs))))
-    assert [epoch for epoch, _ in offered] == list(range(1, 62))
-    torch.testing.assert_close(offered[-1][1], embed(train(), problem.inputs), rtol=0, atol=0)
+def test_the_embedding_is_looked_at_with_dropout_active(problem, tmp_path):
+    """No weight moves, so that without dropout all looks are alike."""
+    undisturbed, disturbed = (
+        looks(
+            problem,
+            settings(srel={"epochs": 21, "lr": 0.0, "weight_decay": 0.0, "dropout": d}).srel,
+            seed=0,
+            cache=tmp_path,
+        )
+        for d in (0.0, 0.3)
+    )
+    torch.testing.assert_close(undisturbed.embeddings, undisturbed.last.expand(3, -1, -1))
+    torch.testing.assert_close(disturbed.last, undisturbed.last)
+    assert (disturbed.embeddings - disturbed.last).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+def test_raw_rows_are_the_counts_and_the_flows_as_they_are(problem, tmp_path, monkeypatch):
+    given = []
+    train = published_protocol.train_embedding
+    monkeypatch.setattr(published_protocol, "train_embedding", lambda *a, **k: (given.append(a[1]), train(*a, **k))[1])
+    seen = looks(problem, settings(srel={"inputs": "rows", "width": 6}).srel, seed=0, cache=tmp_path)
+    (inputs,) = given
+    np.testing.assert_array_equal(inputs["poi"], CITY.views["poi"])
+    expected = np.zeros((N, N), np.float32)
+    for origin, destination, flow in zip(CITY.flows.origin, CITY.flows.dest, CITY.flows.flow, strict=True):
+        expected[origin, destination] = flow
+    np.testing.assert_array_equal(inputs["mobility"], expected)
+    assert seen.last.shape == (N, 6)
+    config = Config(tasks={"crime": settings(srel={"inputs": "rows"})})
+    with pytest.raises(BadConfig, match="fit one city"):
+        train_embedding(
+            CITY, problem.inputs, SCHEMA, config, "crime", Workplace(engine=problem.engine, reporter=quiet())
+        )
 
 
 def test_without_prompt4re_the_prediction_is_the_ridge_on_the_embedding(problem, tmp_path):
     own = settings(prompt4re={"enabled": False})
     held_out = hold_out(problem, "crime", LABELS, own, seeds=[2], cache=tmp_path)
-    x = selected_embedding(problem, "crime", LABELS, own, seed=2, cache=tmp_path).double().numpy()
+    x = embedding_of(problem, LABELS, own, seed=2, cache=tmp_path).double().numpy()
     for trains, tests in KFold(3, shuffle=True, random_state=2024).split(x):
         expected = Ridge(alpha=1.0).fit(x[trains], LABELS[trains]).predict(x[tests])
         np.testing.assert_allclose(held_out.prediction[0, tests], expected, rtol=1e-6)
@@ -222,7 +256,7 @@ def test_an_interrupted_run_goes_on_with_the_embeddings_that_are_there(problem, 
     trained = []
     train = published_protocol.train_embedding
     monkeypatch.setattr(
-        published_protocol, "train_embedding", lambda *a, **k: (trained.append(a[3].seed), train(*a, **k))
+        published_protocol, "train_embedding", lambda *a, **k: (trained.append(a[3].seed), train(*a, **k))[1]
     )
     resumed = hold_out(problem, "crime", LABELS, settings(), seeds=[0, 1], cache=cut)
     assert trained == [1]
@@ -234,23 +268,22 @@ def test_an_interrupted_run_goes_on_with_the_embeddings_that_are_there(problem, 
     assert trained == [], "a variant of stage 2 alone trains stage 1 again"
 
 
-@pytest.mark.parametrize("changed", ["seed", "labels", "settings", "features", "task"])
+@pytest.mark.parametrize("changed", ["seed", "settings", "features"])
 def test_an_embedding_of_other_settings_or_data_is_not_taken(problem, tmp_path, changed):
-    before = selected_embedding(problem, "crime", LABELS, settings(), seed=0, cache=tmp_path)
-    other, task, labels, own, seed = problem, "crime", LABELS, settings(), 0
+    before = looks(problem, settings().srel, seed=0, cache=tmp_path)
+    other, own, seed = problem, settings(), 0
     if changed == "seed":
         seed = 1
-    elif changed == "labels":
-        labels = LABELS + 1
     elif changed == "settings":
         own = settings(srel={"bias": 0.2})
-    elif changed == "features":
-        other = replace(problem, inputs=dict(problem.inputs) | {"poi": problem.inputs["poi"] + 1})
     else:
-        task = "calls"
-    selected_embedding(other, task, labels, own, seed=seed, cache=tmp_path)
+        other = replace(problem, inputs=dict(problem.inputs) | {"poi": problem.inputs["poi"] + 1})
+    looks(other, own.srel, seed=seed, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    assert torch.equal(selected_embedding(problem, "crime", LABELS, settings(), seed=0, cache=tmp_path), before)
+    again = looks(problem, settings().srel, seed=0, cache=tmp_path)
+    assert torch.equal(again.embeddings, before.embeddings)
+    assert torch.equal(again.last, before.last)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # What it is allowed to see, and who may use it
@@ -260,21 +293,23 @@ def test_held_out_labels_choose_and_do_not_train(problem, tmp_path):
     """A fold's labels, altered, leave what is offered for it as it was, and take another epoch of it."""
     own = settings(prompt4re={"epochs": 62, "lr": 0.03})
     fold = fold_of(LABELS, folds=3, seed=2024, drop_zeros=False)
-    embedding = selected_embedding(problem, "crime", LABELS, own, seed=0, cache=tmp_path)
+    embedding = embedding_of(problem, LABELS, own, seed=0, cache=tmp_path)
 
     def predictions(labels, epochs):
         config = replace(own, prompt4re=replace(own.prompt4re, epochs=epochs))
         prompts = problem.inputs["prompt_crime"]
-        return published_protocol.selected_predictions(problem, "crime", embedding, prompts, labels, fold, config, 0)[
-            fold == 0
-        ]
+        found = published_protocol.head_predictions(problem, "crime", embedding, prompts, labels, fold, config, 0)
+        return found.selected[fold == 0]
 
     poisoned = np.where(fold == 0, LABELS.max() - LABELS + 1, LABELS)
     np.testing.assert_allclose(predictions(poisoned, 1), predictions(LABELS, 1))  # one epoch: nothing to choose
     assert not np.allclose(predictions(poisoned, 62), predictions(LABELS, 62))
 
 
-def test_only_the_evaluation_may_import_it():
+@pytest.mark.parametrize(
+    ("module", "allowed"), [("published_protocol", "train/evaluation"), ("published_search", "train/cli")]
+)
+def test_only_the_evaluation_may_import_it(module, allowed):
     """Not one module that trains, exports or runs a model."""
     importers = {
         str(file.relative_to(SOURCES))
@@ -282,9 +317,9 @@ def test_only_the_evaluation_may_import_it():
         for file in (SOURCES / folder).rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom)
-        and "published_protocol" in [(node.module or "").split(".")[-1], *(alias.name for alias in node.names)]
+        and module in [(node.module or "").split(".")[-1], *(alias.name for alias in node.names)]
     }
-    assert {Path(name).parent.as_posix() for name in importers} == {"train/evaluation"}
+    assert {Path(name).parent.as_posix() for name in importers} == {allowed}
 
 
 def test_prompts_that_the_city_lacks_are_named(problem, tmp_path):
@@ -301,7 +336,7 @@ def test_only_the_papers_own_models_run_under_it(problem, tmp_path):
 def test_its_settings_are_the_published_ones():
     settings = VARIANTS["paper"].config("check_in", 0).tasks["check_in"]
     assert (settings.srel.epochs, settings.srel.lr, settings.srel.layers, settings.srel.bias) == (4000, 2e-4, 5, 0.4)
-    assert (settings.prompt4re.epochs, settings.prompt4re.lr, settings.target.drop_zeros) == (3000, 3e-4, True)
+    assert (settings.prompt4re.epochs, settings.prompt4re.lr, settings.target.drop_zeros) == (3000, 5e-4, True)
 
 
 def test_the_protocol_is_the_selection_on_a_variants_own_settings(problem, tmp_path):

@@ -37,12 +37,12 @@ def write(folder: Path, **changes: object) -> Path:
 def test_its_figures_are_the_checks(tmp_path: Path) -> None:
     found = read_later_counts(write(tmp_path), OWN)
     (task,) = found.tasks
-    assert (task.counted, task.predicted, task.mae, task.promised) == (9000, 7000, 80, MAE)
+    assert (task.counted_sum, task.predicted_sum, task.mae, task.promised_mae) == (9000, 7000, 80, MAE)
     assert (task.coverage, task.promised_coverage, task.missed_count) == (0.5, 0.9, 38)
     assert [(one.region_id, one.counted, one.lower, one.upper) for one in task.missed] == [("08", 900, 1, 20)]
     assert task.broken == ("the error is 1.56 times what was promised",)
-    assert found.labels == "later.parquet"
-    assert [column for column, _ in found.drift] == [f"poi_{i}" for i in range(5)]
+    assert found.drift == CHECK["drift"]
+    assert json.loads(json.dumps(found.as_dict())) == CHECK | {"broken": [f"crime: {TASK['broken'][0]}"]}
 
 
 @pytest.mark.parametrize("promised", [None, MAE + 1e-6, 3.0])

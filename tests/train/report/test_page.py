@@ -274,17 +274,18 @@ class TestLaterCounts:
         self, finished: Path, tmp_path: Path, topt_deploy: Callable[..., Said]
     ) -> None:
         reports = open_run(finished).facts["reports"]
-        missed = {"region_id": ATTACK, "counted": 900.0, "lower": 1.5, "upper": 20.0}
+        missed = {"region_id": ATTACK, "counted": 900.0, "predicted": 9.0, "lower": 1.5, "upper": 20.0, "off": 6.9}
         tasks = [
             {
                 "task": task, "regions": 12, "mae": 4321.0, "ratio": 2.0, "promised_mae": report["held_out"]["mae"],
                 "predicted_sum": 7123.0, "counted_sum": 9456.0, "coverage": 0.52, "promised_coverage": 0.9,
-                "missed": [missed], "missed_count": 6, "broken": ["the error is 2.00 times what was promised"],
+                "rmse": 5000.0, "r2": 0.1, "coverage_chance": 0.001, "extrapolated": 0.0, "missed": [missed],
+                "missed_count": 6, "broken": ["the error is 2.00 times what was promised"],
             }
             for task, report in reports.items()
         ]  # fmt: skip
-        check = tmp_path / "check.json"
-        check.write_text(json.dumps({"labels": ATTACK, "tasks": tasks, "drift": {ATTACK: 0.25}}))
+        check, files = tmp_path / "check.json", {"predictions": "p.parquet", "labels": ATTACK, "bundle": None}
+        check.write_text(json.dumps({**files, "tasks": tasks, "drift": {ATTACK: 0.25}}))
         out = tmp_path / "page.html"
         said = topt_deploy("report", finished, "--out", out, "--check", check)
         assert said.code == 0, said.err
@@ -296,7 +297,7 @@ class TestLaterCounts:
         for figure in ("7,123", "9,456", "4,321", "52\N{NO-BREAK SPACE}%", "900", "25\N{NO-BREAK SPACE}%"):
             assert figure in section, figure
         (tmp_path / "old.html").write_bytes(out.read_bytes())
-        check.write_text(json.dumps({"labels": "x", "tasks": [tasks[0] | {"promised_mae": 1e9}], "drift": {}}))
+        check.write_text(json.dumps({**files, "tasks": [tasks[0] | {"promised_mae": 1e9}], "drift": {}}))
         said = topt_deploy("report", finished, "--out", out, "--check", check)
         assert (said.code, "another model" in said.err) == (65, True), said.err
         assert out.read_bytes() == (tmp_path / "old.html").read_bytes()

@@ -37,7 +37,7 @@ Made = tuple[dict[str, Array], dict[str, Any]]
 
 REGIONS, MOBILITY = "regions.parquet", "mobility.parquet"
 REJECTS, RECEIPT = "rejects.parquet", "build.receipt.json"
-BYTES_PER_CELL = 32
+BYTES_PER_CELL = 64
 """Of the files: a finer grid pays where there are many points."""
 
 
@@ -202,9 +202,11 @@ class CityInMaking:
         """regions.parquet, mobility.parquet where there are flows, rejects.parquet where there are some."""
         ids, city = self.regions.ids, self.recipe.city
         geometry = pa.array(wkb, pa.binary())
-        columns: dict[str, Any] = {"region_id": pa.array(ids.tolist()), "city_id": pa.array([city] * len(ids))}
+        columns: dict[str, Any] = {
+            "region_id": pa.array(ids.tolist(), pa.string()), "city_id": pa.array([city] * len(ids), pa.string())
+        }  # fmt: skip
         if self.regions.names is not None:
-            columns["name"] = pa.array(self.regions.names.tolist())
+            columns["name"] = pa.array(self.regions.names.tolist(), pa.string())
         lonlat = self.regions.lonlat
         columns |= {"lon": lonlat[:, 0], "lat": lonlat[:, 1], "geometry": geometry} | self.columns
         for view, values in self.views.items():

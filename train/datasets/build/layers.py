@@ -101,7 +101,7 @@ def read_features(
         options: What GDAL's driver takes to open the file.
 
     Raises:
-        NoInput, BadData: If the file, its layer or its reference system is absent.
+        NoInput, BadData: If the file, its layer, a column or its reference system is absent.
         BadConfig: If ``crs`` is not the system that the file states.
     """
     batches = _parquet(path, columns, at_once) if is_parquet(path) else _vector(path, layer, columns, at_once, options)
@@ -274,10 +274,18 @@ def _vector(
                 raise BadData(
                     "has no geometry", file=path, expected="shapes", found=", ".join(map(str, meta["fields"]))
                 )
+            _check_columns(path, layer, columns, meta["fields"])
             geometry = meta["geometry_name"] or "wkb_geometry"
             while (batch := _next(reader)) is not None:
                 table = pa.Table.from_batches([batch])
                 yield meta["crs"], table.select(list(columns)), table.column(geometry).to_numpy()
+
+
+def _check_columns(path: Path, layer: str | None, columns: Sequence[str], there: Sequence[str]) -> None:
+    """Raise BadData if a column is absent. Only then the file is asked for all of them: that reads GeoJSON whole."""
+    for column in columns:
+        if column not in there:
+            raise BadData("column is absent", file=path, column=column, found=", ".join(layer_columns(path, layer)))
 
 
 def _next(reader: Any) -> pa.RecordBatch | None:
@@ -311,6 +319,7 @@ def _parquet(path: Path, columns: Sequence[str], at_once: int) -> Iterator[tuple
         raise BadData("the 'geo' metadata cannot be read", file=path, expected="GeoParquet 1.0 to 2.0") from error
     if column not in file.names:
         raise BadData("has no geometry", file=path, expected="GeoParquet", found=", ".join(file.names))
+    _check_columns(path, None, columns, file.names)
     if isinstance(crs, dict):
         crs = json.dumps(crs)
     for batch in pq.ParquetFile(path).iter_batches(at_once, columns=[*columns, column]):

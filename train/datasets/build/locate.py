@@ -19,18 +19,19 @@ import numpy as np
 
 from topt_deploy.data.geometry import geo_library
 
-from .cells import MIXED, OUTSIDE, UNSURE, Cells, Edges
+from .cells import OUTSIDE, UNSURE, Cells
+from .edges import Edges
 from .regions import Regions
 
 Array = np.ndarray[Any, Any]
 
 __all__ = ["CELLS", "CELLS_MOST", "OUTSIDE", "Located", "Locator"]
 
-AT_ONCE = 1 << 15
+AT_ONCE = 1 << 14
 """Points that go through the grid together: what is made of them stays in the processor's cache."""
 CELLS = 1024
 """Along each side, by default."""
-CELLS_MOST = 4096
+CELLS_MOST = 2048
 THREADS = 2
 
 
@@ -64,7 +65,8 @@ class Locator:
         self.bounds: tuple[float, float, float, float] = (west, south, east, north)
         self._edges = Edges(self.shapes)
         self._cells = Cells(self._edges, len(self.shapes), self.bounds, cells)
-        self._slow = self._doubly() if regions.overlap else np.empty(0, np.int64)
+        if regions.overlap:
+            self._cells.exclude(self._doubly())
         self._pool = ThreadPoolExecutor(THREADS)
 
     def locate(self, lon: Array, lat: Array) -> Located:
@@ -84,19 +86,11 @@ class Locator:
         return Located(region=region, on_border=borders)
 
     def _part(self, x: Array, y: Array, out: Array) -> int:
-        cell = self._cells.of(x, y)
-        label = self._cells.label.take(cell)
-        out[:] = label
-        mixed = np.flatnonzero(label == MIXED)
-        if len(mixed) == 0:
+        out[:] = self._cells.decide(x, y)
+        unsure = np.flatnonzero(out == UNSURE)
+        if len(unsure) == 0:
             return 0
-        x, y, cell = x[mixed], y[mixed], cell[mixed]
-        found = self._cells.decide(x, y, cell)
-        if len(self._slow):
-            found[np.isin(cell, self._slow)] = UNSURE
-        unsure = np.flatnonzero(found == UNSURE)
-        found[unsure], borders = self._exact(x[unsure], y[unsure])
-        out[mixed] = found
+        out[unsure], borders = self._exact(x[unsure], y[unsure])
         return borders
 
     def _doubly(self) -> Array:
@@ -116,7 +110,9 @@ class Locator:
         inside = shapely.contains_xy(self.shapes[region], x[point], y[point])
         found = np.full(len(x), len(self.shapes), np.int64)
         np.minimum.at(found, point[inside], region[inside])
-        on_border = np.unique(point[~inside & (found[point] == len(self.shapes))])
+        lost = np.zeros(len(x), bool)
+        lost[point[~inside & (found[point] == len(self.shapes))]] = True
+        on_border = np.flatnonzero(lost)
         for one in on_border:
             found[one] = self._border(float(x[one]), float(y[one]), region[point == one])
         found[found == len(self.shapes)] = OUTSIDE

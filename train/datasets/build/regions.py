@@ -167,10 +167,6 @@ def _shifted(shapes: Any, by: float) -> Any:
 
 def _areas(path: Path, source: RegionsSource, columns: Sequence[str]) -> tuple[tuple[pa.Table, Array], dict[str, int]]:
     """A file's features that have an area, and how many were repaired or have none."""
-    known = layer_columns(path, source.layer)
-    for column in columns:
-        if column not in known:
-            raise BadData("column is absent", file=path, column=column, found=", ".join(known))
     tables, shapes, repaired = [], [], 0
     for part in read_features(path, columns, layer=source.layer, crs=source.crs):
         areas, mended = polygons(part.shapes)

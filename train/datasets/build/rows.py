@@ -31,7 +31,8 @@ CATEGORY = "\0category"
 OVERTURE = ("taxonomy.hierarchy", "taxonomy.primary", "categories.primary", "basic_category")
 """Where Overture's places have their category, the newest first."""
 BLOCK_BYTES = 1 << 23
-ROWS_AT_ONCE = 1 << 17
+ROWS_AT_ONCE = 1 << 16
+BUFFER_BYTES = 1 << 18
 PACKED = (".gz", ".bz2", ".zst")
 DELIMITERS = (",", ";", "\t", "|")
 
@@ -205,11 +206,15 @@ class ParquetRows:
         """The columns in their own types; text that repeats stays in codes."""
         first = 1
         with reading(self.path):
-            file = pq.ParquetFile(self.path, read_dictionary=[c for c in columns if c != CATEGORY and self._is_text(c)])
+            # Without pre_buffer=False, pyarrow holds all columns of the whole file.
+            file = pq.ParquetFile(
+                self.path, read_dictionary=[c for c in columns if c != CATEGORY and self._is_text(c)],
+                pre_buffer=False, buffer_size=BUFFER_BYTES,
+            )  # fmt: skip
             asked = [column for column in columns if column != CATEGORY]
             asked += [GEOMETRY] if self.placed and GEOMETRY not in columns else []
             asked += self._parts if CATEGORY in columns else []
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=asked):
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=asked, use_threads=False):
                 table = pa.Table.from_batches([batch])
                 if CATEGORY in columns:
                     table = table.append_column(CATEGORY, _overture(table, self._parts))

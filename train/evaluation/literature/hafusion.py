@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topt_deploy.config.settings import SrelConfig
 from topt_deploy.model.fusion import IntraViewBlock, ViewFusion
-from topt_deploy.model.layers import Dropout
+from topt_deploy.model.layers import DeepFc, Dropout
 from topt_deploy.model.srel import GraphormerLayer, SrelLoss
 
 from ...srel import flow_target, similarity_targets
@@ -34,23 +34,8 @@ def chicago_settings(width: int) -> SrelConfig:
         channels=32,
         view_width=32,
         dropout=0.1,
+        deep_fc=True,
     )
-
-
-class DeepFc(nn.Sequential):
-    """The authors' closing layers of every module: two linear maps, LeakyReLU, a third, LeakyReLU.
-
-    *Shape:* (..., I) → (..., O)
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(
-            nn.Linear(inputs, 2 * inputs),
-            nn.Linear(2 * inputs, 2 * inputs),
-            nn.LeakyReLU(0.3),
-            nn.Linear(2 * inputs, outputs),
-            nn.LeakyReLU(0.3),
-        )
 
 
 class HaFusionModel(nn.Module):
@@ -73,9 +58,6 @@ class HaFusionModel(nn.Module):
             for _ in range(len(features) + 1)
         )
         self.fusion = ViewFusion(settings)
-        for weight in self.fusion.blocks.parameters():
-            nn.init.normal_(weight, std=1e-3)
-        self.fusion.blocks.append(DeepFc(regions, regions))
         self.region_fusion = nn.ModuleList(GraphormerLayer(settings) for _ in range(settings.layers))
         self.out = nn.Sequential(DeepFc(regions, regions), DeepFc(regions, WIDTH))
 

@@ -31,33 +31,53 @@ def made(folder, **raw):
     return pq.read_table(folder / "out" / "regions.parquet").to_pydict(), report
 
 
-def test_hectares_are_those_of_an_overlay(tmp_path):
+@pytest.fixture(scope="module")
+def zoned(tmp_path_factory):
+    """Chicago with hectares of 300 zones; its areas and the zones in its own equal-area system; its folder."""
     geopandas = pytest.importorskip("geopandas")
+    folder = tmp_path_factory.mktemp("zoned")
     rng = np.random.default_rng(0)
     seeds = shapely.multipoints(rng.uniform((-87.95, 41.6), (-87.5, 42.05), size=(300, 2)))
     zones = shapely.get_parts(shapely.voronoi_polygons(seeds))
     frame = geopandas.GeoDataFrame(
         {"zone_type": rng.choice(["residential", "park", "MX-1"], len(zones))}, geometry=zones, crs=4326
     )
-    frame.to_crs(3435).to_file(tmp_path / "zoning.gpkg")
-    table, _ = made(tmp_path, regions={"file": str(chicago()), **CHICAGO}, areas={"land_use": "zoning.gpkg"})
-    regions = read_regions(recipe_of({"regions": {"file": str(chicago()), **CHICAGO}}, folder=tmp_path, name="x"))
-    crs = EqualArea(regions).crs
-    areas = geopandas.GeoDataFrame({"id": regions.ids}, geometry=list(regions.shapes), crs="OGC:CRS84").to_crs(crs)
-    theirs = geopandas.overlay(areas, geopandas.read_file(tmp_path / "zoning.gpkg").to_crs("OGC:CRS84").to_crs(crs))
+    frame.to_crs(3435).to_file(folder / "zoning.gpkg")
+    regions = {"file": str(chicago()), **CHICAGO}
+    table, _ = made(folder, regions=regions, areas={"land_use": "zoning.gpkg"})
+    read = read_regions(recipe_of({"regions": regions}, folder=folder, name="x"))
+    crs = EqualArea(read).crs
+    areas = geopandas.GeoDataFrame({"id": read.ids}, geometry=list(read.shapes), crs="OGC:CRS84").to_crs(crs)
+    assert areas.id.tolist() == table["region_id"]
+    return table, areas, geopandas.read_file(folder / "zoning.gpkg").to_crs("OGC:CRS84").to_crs(crs), folder
+
+
+ZONES = {"residential": "land_use_residential", "park": "land_use_park", "MX-1": "land_use_other"}
+
+
+def test_hectares_are_those_of_an_overlay(zoned):
+    geopandas = pytest.importorskip("geopandas")
+    table, areas, zones, folder = zoned
+    theirs = geopandas.overlay(areas, zones)
     theirs["ha"] = theirs.area / 1e4
-    for kind, column in (
-        ("residential", "land_use_residential"),
-        ("park", "land_use_park"),
-        ("MX-1", "land_use_other"),
-    ):
+    for kind, column in ZONES.items():
         expected = theirs[theirs.zone_type == kind].groupby("id").ha.sum().reindex(table["region_id"], fill_value=0)
         np.testing.assert_allclose(table[column], expected, rtol=1e-9, atol=1e-9)
     assert sum(map(sum, (table[c] for c in table if c.startswith("land_use_")))) == pytest.approx(
         areas.area.sum() / 1e4
     )
-    unknown = json.loads((tmp_path / "out" / "build.receipt.json").read_text())["other_categories"]
+    unknown = json.loads((folder / "out" / "build.receipt.json").read_text())["other_categories"]
     assert "MX-1" in unknown["areas.land_use"]
+
+
+def test_hectares_are_those_of_tobler(zoned):
+    reason = "tobler is absent: pip install tobler, which brings rasterio and statsmodels"
+    weighted = pytest.importorskip("tobler.area_weighted", reason=reason)
+    table, areas, zones, _ = zoned  # tobler adds up in 32 bits: the overlay is the test to 1e-9
+    shares = weighted.area_interpolate(zones, areas, categorical_variables=["zone_type"])
+    for kind, column in ZONES.items():
+        expected = shares[f"zone_type_{kind}"].to_numpy() * areas.area.to_numpy() / 1e4
+        np.testing.assert_allclose(table[column], expected, rtol=1e-6)
 
 
 def test_areas_that_lie_on_each_other_are_said(tmp_path):

@@ -14,7 +14,10 @@ class _NoPandas:
 
 
 def without_pandas() -> None:
-    """pyarrow imports pandas wherever it is installed, to recognise its types: a fifth of a second for nothing."""
+    """pyarrow and pyogrio import pandas wherever it is installed, to recognise its types.
+
+    That takes a fifth of a second and 36 MB.
+    """
     sys.meta_path.insert(0, _NoPandas)
 
 
