@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 import pyarrow as pa
 
-from topt_deploy.arguments import Location, check_choice, check_least, several
+from topt_deploy.arguments import Location, check_choice, check_least, check_location, check_number, several
 from topt_deploy.data.columns import FLOW_COLUMNS, REGION_ID
 from topt_deploy.data.dataframes import ArrowDataset, ArrowStream, as_given, as_kind_of
 from topt_deploy.errors import BadBundle, BadRows
@@ -212,6 +212,7 @@ class Model:
             UsageError: If the model lacks a task, or an argument is not one of its choices.
         """
         check_choice("on_bad_row", on_bad_row, POLICIES)
+        check_number("coverage", coverage)
         predictor = self._predictor
         given = as_given(regions, BadRows.REGIONS)
         flows = None if mobility is None else as_given(mobility, BadRows.MOBILITY)
@@ -262,6 +263,9 @@ def load(
         NoInput, BadBundle, NoDevice, UsageError: Saying what is wrong, and what to do.
     """
     check_least("threads", threads)
+    check_location("bundle", bundle, needed=True)
+    check_location("encoder_bundle", encoder_bundle)
+    check_location("require_signature", require_signature)
     encoder, key = (None if place is None else Path(place).absolute() for place in (encoder_bundle, require_signature))
     opening = _Opening(
         bundle=Path(bundle).absolute(), device=device, threads=threads, encoder_bundle=encoder,

@@ -1,15 +1,17 @@
 """One city of a batch, wherever it is worked on: every engine calls :func:`work`, and gets a result that travels."""
 
+import os
 import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from topt_deploy.errors import BadBundle, Exit, ToptError, user_error
+from topt_deploy.errors import BadBundle, CannotCreate, Exit, ToptError, user_error
 from topt_deploy.storage.os_errors import write_error
 
-from ..addresses import shown
+from ..addresses import is_uri, shown
 from ..predict_city import CityJob, predict_city
 from ..predictor import Predictor
 from ..settings import Setting
@@ -62,6 +64,22 @@ def unopened(job: CityJob, error: ToptError) -> CityResult:
     return failed(job, facts, f"{facts['file']}: {facts['message']}\n  to do:    {facts['to_do']}")
 
 
+def _check_folder(out: str) -> None:
+    """Refuse a city's folder that is a link: a batch makes these folders itself, under names that anyone can foresee.
+
+    Raises:
+        CannotCreate: If it is one.
+    """
+    if is_uri(out) and not out.startswith("file:"):
+        return
+    folder = Path(unquote(out.removeprefix("file://")) if is_uri(out) else out).parent
+    if folder.is_symlink():
+        raise CannotCreate(
+            "the city's folder is a link", file=shown(out), expected="a folder, or none",
+            found=f"a link to {os.path.realpath(folder)}", fix="remove the link, or let --out be the link",
+        )  # fmt: skip
+
+
 def work(job: CityJob, predictor: Predictor, setting: Setting) -> CityResult:
     """Predict one city; what goes wrong with it is its result and no exception, for the others go on.
 
@@ -70,6 +88,7 @@ def work(job: CityJob, predictor: Predictor, setting: Setting) -> CityResult:
     """
     began = time.perf_counter()
     try:
+        _check_folder(job.out)
         with object_stores.local(job) as here:
             try:
                 Path(here.out).parent.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,9 @@ def other_files():
         "shapefile": b"\0\0\x27\x0a" + bytes(100),
         "zip": stream.getvalue(),
         "Feather": feather.getvalue(),
+        "old spreadsheet": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+        "UTF-16": "region_id\tlon\n1\t2\n".encode("utf-16"),
+        "FlatGeobuf": b"fgb\x03fgb\0" + bytes(100),
         "HTML": b"<!DOCTYPE html><html>404</html>",
         "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     }
@@ -312,6 +315,21 @@ class TestPython:
         with pytest.raises(UsageError, match="no such device"):
             load(demo_bundle, device="gpu")
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"bundle": 3}, {"bundle": None}, {"threads": "two"}, {"threads": 0}, {"threads": 1.5},
+            {"encoder_bundle": 3}, {"require_signature": b"key"},
+        ],
+    )  # fmt: skip
+    def test_arguments_of_another_kind(self, arguments, demo_bundle):
+        with pytest.raises(UsageError, match=next(iter(arguments))):
+            topt_deploy.load(**{"bundle": demo_bundle, **arguments})
+
+    def test_a_coverage_that_is_no_number(self, demo_bundle, demo_city):
+        with pytest.raises(UsageError, match="coverage"):
+            topt_deploy.load(demo_bundle).predict(demo_city / "regions.parquet", coverage="high")
+
     def test_one_task_is_no_list_of_letters(self, predictor, demo_city):
         found = predictor.predict(demo_city / "regions.parquet", demo_city / "mobility.parquet", tasks="crime")
         assert set(found.column("task").to_pylist()) == {"crime"}
@@ -363,3 +381,28 @@ def test_links_below_a_uri_lead_nowhere(name, desk, topt_run):
     assert victim.read_text() == "mine"
     topt_run("predict", desk.folder / "cities", "--bundle", desk.bundle, "--out", out)
     assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_a_citys_folder_is_no_link(uri, desk, topt_run):
+    cities, elsewhere, out = (desk.folder / name for name in ("cities", "elsewhere", "out"))
+    for folder in (cities / "city=A", elsewhere, out):
+        folder.mkdir(parents=True)
+    for table in (desk.regions, desk.mobility):
+        shutil.copy(table, cities / "city=A")
+    (out / "city=A").symlink_to(elsewhere)
+    arguments = ("predict", cities, "--bundle", desk.bundle, "--out")
+    said = topt_run(*arguments, out.as_uri() if uri else out)
+    assert said.code == 73
+    assert "is a link" in said.err
+    assert list(elsewhere.iterdir()) == []
+    (desk.folder / "linked").symlink_to(elsewhere)  # what the user names may be one
+    assert topt_run(*arguments, desk.folder / "linked").code == 0
+
+
+@pytest.mark.parametrize("role", ["in", "out"])
+def test_a_uri_without_a_name_for_a_file(role, desk, topt_run):
+    odd = f"{desk.folder.as_uri()}/a%00b/"
+    place, out = (odd, desk.folder / "out") if role == "in" else (desk.regions, odd)
+    said = topt_run("predict", place, "--bundle", desk.bundle, "--out", out)
+    assert (said.code, "zero byte" in said.err) == (2, True), said.err

@@ -31,6 +31,11 @@ OTHERS = (
     (b"ARROW1", "a Feather file (Arrow's own format)"),
     (b"ORC", "an ORC file"),
     (b"\x1f\x8b", "a gzip file"),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet (.xls)"),
+    (b"\xff\xfe", "text in UTF-16, as spreadsheets write it"),
+    (b"fgb\x03", "FlatGeobuf"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"Obj\x01", "an Avro file"),
     (b"<", "XML or HTML, such as a page that says why there is no file"),
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file: run git lfs pull"),
 )
