@@ -92,9 +92,9 @@ class Categories:
 
     def _chunk(self, chunk: Any) -> tuple[Array | None, Array]:
         """How many codes each row has, None where it is one each, and the codes."""
-        words = [text.strip() if text is not None else None for text in chunk.dictionary.to_pylist()]
+        words = as_text(pa.chunked_array([chunk.dictionary])).to_pylist()  # blanks are None, in every kind of file
         index = chunk.indices.fill_null(len(words)).to_numpy(zero_copy_only=False)
-        sets = [self.of(word or None) for word in [*words, None]]
+        sets = [self.of(word) for word in [*words, None]]
         self._count_unknown([*words, None], sets, np.bincount(index, minlength=len(sets)))
         if all(len(codes) == 1 for codes in sets):
             return None, np.array([codes[0] for codes in sets])[index]

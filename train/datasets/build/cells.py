@@ -198,7 +198,7 @@ class Cells:
         return (before - np.searchsorted(line, group)) % 2 == 1, ~near
 
     def _prepare(self, edge: Array, inside: Array, sure: Array) -> None:
-        """What a point asks of its cell: its borders, seen from the middle, and which regions hold that."""
+        """Set out for each cell what its points ask: its borders, seen from the middle, and which regions hold that."""
         x0, y0, x1, y1 = self._edges.ends.take(edge, axis=0).T
         up = y0 > y1
         x0, y0, x1, y1 = (np.where(up, one, other) for one, other in ((x1, x0), (y1, y0), (x0, x1), (y0, y1)))

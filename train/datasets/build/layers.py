@@ -322,6 +322,7 @@ def _parquet(path: Path, columns: Sequence[str], at_once: int) -> Iterator[tuple
     _check_columns(path, None, columns, file.names)
     if isinstance(crs, dict):
         crs = json.dumps(crs)
-    for batch in pq.ParquetFile(path).iter_batches(at_once, columns=[*columns, column]):
+    # Without pre_buffer=False, pyarrow holds all columns of the whole file.
+    for batch in pq.ParquetFile(path, pre_buffer=False).iter_batches(at_once, columns=[*columns, column]):
         table = pa.Table.from_batches([batch])
         yield crs, table.select(list(columns)), table.column(column).to_numpy(zero_copy_only=False)

@@ -348,6 +348,11 @@ class PointCounter:
         counts = values.get(current, empty)
         if "other" in names:
             tally.other = round(float(counts[:, names.index("other")].sum()))
+        if unknown and tally.other > counts.sum() / 2:
+            tally.warnings.append(
+                f"{tally.other:,} of {round(float(counts.sum())):,} count as other, such as {next(iter(unknown))!r}:"
+                ' the vocabulary does not know them. Name another (vocabulary = "…"), or keep them: categories = "own"'
+            )
         return Counts(names=names, values=counts, before=before, unknown=dict(list(unknown.items())[:50]))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 from open_data import middle, opendata, squares, write
@@ -313,6 +314,14 @@ def test_compressed_files(tmp_path):
     assert table["crime"][0] == 1
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_blank_categories_are_blank_in_every_kind_of_file(tmp_path, kind):
+    table = pa.table({"kind": ["N/A", " fuel ", ""], "lon": [X] * 3, "lat": [Y] * 3})
+    pacsv.write_csv(table, tmp_path / "p.csv") if kind == "csv" else pq.write_table(table, tmp_path / "p.parquet")
+    found, _ = city(tmp_path, points={"poi": {"file": f"p.{kind}", "category": "kind", "categories": "own"}})
+    assert {k: v[0] for k, v in found.items() if k.startswith("poi_")} == {"poi_fuel": 1, "poi_other": 2}
+
+
 def test_own_shared_and_tabled_categories(tmp_path):
     write(tmp_path / "p.csv", f"kind,lon,lat\nCafé Bar,{X},{Y}\ncafé  bar,{X},{Y}\n,{X},{Y}\nfuel,{X9},{Y9}")
     points = {"file": "p.csv", "category": "kind"}
@@ -327,6 +336,7 @@ def test_own_shared_and_tabled_categories(tmp_path):
     assert report.tallies["points.poi"].other == 3
     receipt = json.loads((tmp_path / "out" / "build.receipt.json").read_text())
     assert receipt["other_categories"]["points.poi"] == {"Café Bar": 1, "café  bar": 1}
+    assert "3 of 4 count as other, such as 'Café Bar'" in report.warnings[0]
     table, _ = city(tmp_path, points={"poi": points | {"categories": {"Café Bar": "food", "fuel": "car"}}})
     assert (table["poi_food"][0], table["poi_car"][8], table["poi_other"][0]) == (1, 1, 2)
 
