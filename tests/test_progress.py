@@ -48,6 +48,10 @@ def test_a_terminal_gets_a_bar_that_reaches_the_end():
     assert said.rindex(SHOWN) > said.rindex(HIDDEN)
 
 
+def test_before_anything_is_done_no_time_is_told():
+    assert "0 of 10 regions, well" in on_a_terminal(SCRIPT.format(more=""))
+
+
 def test_an_error_gives_the_cursor_back():
     said = on_a_terminal(SCRIPT.format(more="1 / (done - 5)"))
     assert "ZeroDivisionError" in said

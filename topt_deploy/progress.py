@@ -54,8 +54,10 @@ class ProgressBar:
         if self._quiet or not (due or (self.terminal and done == total)):
             return
         self._said = now
-        left = (now - self._began) / max(done - self._start, 1) * (total - done)
-        text = f"{done} of {total} {self._unit}, {left:.0f} s left" + (f", {note}" if note else "")
+        text = f"{done} of {total} {self._unit}"
+        if done > self._start:  # before that there is no pace to tell the rest from
+            text += f", {(now - self._began) / (done - self._start) * (total - done):.0f} s left"
+        text += f", {note}" if note else ""
         if self.terminal:
             self._draw(done, total, text)
         else:

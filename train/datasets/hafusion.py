@@ -127,7 +127,8 @@ def import_hafusion(
     )
     zero = ids[labels["check_in"] == 0].tolist()
     if zero:
-        notes.append(f"no check-ins in {len(zero)} regions ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
+        places = "1 region" if len(zero) == 1 else f"{len(zero)} regions"
+        notes.append(f"no check-ins in {places} ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
     return ImportReport(
         out=Path(out),
         city=name,

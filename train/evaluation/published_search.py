@@ -251,7 +251,8 @@ def search(
         )  # fmt: skip
     facts = facts_of(problem, hashes, protocol="paper", seeds=seeds) | {"searched": True}
     Store.open(out, problem.city.region_id, facts)
-    found, began, total = [], time.monotonic(), len(methods) * len(labels) * (trials + len(seeds))
+    found: list[Found] = []
+    began, total = time.monotonic(), len(methods) * len(labels) * (trials + len(seeds))
     for name, topt in methods.items():
         assert isinstance(topt, Topt)
         for task, own in labels.items():

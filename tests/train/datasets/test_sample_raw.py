@@ -111,10 +111,21 @@ def test_a_recipe_is_written_from_the_files_alone(raw, tmp_path):
     (tmp_path / "found.toml").write_text(text)
     recipe = read_recipe(tmp_path / "found.toml")
     assert recipe.regions.file.endswith("areas.geojson")
+    assert recipe.regions.name == "area_name"
     assert set(recipe.points) == {"poi"}
     assert set(recipe.labels) == {"crime", "check_in", "service_call"}
     assert set(recipe.areas) == {"land_use"}
     assert "trips.parquet" in text
+    assert "columns: case, " in text
+
+
+def test_a_recipe_says_which_rows_of_a_publisher_count(tmp_path):
+    (tmp_path / "311.csv").write_text("SR_NUMBER,SR_TYPE,CREATED_DATE,DUPLICATE,LATITUDE,LONGITUDE\n")
+    (tmp_path / "crimes.csv").write_text("ID,Case Number,Date,IUCR,Primary Type,Latitude,Longitude\n")
+    calls, crimes = write_recipe(tmp_path).split("# Chicago 311 service requests")[1].split("# Chicago crimes")
+    assert "only rows count where SR_TYPE not in ('311 INFORMATION ONLY CALL'" in calls
+    assert "every row counts" not in calls
+    assert "every row counts" in crimes
 
 
 def test_the_sample_command_writes_either(tmp_path):

@@ -222,7 +222,7 @@ class Cells:
         self._hard = hard
 
     def _fill(self, line: Array) -> Array:
-        """The first region by id that holds each cell's middle, by crossings: from an odd one to the next. (size, size)"""
+        """The first region by id that holds each cell's middle, (size, size): between an odd crossing and the next."""
         group = line // (2.0 * self.size)
         at = line - group * (2.0 * self.size) - 0.5  # in cells, from middle to middle
         # Each region's crossings of a row are even in number.

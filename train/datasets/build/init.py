@@ -147,10 +147,11 @@ def _published(one: _Found, shapes: str) -> None:
     """A file whose publisher is known."""
     assert one.publisher is not None
     one.role, one.name = one.publisher.role, one.publisher.name
-    if one.role == "labels":
-        one.notes.append("every row counts; with where, only some: where = \"… in ('…')\"")
     if one.publisher.where:
-        one.notes.append(f"left out, where the columns are there: all but {one.publisher.where}")
+        one.notes.append(f"if the file has these columns, only rows count where {one.publisher.where}")
+        one.notes.append('to count others, say which: where = "…"')
+    elif one.role == "labels":
+        one.notes.append("every row counts; with where, only some: where = \"… in ('…')\"")
     for key, column in one.publisher.set.items():
         if one.role == "labels" and key == "category":
             continue
@@ -170,6 +171,9 @@ def _areas(one: _Found) -> None:
         one.keys["id"] = (
             ids or [column for column in one.columns if "id" in normal(column).split("_")] or one.columns
         )[0]
+        names = [c for c in one.columns if normal(c) == "name" or normal(c).endswith("_name")]
+        if names:
+            one.keys["name"] = names[0]
         one.notes.append(f"columns: {', '.join(one.columns)}. Is id the one that your other files name regions by?")
     else:
         one.role, one.name = "areas", "land_use"
@@ -191,6 +195,7 @@ def _rows(one: _Found, shapes: str) -> None:
         return
     if lon is not None and not shapes:
         one.keys |= {"lon": lon, "lat": lat}
+    one.notes.append(f'columns: {", ".join(one.columns)}. If a row may come twice, name what tells: key = "…"')
     stem = normal(Path(one.path).name.split(".")[0]) or "rows"
     if dates:
         one.role, one.name = "labels", stem if stem[0].isalpha() else f"task_{stem}"
