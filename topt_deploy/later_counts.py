@@ -139,7 +139,7 @@ class Check:
 
 def _read(kind: Any, found: Any) -> Any:
     """A value of a type that the records above have, from plain ones."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return kind(**{name: _read(hint, found[name]) for name, hint in get_type_hints(kind).items()})
     if get_origin(kind) is UnionType:
         return None if found is None else _read(get_args(kind)[0], found)

@@ -7,6 +7,7 @@ session and the tokenizers' regular expressions by SIGSEGV (:mod:`topt_deploy.no
 ``make oom`` tries 200 places of each command; what is here is every so-manieth of them.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -17,6 +18,8 @@ from collections import Counter
 
 import pytest
 from memory_injection import commands, compiled
+
+from topt_deploy.errors import OutOfMemory, shortage
 
 PLACES = int(os.environ.get("TOPT_OOM_PLACES", "8"))
 DONE, TRY_AGAIN = 0, 75
@@ -93,6 +96,17 @@ string_at(0)
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
     assert done.returncode == code, done
     assert ("not enough memory" in done.stdout) == bool(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_c_code_that_fails_without_a_word():
+    """As numpy does in a copy: SystemError says that there was an error, and not which."""
+    libc = ctypes.CDLL(None)
+    error = SystemError("error return without exception set")
+    libc.close(-1)
+    assert shortage(error) is None
+    libc.malloc(ctypes.c_size_t(1 << 62))
+    assert isinstance(shortage(error), OutOfMemory)
 
 
 def sha256(file):
