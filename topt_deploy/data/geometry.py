@@ -179,8 +179,21 @@ def _crs_name(crs: Any) -> str:
     return f"{crs.get('name', 'unnamed')} (without an authority's code)"
 
 
-def checked_shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *, usable: bool = True) -> Array:
-    """WKB as shapely geometries (N,) in degrees, none null; nor empty or invalid, unless that does not matter."""
+def checked_shapes(
+    column: pa.ChunkedArray, name: str, label: str, ids: Array, *, degrees: bool = True, usable: bool = True
+) -> Array:
+    """WKB as shapely geometries (N,), none of them null.
+
+    Args:
+        column: The shapes.
+        name, label, ids: The file, the column and the regions (N,), for the error.
+        degrees: Refuse coordinates that cannot be longitudes and latitudes.
+        usable: Refuse what is empty or invalid, too.
+
+    Raises:
+        BadData: If the column does not hold WKB.
+        BadRows: Naming the regions.
+    """
     shapely = geo_library("shapely")
     if isinstance(column.type, pa.ExtensionType):  # where geoarrow's types are registered
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
@@ -189,13 +202,13 @@ def checked_shapes(column: pa.ChunkedArray, name: str, label: str, ids: Array, *
     shapes = decode_wkb(column.to_numpy())
     far = (np.abs(shapely.bounds(shapes)) > np.array([*FARTHEST, *FARTHEST])).any(axis=1)  # False where there is none
     kinds = (
-        ("null, a curve or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
-        ("coordinates that are no degrees", far, "reproject them to CRS84 (longitude, latitude)"),
-        ("empty", shapely.is_empty(shapes), "add the missing shapes"),
-        ("invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
+        (True, "null, a curve or not WKB", shapely.is_missing(shapes), "add the missing shapes"),
+        (degrees, "coordinates that are no degrees", far, "reproject them to CRS84 (longitude, latitude)"),
+        (usable, "empty", shapely.is_empty(shapes), "add the missing shapes"),
+        (usable, "invalid, such as a ring that crosses itself", ~shapely.is_valid(shapes), "mend them (make_valid)"),
     )
-    for kind, bad, fix in kinds if usable else kinds[:2]:
-        if bad.any():
+    for matters, kind, bad, fix in kinds:
+        if matters and bad.any():
             raise BadRows(
                 "geometries cannot be used", table=BadRows.REGIONS, rows=bad, code="bad_geometry",
                 file=name, column=label, ids=ids[bad],
