@@ -103,7 +103,7 @@ def map_shapes(table: pa.Table, name: str, ids: Array) -> pa.Array:
     """
     try:
         column = check_geo_key(table, name)
-        return wkb_of(checked_shapes(table.column(column), name, column, ids, usable=False))
+        return wkb_of(checked_shapes(table.column(column), name, column, ids, degrees=True, usable=False))
     except BadData as error:
         error.fix = "mend the geometry, or drop the column: the map then has points at lon and lat"
         raise
@@ -180,14 +180,15 @@ def _crs_name(crs: Any) -> str:
 
 
 def checked_shapes(
-    column: pa.ChunkedArray, name: str, label: str, ids: Array, *, degrees: bool = True, usable: bool = True
+    column: pa.ChunkedArray, name: str, label: str, ids: Array, *, degrees: bool = False, usable: bool = True
 ) -> Array:
     """WKB as shapely geometries (N,), none of them null.
 
     Args:
         column: The shapes.
         name, label, ids: The file, the column and the regions (N,), for the error.
-        degrees: Refuse coordinates that cannot be longitudes and latitudes.
+        degrees: Refuse coordinates that cannot be longitudes and latitudes. Who takes positions from the shapes need not
+            ask for it: those are checked.
         usable: Refuse what is empty or invalid, too.
 
     Raises:

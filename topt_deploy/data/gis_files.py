@@ -175,7 +175,7 @@ def _read_gis(path: Path, id_col: str | None, name_col: str | None, crs: str | N
     ids = _ids(table, name, id_col)
     column = meta["geometry_name"] or "wkb_geometry"
     labels = np.array([f"feature {row}" for row in range(len(table))]) if ids is None else ids
-    shapes = shapely.force_2d(checked_shapes(table.column(column), name, column, labels, degrees=False))
+    shapes = shapely.force_2d(checked_shapes(table.column(column), name, column, labels))
     shapes = shapely.transform(shapes, to_lonlat.transform, interleaved=False)
     return Places(ids=ids, lonlat=lonlat_of(shapes), wkb=wkb_of(shapes), names=_names(table, name, name_col))
 
