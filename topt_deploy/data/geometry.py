@@ -187,8 +187,8 @@ def checked_shapes(
     Args:
         column: The shapes.
         name, label, ids: The file, the column and the regions (N,), for the error.
-        degrees: Refuse coordinates that cannot be longitudes and latitudes. Who takes positions from the shapes need not
-            ask for it: those are checked.
+        degrees: Refuse coordinates that cannot be longitudes and latitudes. Positions that are taken from the shapes
+            are checked by themselves.
         usable: Refuse what is empty or invalid, too.
 
     Raises:
