@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from topt_deploy.data.city import City, Schema, add_prompts, read_city
-from topt_deploy.data.columns import Given
+from topt_deploy.data.columns import Given, choose_rows
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadData, BadRows
 
@@ -106,7 +106,7 @@ class BadRowFilter:
                     raise error
                 table = filled
         else:  # a flow is never masked: without its number it is no flow
-            table = table.filter(pa.array(~bad))
+            table = choose_rows(table, ~bad, error.file)
             self._left[error.table] = left[~bad]
         place = f"column {error.column!r}: " if error.column else ""
         self.aside[error.table].append(SetAside(rows=left[bad], code=error.code, reason=place + error.message))
@@ -140,7 +140,7 @@ class BadRowFilter:
             given = self._given[name]
             assert given is not None
             rows = np.concatenate([aside.rows for aside in several])
-            table = in_memory(given).take(pa.array(rows))
+            table = choose_rows(in_memory(given), rows, f"{name} table")
             told: dict[str, Sequence[Any]] = {
                 "row": rows.tolist(),
                 "reason_code": [aside.code for aside in several for _ in aside.rows],

@@ -7,12 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
+import pytest
 from builders import tiny_city_tables
 from fuzzing import SECONDS, contained, scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_deploy.data.city import infer_schema, read_city
+from topt_deploy.data.columns import choose_rows
+from topt_deploy.errors import BadData
 from topt_deploy.prompts.table import read_regions
 from topt_deploy.prompts.templates import load_templates
 from topt_deploy.runtime.bad_rows import MASK, QUARANTINE, BadRowFilter
@@ -128,3 +131,16 @@ def test_types_that_hold_honest_counts(seed):
     table = table_with(REGIONS, "poi_bar", pa.array(values, kind))
     found = read_city(table, None, infer_schema(table, views=["poi"], mobility=False))
     assert np.array_equal(found.views["poi"], expected.views["poi"])
+
+
+def test_rows_that_cannot_be_chosen_name_their_column():
+    """Found by the tests above: pyarrow 26 chooses no rows of lists of string views."""
+    views = pa.array([["a", "b", "c"]] * (N - 1) + [[]], pa.list_(pa.string_view()))
+    regions = table_with(
+        REGIONS.set_column(0, "region_id", pa.array([""] + [f"r{i}" for i in range(1, N)])), "x", views
+    )
+    with pytest.raises(BadData, match="rows cannot be chosen") as refused:
+        choose_rows(regions, np.arange(N) > 0, "regions table")
+    assert refused.value.column == "x"
+    plain = choose_rows(regions.drop_columns(["x"]), np.array([2, 1]), "regions table")
+    assert plain.column("region_id").to_pylist() == ["r2", "r1"]

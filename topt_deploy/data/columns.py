@@ -42,6 +42,24 @@ def file_of(table: Given) -> Path | None:
     return None if isinstance(table, pa.Table) else table.path if isinstance(table, Held) else Path(table)
 
 
+def choose_rows(table: pa.Table, rows: Array, file: object) -> pa.Table:
+    """These rows of a table: bool (rows of the table), or int64 by number.
+
+    Raises:
+        BadData: Naming the column of ``file`` whose type pyarrow cannot choose rows of.
+    """
+    chosen, columns = pa.array(rows), []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns.append(column.filter(chosen) if rows.dtype == bool else column.take(chosen))
+        except pa.ArrowNotImplementedError as error:
+            raise BadData(
+                "rows cannot be chosen of a column of this type", file=file, column=name, found=column.type,
+                fix="write it with a plain type, such as string for string_view",
+            ) from error  # fmt: skip
+    return pa.table(columns, schema=table.schema)
+
+
 class TableReader:
     """A table, or Parquet that is read when its columns are: prompt vectors one column at a time.
 
@@ -106,7 +124,7 @@ class TableReader:
     def choose(self, rows: Array) -> None:
         """Go on with these rows alone, bool (rows of the table)."""
         self._chosen = rows
-        self._table = self.table.filter(pa.array(rows))
+        self._table = choose_rows(self.table, rows, self.name)
 
     def refuse(self, message: str, rows: Array, code: str, *, fill: Sequence[str] = (), **facts: Any) -> NoReturn:
         """Refuse single rows, bool (rows in use).
