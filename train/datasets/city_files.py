@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from topt_deploy.data.parquet import ParquetFile, write_parquet
 from topt_deploy.errors import ToptError
-from topt_deploy.storage.os_errors import write_error
+from topt_deploy.storage.os_errors import writing
 from topt_deploy.storage.outputs import check_outputs
 
 Array = np.ndarray[Any, Any]
@@ -26,10 +26,8 @@ def write_city(folder: Path, regions: pa.Table, mobility: pa.Table) -> None:
         UsageError: If there are tables that the command did not write (:func:`check_city`).
     """
     check_city(folder, (regions.schema.metadata or {})[b"source"].decode())
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
     for name, table in ((MOBILITY, mobility), (REGIONS, regions)):
         write_parquet(folder / name, table)
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from topt_deploy.data.geometry import geo_metadata, geometry_types
 from topt_deploy.data.gis_files import Places, read_geometry
-from topt_deploy.errors import BadData, NoInput, UsageError
+from topt_deploy.errors import BadData, NoInput, UsageError, how_many
 
 from .city_files import fixed_lists, flow_table, table, write_city
 from .hafusion_files import (
@@ -127,8 +127,8 @@ def import_hafusion(
     )
     zero = ids[labels["check_in"] == 0].tolist()
     if zero:
-        where = "1 region" if len(zero) == 1 else f"{len(zero)} regions"
-        notes.append(f"no check-ins in {where} ({', '.join(zero)}): kept as 0; protocol `paper` drops them")
+        where = f"{how_many(len(zero), 'region')} ({', '.join(zero)})"
+        notes.append(f"no check-ins in {where}: kept as 0; protocol `paper` drops them")
     return ImportReport(
         out=Path(out),
         city=name,

@@ -23,7 +23,7 @@ from topt_deploy.model.prompt4re import Prompt4Re, PromptBasis, ridge
 from topt_deploy.model.row_tiles import Matrix, one_tile
 from topt_deploy.model.srel import Srel
 from topt_deploy.model.target import Target
-from topt_deploy.storage.os_errors import write_error
+from topt_deploy.storage.os_errors import writing
 
 from ..loop import Workplace, fit
 from ..prompt4re import fold_of
@@ -208,10 +208,8 @@ def looks(problem: Problem, srel: SrelConfig, *, seed: int, cache: Path) -> Look
         observe=look,
     )
     offered = Looks(embeddings=torch.stack(seen), last=embed(model, inputs))
-    try:
+    with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(cache, error) from error
     save_tensors(file, {"embeddings": offered.embeddings, "last": offered.last}, {})
     return offered
 

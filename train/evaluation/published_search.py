@@ -16,7 +16,7 @@ import numpy as np
 
 from topt_deploy.config.settings import TaskConfig
 from topt_deploy.errors import BadConfig, UsageError
-from topt_deploy.storage.os_errors import reading, write_error
+from topt_deploy.storage.os_errors import reading, writing
 from topt_deploy.storage.text_files import write_json, write_text
 
 from ..metrics import Metrics, metrics
@@ -158,10 +158,8 @@ class Search:
         if not file.exists():
             selected, at_last = self._figures(trial, own, last=last)
             record = {"selected": asdict(selected), "last": None if at_last is None else asdict(at_last)}
-            try:
+            with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise write_error(self.folder, error) from error
             write_json(file, depends_on | record)
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from topt_deploy.data.parquet import read_parquet, write_parquet
 from topt_deploy.errors import BadConfig, ToptError
-from topt_deploy.storage.os_errors import reading, write_error
+from topt_deploy.storage.os_errors import reading, writing
 from topt_deploy.storage.text_files import write_json
 
 from .coverage import Coverage, Stratum
@@ -70,10 +70,8 @@ class Store:
         """
         file = folder / FACTS_FILE
         if not file.exists():
-            try:
+            with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise write_error(folder, error) from error
             write_json(file, facts)
         recorded = _read(file)
         differing = [key for key in {**recorded, **facts} if recorded.get(key) != facts.get(key)]
@@ -160,10 +158,8 @@ class Store:
         return self.folder / task / f"{method}.json"
 
     def _make_room(self, task: str) -> None:
-        try:
+        with writing(self.folder / task):
             (self.folder / task).mkdir(exist_ok=True)
-        except OSError as error:
-            raise write_error(self.folder / task, error) from error
 
     def _write(self, method: str, task: str, record: Mapping[str, Any]) -> None:
         write_json(self._file(method, task), {"method": method, "task": task, **record})
