@@ -79,6 +79,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_client_is_checked(client: Path):
     """One run of mypy for what is right and what is wrong: it reads the package for seconds."""
     first = len(RIGHT.splitlines()) + 1

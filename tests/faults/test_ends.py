@@ -232,6 +232,7 @@ class TestReceipts:
         assert "predictions.receipt.json" in said.err
 
 
+@pytest.mark.slow
 class TestWorkers:
     def worker(self, many, work):
         """A batch whose workers do ``work`` at city c3."""

@@ -104,7 +104,7 @@ def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> st
             lines.append(f"  {name:<20}{part['weight']:>6.0%}{brings}")
         if held := facts["coverage"].get(task):
             shares = ", ".join(f"{share:.0%} of {size}" for size, share in held.items())
-            lines.append(f"  intervals of 90 % hold on {shares} predictions of held-out regions")
+            lines.append(f"  intervals of 90% hold on {shares} predictions of held-out regions")
     cities = facts.get("cities", [])
     lines += [""] if cities else []
     for city in cities:

@@ -474,6 +474,7 @@ class TestBackend:
         np.testing.assert_allclose(pooled(DeepseekBackend(model), prompts), alone, atol=1e-5)
 
 
+@pytest.mark.slow
 class TestExport:
     @pytest.fixture
     def weight(self, folder):

@@ -23,6 +23,7 @@ def test_in_and_out(cities, apart, batch, tmp_path):
     assert not list(tmp_path.glob("topt-run-*")), "nothing stays in the folder for temporary files"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_in_or_out(side, cities, apart, batch, tmp_path):
     out = tmp_path / "out"
@@ -49,6 +50,7 @@ def test_a_city_without_a_name_has_none_here_either(cities, batch, tmp_path):
     assert outputs(tmp_path / "far") == outputs(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_resume(mine, apart, batch, tmp_path):
     out = tmp_path / "out"
     assert batch(mine.as_uri(), "--resume", out=out.as_uri()).code == DONE
@@ -73,6 +75,7 @@ def test_rows_set_aside_come_and_go(mine, cities, batch, tmp_path):
     assert not aside.exists()
 
 
+@pytest.mark.slow
 def test_a_bad_city_is_named_as_it_was_given(mine, apart, batch, tmp_path):
     spoil(mine / "city=B")
     (mine / "city=C/mobility.parquet").unlink()
@@ -85,6 +88,7 @@ def test_a_bad_city_is_named_as_it_was_given(mine, apart, batch, tmp_path):
     assert outputs(tmp_path / "out") == {k: v for k, v in apart.items() if k[5] not in "BC"}
 
 
+@pytest.mark.slow
 def test_all_fail(mine, batch, tmp_path):
     for name in NAMES:
         spoil(mine / f"city={name}")

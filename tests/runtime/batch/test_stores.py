@@ -46,6 +46,7 @@ def test_in_out_and_again(store, cities, apart, batch, fetched):
     assert outputs(fetched("out-1")) == apart
 
 
+@pytest.mark.slow
 def test_rows_set_aside_come_and_go(store, mine, batch, fetched):
     whole = (mine / "city=B/regions.parquet").read_bytes()
     spoil(mine / "city=B")
@@ -58,6 +59,7 @@ def test_rows_set_aside_come_and_go(store, mine, batch, fetched):
     assert not (fetched("out-aside") / name).exists()
 
 
+@pytest.mark.slow
 def test_what_is_not_there(store, cities, batch, tmp_path):
     nowhere = store.uri("").replace("bucket/", "no-bucket/")
     for given in (store.uri("nowhere"), nowhere):
@@ -71,6 +73,7 @@ def test_what_is_not_there(store, cities, batch, tmp_path):
     assert "Traceback" not in said.err
 
 
+@pytest.mark.slow
 def test_no_permission(store, cities, batch):
     if store.refused is None:
         pytest.skip("this emulator lets everyone in")
@@ -89,6 +92,7 @@ def test_a_setting_that_there_is_not(store, batch):
     assert "colour" in said.err
 
 
+@pytest.mark.slow
 def test_s3_by_the_environment_alone_and_secrets_stay_secret(store, cities, apart, batch, fetched):
     if not store.root.startswith("s3:"):
         pytest.skip("of S3 alone")

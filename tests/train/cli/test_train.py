@@ -51,7 +51,7 @@ def test_after_the_figures_come_weights_coverage_and_regions_to_doubt():
         "crime: what its parts weigh, and the held-out MAE without each",
         "  kernels from 0.7       75%      48.2",
         "  SREL with Prompt4RE    25%      44.5  earns nothing here",
-        "  intervals of 90 % hold on 90% of all, 95% of small, 88% of medium, 85% of large predictions of held-out"
+        "  intervals of 90% hold on 90% of all, 95% of small, 88% of medium, 85% of large predictions of held-out"
         " regions",
         "",
         "unlike the other regions, do not trust: 07, 31",
@@ -76,4 +76,4 @@ def test_a_run_shows_all_of_it(demo_trained):
     for part in ("held out", "trees", "in sample", "kernels from", "networks", "next: topt-deploy export"):
         assert part in demo_trained.out
     assert "\ncrime: what its parts weigh, and the held-out MAE without each\n" in demo_trained.out
-    assert "\n  intervals of 90 % hold on " in demo_trained.out
+    assert "\n  intervals of 90% hold on " in demo_trained.out

@@ -35,6 +35,7 @@ def city(tmp_path: Path) -> Path:
     return tmp_path / "city"
 
 
+@pytest.mark.slow
 @needs_accelerate
 class TestEncode:
     def test_two_processes_write_the_bytes_of_one_and_go_on_where_they_were(self, topt_deploy, model, city):
@@ -97,6 +98,7 @@ def run(monkeypatch, script, size=2):
     processes.run_team(["encode"], size, threads=1)
 
 
+@pytest.mark.slow
 class TestRunTeam:
     def test_every_process_knows_its_number(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
