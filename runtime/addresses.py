@@ -2,7 +2,8 @@
 
 import os
 import re
-from urllib.parse import quote
+from pathlib import Path
+from urllib.parse import quote, unquote
 
 from topt_deploy.errors import UsageError
 
@@ -22,6 +23,14 @@ def parted(place: str) -> tuple[str, str]:
     """A URI without its settings, and these: ``?region=…``, or nothing. A path has none, whatever is in it."""
     uri, mark, settings = place.partition("?") if is_uri(place) else (place, "", "")
     return uri, mark + settings
+
+
+def local_path(place: str) -> Path | None:
+    """The path of a place on this machine, by path or by ``file://``; None for a place in a store."""
+    if not is_uri(place):
+        return Path(place)
+    scheme, _, path = parted(place)[0].partition("://")
+    return Path(unquote(path)) if scheme == "file" else None
 
 
 def shown(place: str) -> str:

@@ -6,12 +6,11 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from topt_deploy.errors import BadBundle, CannotCreate, Exit, ToptError, user_error
 from topt_deploy.storage.os_errors import write_error
 
-from ..addresses import is_uri, shown
+from ..addresses import local_path, shown
 from ..predict_city import CityJob, predict_city
 from ..predictor import Predictor
 from ..settings import Setting
@@ -70,10 +69,8 @@ def _check_folder(out: str) -> None:
     Raises:
         CannotCreate: If it is one.
     """
-    if is_uri(out) and not out.startswith("file:"):
-        return
-    folder = Path(unquote(out.removeprefix("file://")) if is_uri(out) else out).parent
-    if folder.is_symlink():
+    place = local_path(out)
+    if place is not None and (folder := place.parent).is_symlink():
         raise CannotCreate(
             "the city's folder is a link", file=shown(out), expected="a folder, or none",
             found=f"a link to {os.path.realpath(folder)}", fix="remove the link, or let --out be the link",

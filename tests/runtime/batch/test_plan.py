@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from topt_deploy.errors import NoInput, UsageError
-from topt_deploy.runtime.addresses import joined, shown
+from topt_deploy.runtime.addresses import joined, local_path, shown
 from topt_deploy.runtime.batch.plan import plan
 from topt_deploy.runtime.inputs import one_city
 
@@ -255,6 +255,11 @@ class TestUris:
         assert joined("out?", "a?") == "out?/a?", "of a path it is a part"
         assert shown("s3://key:secret@bucket/x?scheme=http") == "s3://key@bucket/x"
         assert shown("what?") == "what?"
+
+    def test_the_path_of_a_place_on_this_machine(self):
+        assert local_path("out/a b%20c") == Path("out/a b%20c"), "a path is not escaped"
+        assert local_path("file:///out/a%20b/x.parquet") == Path("/out/a b/x.parquet")
+        assert local_path("s3://bucket/out") is None
 
     def test_azures_account_comes_from_the_environment(self, monkeypatch):
         monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
