@@ -18,7 +18,7 @@ from topt_deploy.config.settings import Config, EnsembleConfig
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths, feature_widths
 from topt_deploy.model.gaussian_process import PROMPT, RADIAL, KernelHead, maximise_evidence
-from topt_deploy.model.layers import repeated
+from topt_deploy.model.layers import Standardize, repeated
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import ResidualMlp
@@ -28,6 +28,7 @@ from topt_deploy.model.topt import EnsembleHead, all_features
 from .loop import Workplace
 from .prompt4re import HeadResult, fit_head, last_members, one_label
 from .stacking import FoldRows, stack, with_inner
+from .target_scale import chosen_powers
 
 Array = np.ndarray[Any, Any]
 
@@ -157,7 +158,10 @@ class _Begun:
     ) -> None:
         """Train Prompt4RE on the embedding, as one more part."""
         labels = self.rows.labels
-        model, outputs = fit_head(embedding, features, self.coordinates, labels, config, task, place, part=part)
+        powers = dict(self.target.named_buffers()).get("power")  # parts add up on one scale
+        model, outputs = fit_head(
+            embedding, features, self.coordinates, labels, config, task, place, part=part, powers=powers
+        )
         members = config.tasks[task].prompt4re.members
         self.parts.append(outputs.double().unflatten(0, (-1, members)).mean(dim=1))
         outer = {
@@ -222,8 +226,14 @@ def _begin(
     known = torch.tensor(~np.isnan(labels), device=device)
     with torch.no_grad():
         views = head.views(inputs, prompts)
-        scaled = target.fit(torch.tensor(one_label(labels), device=device), known.float())  # (S, N)
         x = head.side_by_side(views)
+        standardize = Standardize(x.shape[1], settings.clip).to(device)
+        standardize.fit(x)
+        counts = torch.tensor(one_label(labels), device=device)
+        powers = chosen_powers(standardize(x), counts, known[: split.outer], target.config)
+        if powers is not None:  # an inner fold's rows have the scale of their training set
+            powers = powers[split.parents]
+        scaled = target.fit(counts, known.float(), powers)  # (S, N)
     parts = []
     if head.kernel is not None:
         seed = zlib.crc32(f"{config.seed}/{stage}".encode())
@@ -234,9 +244,8 @@ def _begin(
         trust = torch.stack([leverage.to(device).trust(inputs) for leverage in own]).double()
     network = None
     if head.network is not None:
-        head.network.standardize.fit(x)
         network = ResidualMlp(members=sum(_members(split, settings)), inputs=x.shape[1], config=settings).to(device)
-        network.standardize = head.network.standardize
+        network.standardize = head.network.standardize = standardize
     return _Begun(
         head=head, rows=split, target=target, scaled=scaled, known=known, parts=parts, x=x,
         coordinates=views.get(PROMPT), trust=trust, network=network, random=random_here(device),
@@ -318,7 +327,8 @@ def _fit_kernel(
         seen = torch.cat([blocks[q] for q in kernels], dim=1)
         with torch.enable_grad():
             sizes = [head.sizes[q] for q in kernels]
-            fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents)
+            local = [i for i, q in enumerate(kernels) if q in head.local()]
+            fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents, local=local)
         kept = fitted.coefficients[split.outer - rows : split.outer].float()
         head.coefficients[:, p, torch.cat([places[q] for q in kernels])] = kept
         predicted.append(fitted.coefficients @ seen.double().T)

@@ -1,6 +1,6 @@
 """Stage 2: train a task's Prompt4RE head on frozen embeddings; all training sets as one batch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from topt_deploy.model.row_tiles import held_on, one_tile
 from topt_deploy.model.topt import EnsembleHead, TaskHead
 
 from .loop import Workplace
+from .target_scale import chosen_powers
 
 Array = np.ndarray[Any, Any]
 
@@ -159,6 +160,7 @@ def fit_head(
     place: Workplace,
     *,
     part: Array | None = None,
+    powers: Tensor | None = None,
 ) -> tuple[TaskHead, Tensor]:
     """Train the heads of all training sets as one batch.
 
@@ -168,6 +170,7 @@ def fit_head(
         coordinates: (N, R), the prompts in their basis; None without Prompt4RE.
         labels: float64 (S, N), a training set per row.
         part: As in :func:`train_head`. Attention stays inside a city.
+        powers: (S, 1), of the target's scale ``auto`` where it has been chosen (:func:`.target_scale.chosen_powers`).
 
     Returns:
         The heads, and what they say of every region on the standardised target scale (S · members, N).
@@ -184,18 +187,29 @@ def fit_head(
         if model.skip is not None:
             model.skip.fit(model.joined(embedding, features, coordinates))
         seen = model.see(embedding, features, coordinates)
-        start = ridge(seen, model.target.fit(counts, weights), weights, settings.ridge_alpha)
+        if powers is None:
+            powers = chosen_powers(seen, counts, torch.tensor(known, device=device), config.tasks[task].target)
+        if powers is not None:
+            powers = powers.repeat_interleave(settings.members, dim=0)
+        start = ridge(seen, model.target.fit(counts, weights, powers), weights, settings.ridge_alpha)
         model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
     penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None  # (M,)
 
-    def outputs() -> Tensor:
-        if coordinates is None or len(blocks) < 2:
+    attends = coordinates is not None and settings.alignment
+    labelled = torch.tensor(known.any(axis=0), device=device)
+    cities = [torch.arange(len(counts), device=device)[own] for own in blocks or [slice(None)]]
+    most = settings.regions if attends and settings.regions else len(counts)
+
+    def outputs(cities: Sequence[Tensor]) -> Tensor:
+        if coordinates is None or not attends:
             whole: Tensor = model.head(seen, coordinates)
             return whole
-        return torch.cat([model.head(seen[own], coordinates[own]) for own in blocks], dim=1)
+        return torch.cat([model.head(seen[own], coordinates[own]) for own in cities], dim=1)
 
     def loss() -> dict[str, Tensor]:
-        terms = {"fit": model.target.loss(outputs(), counts, weights).sum()}
+        drawn = [_drawn(own, labelled, most) for own in cities]
+        some = torch.cat(drawn)
+        terms = {"fit": model.target.loss(outputs(drawn), counts[some], weights[:, some]).sum()}
         if penalty is not None:
             terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
@@ -208,8 +222,16 @@ def fit_head(
             stage=stage,
             config=config,
             depends_on=config.tasks[task],
-            capturable=coordinates is None or not settings.alignment or one_tile(labels.shape[1]),
+            capturable=not attends or (one_tile(labels.shape[1]) and all(len(own) <= most for own in cities)),
         )
     model.eval()
     with torch.no_grad(), held_on(device):
-        return model, outputs()
+        return model, outputs(cities)
+
+
+def _drawn(own: Tensor, labelled: Tensor, most: int) -> Tensor:
+    """At most so many of a city's regions, in order: of the labelled ones at random, and others where they are few."""
+    if len(own) <= most:
+        return own
+    order = torch.rand(len(own), device=own.device) + ~labelled[own]
+    return own[order.argsort()[:most].sort().values]

@@ -14,8 +14,9 @@ Array = np.ndarray[Any, Any]
 
 ENOUGH = 20
 """A training set with fewer labels has all parts weigh the same: so few errors tell parts apart by chance."""
-SHRINK = 0.5
-"""How far the weights are drawn to equal ones: half of the way, for the errors that they come from are few."""
+EQUAL = 50
+"""The belief that all parts are worth the same weighs as much as so many labels: with n of them, the weights are drawn
+to equal ones by the share 50 / (50 + n)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +63,7 @@ def with_inner(labels: Array, *, folds: int, seed: int, part: Array | None = Non
 
 def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
     """Weights of the parts, for every training set: non-negative least squares of its labels on what the parts say of
-    inner folds that they did not train on, scaled to add up to 1 and drawn half of the way to equal weights.
+    inner folds that they did not train on, scaled to add up to 1 and drawn to equal weights (:data:`EQUAL`).
 
     Args:
         outputs: float64 (P, S, N), on each row's own standardised target scale.
@@ -84,5 +85,6 @@ def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
         truth = np.concatenate([targets[row, regions] for row, regions in held_out])
         found, _ = nnls(seen, truth)
         if found.sum() > 0:
-            weights[s] = SHRINK / parts + (1 - SHRINK) * found / found.sum()
+            shrink = EQUAL / (EQUAL + len(truth))
+            weights[s] = shrink / parts + (1 - shrink) * found / found.sum()
     return weights

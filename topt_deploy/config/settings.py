@@ -22,6 +22,7 @@ RESERVED_VIEWS = {
     "trips",
     "destinations",
     "position",
+    "local",
     "prompt",
 }
 RESERVED_TASKS = {
@@ -135,6 +136,8 @@ class Prompt4ReConfig:
             regions of each fold.
         ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training moves away
             from the ridge fit only for what the prompts explain. Off is the paper: training starts from the ridge fit.
+        regions: Train each epoch on at most this many regions of a city, drawn anew, the labelled ones first, so that
+            its time does not grow with N². 0 takes all.
         members: Independently initialised heads whose mean is the prediction.
         folds: Folds of the held-out estimate.
         fold_seed: Seed of the folds: KFold(folds, shuffle=True, random_state=fold_seed).
@@ -158,6 +161,7 @@ class Prompt4ReConfig:
     decoupled: bool = False
     ridge_alpha: float = 1.0
     ridge_penalty: bool = False
+    regions: int = 0
     members: Positive = 1
     folds: int = 10
     fold_seed: int = 2024
@@ -182,6 +186,8 @@ class EnsembleConfig:
         lengths: Lengthscales of the radial kernels of every view, in units of a standardised feature's spread. There
             are as many Gaussian processes: one with all of them, one without the shortest, and so on.
         position_lengths: The same for the positions.
+        local_lengths: Further lengthscales of the positions, short ones, for what regions next to each other have in
+            common. A training set has them only if the evidence for them is very strong.
         not_linear: Views without a linear kernel: those in which a region's values may lie far outside the others'.
         features: Random frequencies of every radial kernel.
         steps: Steps of evidence maximisation.
@@ -207,6 +213,7 @@ class EnsembleConfig:
     clip: Annotated[float, Bounds(0)] = 0.0
     lengths: tuple[float, ...] = (0.7, 1.5)
     position_lengths: tuple[float, ...] = (0.3, 1.0)
+    local_lengths: tuple[float, ...] = ()
     not_linear: tuple[str, ...] = ("land_use", "position", "destinations")
     features: Positive = 128
     steps: int = 60
@@ -228,7 +235,8 @@ class TargetConfig:
 
     Attributes:
         transform: The transform that is applied to counts before the Gaussian likelihood; predictions are
-            transformed back.
+            transformed back. ``auto`` is ``cbrt``, or ``none`` in a training set whose counts a ridge predicts better
+            without the root.
         likelihood: ``gaussian`` is the paper's squared error; the others have a log link on the count itself.
         drop_zeros: Leave regions with a zero count out of training and of the held-out figures (the published
             protocol for check-ins). They still get a prediction.
@@ -236,7 +244,7 @@ class TargetConfig:
             (:data:`topt_deploy.model.target.BEYOND`).
     """
 
-    transform: Literal["none", "sqrt", "cbrt", "log1p"] = "none"
+    transform: Literal["none", "sqrt", "cbrt", "log1p", "auto"] = "none"
     likelihood: Literal["gaussian", "poisson", "negative_binomial"] = "gaussian"
     drop_zeros: bool = False
     extrapolate: bool = False

@@ -22,6 +22,10 @@ from .layers import ByName, Standardize, repeated
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
 their variance, which standardising each would undo."""
+LOCAL = "local"
+"""The view that positions are once more, for kernels so short that they take many frequencies."""
+LOCAL_FREQUENCIES = 4
+"""As many times the frequencies of another kernel has a local one: a city is many of its lengths wide."""
 RADIAL = "radial kernels"
 """The regression without linear kernels: far from what it was fitted on it says the mean."""
 NOISE = 0.1
@@ -31,6 +35,10 @@ PRIOR_DEVIATION = 2.0
 RATE = 0.1
 EVIDENCE_REGIONS = 400
 """At most so many regions, drawn at random, say what the kernels weigh; every region takes part in the fit itself."""
+VERY_STRONG = 5.0
+"""Local kernels are taken by the training sets whose log evidence they raise by more than this: what Kass & Raftery
+(JASA 1995) call very strong. Most cities do without: there, what regions next to each other have in common is
+counted."""
 BATCH = 1 << 22
 """Entries of kernel matrices that are held at once: training sets beyond it come in turns."""
 
@@ -113,13 +121,14 @@ class KernelHead(nn.Module):
         super().__init__()
         self.steps, self.lengths = config.steps, sorted(config.lengths)
         self.nests, self.radial = config.kernel, config.radial
+        lengths = {POSITION: config.position_lengths, LOCAL: config.local_lengths}
         self.views = ByName(
             {
                 view: ViewKernels(
                     width,
-                    lengths=config.position_lengths if view == POSITION else config.lengths,
-                    linear=view not in config.not_linear,
-                    features=config.features,
+                    lengths=lengths.get(view, config.lengths),
+                    linear=view not in (*config.not_linear, LOCAL),
+                    features=config.features * (LOCAL_FREQUENCIES if view == LOCAL else 1),
                     standardize=view != PROMPT,
                     limit=config.clip,
                 )
@@ -141,7 +150,7 @@ class KernelHead(nn.Module):
         for name in self.views:
             view = self.views[name]
             assert isinstance(view, ViewKernels)
-            own = [math.inf] * len(view.lengths) if name == POSITION else list(view.lengths)
+            own = [math.inf] * len(view.lengths) if name in (POSITION, LOCAL) else list(view.lengths)
             linear |= {len(lengths)} if view.linear and name != PROMPT else set()
             lengths += [math.inf] * view.linear + own
         nests = self.lengths if self.nests else []
@@ -150,6 +159,16 @@ class KernelHead(nn.Module):
         }
         radial = [q for q in range(len(lengths)) if q not in linear]
         return named | ({RADIAL: radial} if self.radial else {})
+
+    def local(self) -> set[int]:
+        """The kernels of :data:`LOCAL`."""
+        first = 0
+        for name in self.views:
+            stop = first + len(self.views[name].sizes)  # type: ignore[arg-type]
+            if name == LOCAL:
+                return set(range(first, stop))
+            first = stop
+        return set()
 
     def fit_features(self, inputs: Mapping[str, Tensor], seed: int) -> None:
         """Fix statistics and frequencies. No label is used."""
@@ -184,6 +203,7 @@ def maximise_evidence(
     *,
     steps: int,
     like: Sequence[int] | None = None,
+    local: Sequence[int] = (),
 ) -> KernelFit:
     """Gaussian process regression whose kernel weights and noise maximise the evidence (type II, MacKay 1992).
 
@@ -198,6 +218,7 @@ def maximise_evidence(
         steps: Steps of Adam on the logarithms of w and σ².
         like: For every training set, the one whose kernel weights and noise it takes: its own number, or that of one
             that holds all of its regions. By default each has its own.
+        local: Kernels that a training set has only if they raise its log evidence by more than :data:`VERY_STRONG`.
     """
     phi = features.double()
     like = list(range(len(known))) if like is None else list(like)
@@ -209,9 +230,9 @@ def maximise_evidence(
         chunk = max(1, BATCH // len(phi) ** 2)
         turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
     else:  # every training set draws from its own regions: what another one knows makes no difference
-        drawn = [_draw(row) for row in known]
+        drawn = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
         turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(drawn, y, strict=True))]
-    logs = torch.cat([_maximise(*turn, sizes, steps) for turn in turns])
+    logs = torch.cat([_with_local(*turn, sizes, steps, local) for turn in turns])
     taken = [own_rows.index(row) for row in like]
     weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
     known, y = everything
@@ -220,31 +241,55 @@ def maximise_evidence(
     return KernelFit(coefficients=coefficients, weights=weights, noise=noise)
 
 
-def _draw(known: Tensor) -> Tensor:
-    """At most :data:`EVIDENCE_REGIONS` of a training set's regions, in order."""
+def draw_regions(known: Tensor, most: int) -> Tensor:
+    """At most so many of a training set's regions, in order.
+
+    Args:
+        known: bool (N,), the training set.
+    """
     own = known.nonzero()[:, 0]
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
-    return own[order[:EVIDENCE_REGIONS].sort().values]
+    return own[order[:most].sort().values]
 
 
-def _maximise(phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int) -> Tensor:
-    """Logarithms of the kernels' weights and, last, of the noise (S, Q + 1)."""
-    kernels = torch.stack([part @ part.T for part in phi.split(list(sizes), dim=1)])  # (Q, n, n)
+def _with_local(
+    phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int, local: Sequence[int]
+) -> Tensor:
+    """Of :func:`_maximise`, with the weight 0 for local kernels where the evidence for them is not very strong."""
+    parts = phi.split(list(sizes), dim=1)
+    kernels = torch.stack([part @ part.T for part in parts])  # (Q, n, n)
+    logs, evidence = _maximise(kernels, y, known, steps)
+    if not local:
+        return logs
+    kept = [q for q in range(len(sizes)) if q not in local]
+    fewer, without = _maximise(kernels[kept], y, known, steps)
+    padded = torch.full_like(logs, -math.inf)
+    padded[:, [*kept, len(sizes)]] = fewer
+    return torch.where((evidence > without + VERY_STRONG)[:, None], logs, padded)
+
+
+def _maximise(kernels: Tensor, y: Tensor, known: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Logarithms of the kernels' weights and, last, of the noise (S, Q + 1); the log evidence there, up to a constant
+    (S,)."""
     q = len(kernels)
     start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device).repeat(len(y), 1)
     logs = start.clone().requires_grad_()
     adam = torch.optim.Adam([logs], lr=RATE)
     for _ in range(steps):
-        k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
-        # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
-        factor = torch.linalg.cholesky(k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known)))
-        alpha = torch.cholesky_solve(y[..., None], factor)[..., 0]
-        loss = 0.5 * (y * alpha).sum() + factor.diagonal(dim1=1, dim2=2).log().sum()
-        loss = loss + 0.5 * ((logs - start) / PRIOR_DEVIATION).square().sum()
+        loss = 0.5 * ((logs - start) / PRIOR_DEVIATION).square().sum() - _log_evidence(logs, kernels, y, known).sum()
         adam.zero_grad()
         loss.backward()
         adam.step()
-    return logs.detach()
+    with torch.no_grad():
+        return logs.detach(), _log_evidence(logs, kernels, y, known)
+
+
+def _log_evidence(logs: Tensor, kernels: Tensor, y: Tensor, known: Tensor) -> Tensor:
+    k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
+    # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
+    factor = torch.linalg.cholesky(k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known)))
+    alpha = torch.cholesky_solve(y[..., None], factor)[..., 0]
+    return -0.5 * (y * alpha).sum(dim=1) - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
 
 
 def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:

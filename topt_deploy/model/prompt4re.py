@@ -193,11 +193,20 @@ class Prompt4Re(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class RidgeFit:
-    """Ridge regressions of M members: coefficients (M, I), intercepts (M,), and the α of each (M,)."""
+    """Ridge regressions of M members.
+
+    Attributes:
+        coefficients: (M, I).
+        intercepts: (M,).
+        alphas: The α of each (M,).
+        left_out: The prediction of every region that a member is fitted on by the fit without it (M, N), anything for
+            the others; None where α was given.
+    """
 
     coefficients: Tensor
     intercepts: Tensor
     alphas: Tensor
+    left_out: Tensor | None = None
 
 
 ALPHAS = tuple(10 ** (k / 2) for k in range(-2, 9))
@@ -222,6 +231,7 @@ def ridge(x: Tensor, y: Tensor, weights: Tensor, alpha: float) -> RidgeFit:
     u, s, vt = torch.linalg.svd((x[None] - mean_x[:, None]) * weights[..., None], full_matrices=False)
     target = (y - mean_y) * weights
     rotated = (u * target[..., None]).sum(dim=1)  # (M, R) = Uᵀy
+    left_out = None
     if alpha:
         alphas = torch.full_like(count[:, 0], alpha)
     else:
@@ -231,8 +241,9 @@ def ridge(x: Tensor, y: Tensor, weights: Tensor, alpha: float) -> RidgeFit:
         leverage = torch.einsum("mnr,mar->man", u.square(), shrink) + 1 / count[:, None]
         # A region that decides its own fit has leverage 1; the clamp makes its α lose instead of dividing by zero.
         error = (target[:, None] - fitted) / (1 - leverage).clamp(min=1e-9)
-        alphas = grid[(error.square() * weights[:, None]).sum(dim=2).argmin(dim=1)]
+        best = (error.square() * weights[:, None]).sum(dim=2).argmin(dim=1)
+        alphas, left_out = grid[best], y - error[torch.arange(len(y), device=x.device), best]
     scaled = rotated * s / (s.square() + alphas[:, None]).clamp(min=1e-300)
     coefficients = (vt * scaled[..., None]).sum(dim=1)
     intercepts = mean_y[:, 0] - (coefficients * mean_x).sum(dim=1)
-    return RidgeFit(coefficients=coefficients, intercepts=intercepts, alphas=alphas)
+    return RidgeFit(coefficients=coefficients, intercepts=intercepts, alphas=alphas, left_out=left_out)

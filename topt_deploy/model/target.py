@@ -25,6 +25,7 @@ class Target(nn.Module):
     scale: Tensor
     low: Tensor
     high: Tensor
+    power: Tensor
 
     def __init__(self, *, members: int, config: TargetConfig) -> None:
         super().__init__()
@@ -34,6 +35,8 @@ class Target(nn.Module):
         # On the standardised scale; without an end where predictions may lie anywhere.
         self.register_buffer("low", torch.full((members, 1), -math.inf))
         self.register_buffer("high", torch.full((members, 1), math.inf))
+        if config.transform == "auto":  # every member's own
+            self.register_buffer("power", torch.full((members, 1), 3.0))
         negative_binomial = config.likelihood == "negative_binomial"
         self.log_dispersion = nn.Parameter(torch.zeros(members, 1)) if negative_binomial else None
 
@@ -42,20 +45,34 @@ class Target(nn.Module):
         """True if the network's output is a log rate."""
         return self.config.likelihood != "gaussian"
 
-    def _transform(self, counts: Tensor) -> Tensor:
-        if self.log_link or self.config.transform == "log1p":
-            return torch.log1p(counts)
-        power = POWERS.get(self.config.transform)
-        return counts if power is None else counts.pow(1 / power)
+    def transform_of(self, member: int) -> str:
+        """The transform of a fitted member; where it is ``auto``, the one that was chosen."""
+        if self.config.transform != "auto":
+            return self.config.transform
+        return "none" if self.power[member] == 1 else "cbrt"
 
-    def fit(self, counts: Tensor, weights: Tensor) -> Tensor:
+    def _power(self) -> Tensor | int | None:
+        """The power that undoes the transform: a number, or each member's own (M, 1). None where it is no root."""
+        return self.power.double() if self.config.transform == "auto" else POWERS.get(self.config.transform)
+
+    def _transform(self, counts: Tensor) -> Tensor:
+        """*Shape:* (N,) → (1, N), or (M, N) where members differ"""
+        if self.log_link or self.config.transform == "log1p":
+            return torch.log1p(counts)[None]
+        power = self._power()
+        return counts[None] if power is None else counts[None].pow(1 / power)
+
+    def fit(self, counts: Tensor, weights: Tensor, power: Tensor | None = None) -> Tensor:
         """Take each member's mean and deviation over its training labels; return the scaled labels (M, N).
 
         Args:
             counts: (N,), anything where no member trains.
             weights: (M, N) ∈ {0, 1}, the regions that a member trains on.
+            power: (M, 1), of ``auto``: the power that undoes each member's transform, 3 or 1.
         """
-        value = self._transform(counts.double())[None]
+        if power is not None:
+            self.power.copy_(power)
+        value = self._transform(counts.double())
         total = weights.double().sum(dim=1, keepdim=True)
         mean = (weights * value).sum(dim=1, keepdim=True) / total
         variance = (weights * (value - mean).square()).sum(dim=1, keepdim=True) / total
@@ -78,7 +95,7 @@ class Target(nn.Module):
 
     def scaled(self, counts: Tensor) -> Tensor:
         """*Shape:* (N,) → (M, N)"""
-        return (self._transform(counts.double())[None] - self.mean) / self.scale
+        return (self._transform(counts.double()) - self.mean) / self.scale
 
     def counts(self, output: Tensor) -> Tensor:
         """Predicted counts, never negative.
@@ -90,9 +107,8 @@ class Target(nn.Module):
             return torch.exp(value.clamp(max=MAX_LOG))
         if self.config.transform == "log1p":
             return torch.expm1(value.clamp(max=MAX_LOG)).clamp(min=0)
-        value = value.clamp(min=0)
-        power = POWERS.get(self.config.transform)
-        return value if power is None else value.pow(power)
+        value, power = value.clamp(min=0), self._power()
+        return value if power is None else value.pow(power.to(value) if isinstance(power, Tensor) else power)
 
     def loss(self, output: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
         """Each member's mean loss over its training regions.

@@ -11,7 +11,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import POSITION, all_widths, feature_widths
 from topt_deploy.intervals import FOLDS, LEVERAGE
 
-from .gaussian_process import PROMPT, RADIAL, KernelHead
+from .gaussian_process import LOCAL, PROMPT, RADIAL, KernelHead
 from .layers import ByName, Standardize
 from .leverage import Leverage
 from .prompt4re import Prompt4Re, PromptBasis
@@ -127,8 +127,9 @@ class EnsembleHead(nn.Module):
         config = settings.ensemble
         self.names, self.rows = tuple(widths), rows
         self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
-        prompt = {PROMPT: rank} if rank else {}
-        self.kernel = KernelHead({**widths, **prompt}, config, rows) if config.kernel or config.radial else None
+        self.local = bool(config.local_lengths) and POSITION in widths
+        more = ({LOCAL: widths[POSITION]} if self.local else {}) | ({PROMPT: rank} if rank else {})
+        self.kernel = KernelHead({**widths, **more}, config, rows) if config.kernel or config.radial else None
         inputs = sum(widths.values())
         self.network = (
             ResidualMlp(members=rows * config.members, inputs=inputs, config=config) if config.network else None
@@ -151,6 +152,8 @@ class EnsembleHead(nn.Module):
     def views(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> dict[str, Tensor]:
         """Everything that the head sees, by view."""
         views = {name: inputs[name] for name in self.names}
+        if self.local:
+            views[LOCAL] = inputs[POSITION]
         return views if self.basis is None else views | {PROMPT: self.basis(prompts)}
 
     def side_by_side(self, views: Mapping[str, Tensor]) -> Tensor:

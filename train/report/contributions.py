@@ -23,18 +23,20 @@ BOUNDS = "limits of what labels support"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contributions:
-    """The parts that add up to one task's predictions for N regions, on the target scale (∛count with the default).
+    """The parts that add up to one task's predictions for N regions, on the target scale.
 
     ``average`` and all parts of a region add up to its prediction there. Every part is relative to its own mean over
     the regions, as only that can be compared between views.
 
     Attributes:
+        transform: The transform of that scale (``target.transform``).
         average: The mean prediction.
         views: Per view, float64 (N,): its features times its own coefficients. Empty without Gaussian processes.
         others: By name, float64 (N,): parts that are not additive over views, the networks and ToPT's two stages; and
             what bounds, and falling back to radial kernels, take or add, where they do.
     """
 
+    transform: str
     average: float
     views: Mapping[str, Array]
     others: Mapping[str, Array]
@@ -93,7 +95,7 @@ def contributions(
     average = mean + scale * sum(float(part.mean()) for part in (*parts.values(), *others.values()))
     relative = ({name: scale * (part - part.mean()) for name, part in group.items()} for group in (parts, others))
     by_view, by_name = relative
-    return Contributions(average=average, views=by_view, others=by_name)
+    return Contributions(transform=head.target.transform_of(-1), average=average, views=by_view, others=by_name)
 
 
 def _by_view(kernel: KernelHead, views: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Array]:

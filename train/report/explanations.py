@@ -81,7 +81,7 @@ def made_of(task: str, facts: Facts) -> MadeOf | None:
     deviations = [(view_name(view), float(part.std())) for view, part in found.views.items()]
     deviations += [(name, float(part.std())) for name, part in found.others.items()]
     return MadeOf(
-        unit=scale_name(facts.run.config.tasks[task].target),
+        unit=scale_name(facts.run.config.tasks[task].target, found.transform),
         views=bool(found.views),
         others=list(found.others),
         weighed=_weighed(facts.run.facts.get("parts", {}).get(task, {}), facts.tasks[task].report.held_out.mae),

@@ -2,7 +2,7 @@
 
 from topt_deploy.config.settings import TargetConfig
 from topt_deploy.data.features import DESTINATIONS, LOG_CONTEXT, MOBILITY, POSITION, TRIPS, TWO_HOPS
-from topt_deploy.model.gaussian_process import PROMPT
+from topt_deploy.model.gaussian_process import LOCAL, PROMPT
 
 VIEWS = {
     "poi": "points of interest",
@@ -12,6 +12,7 @@ VIEWS = {
     TRIPS: "trips",
     DESTINATIONS: "destinations",
     POSITION: "position",
+    LOCAL: "what regions next to each other have in common",
     PROMPT: "prompts",
 }
 """Views whose names are not words."""
@@ -34,9 +35,9 @@ def view_name(view: str) -> str:
     return VIEWS.get(view, in_words(view))
 
 
-def scale_name(target: TargetConfig) -> str:
-    """The scale that a head predicts on."""
-    return SCALES[target.transform] if target.likelihood == "gaussian" else "log count"
+def scale_name(target: TargetConfig, transform: str) -> str:
+    """The scale that a head predicts on, with the transform that it came to have."""
+    return SCALES[transform] if target.likelihood == "gaussian" else "log count"
 
 
 def sentence_case(text: str) -> str:
