@@ -196,7 +196,6 @@ def fit_head(
     penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None  # (M,)
 
     attends = coordinates is not None and settings.alignment
-    labelled = torch.tensor(known.any(axis=0), device=device)
     cities = [torch.arange(len(counts), device=device)[own] for own in blocks or [slice(None)]]
     most = settings.regions if attends and settings.regions else len(counts)
 
@@ -207,7 +206,7 @@ def fit_head(
         return torch.cat([model.head(seen[own], coordinates[own]) for own in cities], dim=1)
 
     def loss() -> dict[str, Tensor]:
-        drawn = [_drawn(own, labelled, most) for own in cities]
+        drawn = [_drawn(own, most) for own in cities]
         some = torch.cat(drawn)
         terms = {"fit": model.target.loss(outputs(drawn), counts[some], weights[:, some]).sum()}
         if penalty is not None:
@@ -229,9 +228,6 @@ def fit_head(
         return model, outputs(cities)
 
 
-def _drawn(own: Tensor, labelled: Tensor, most: int) -> Tensor:
-    """At most so many of a city's regions, in order: of the labelled ones at random, and others where they are few."""
-    if len(own) <= most:
-        return own
-    order = torch.rand(len(own), device=own.device) + ~labelled[own]
-    return own[order.argsort()[:most].sort().values]
+def _drawn(own: Tensor, most: int) -> Tensor:
+    """At most so many of a city's regions (n,), in order. Whether a region has a label makes no difference."""
+    return own if len(own) <= most else own[torch.randperm(len(own), device=own.device)[:most].sort().values]

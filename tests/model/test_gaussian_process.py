@@ -17,6 +17,7 @@ from topt_deploy.config.settings import EnsembleConfig
 from topt_deploy.data.features import POSITION
 from topt_deploy.model import gaussian_process
 from topt_deploy.model.gaussian_process import (
+    LOCAL,
     NOISE,
     PRIOR_DEVIATION,
     PROMPT,
@@ -318,6 +319,34 @@ class TestEvidence:
         found = solve((phi, torch.zeros_like(targets), known))
         assert (found.coefficients == 0).all()
         assert torch.isfinite(found.weights).all()
+
+
+class TestLocal:
+    def test_a_field_that_changes_from_region_to_region_takes_them_and_noise_does_not(self):
+        rng = np.random.default_rng(0)
+        places = rng.uniform(-1.7, 1.7, size=(150, 2))
+        smooth, field = rng.normal(size=(150, 4)), rbf_kernel(places, gamma=1 / (2 * 0.15**2))
+        drawn = torch.tensor(np.linalg.cholesky(field + 1e-6 * np.eye(150)) @ rng.normal(size=150))
+        noise = torch.tensor(rng.normal(size=150))
+        local = fitted(torch.tensor(places).float(), lengths=(0.1,), features=512, standardize=False)
+        wide = fitted(torch.tensor(smooth).float(), lengths=(1.0,), features=64, standardize=False)
+        phi = torch.cat([wide(torch.tensor(smooth).float()), local(torch.tensor(places).float())], dim=1)
+        sizes = [*wide.sizes, *local.sizes]
+        known = torch.ones(2, 150, dtype=torch.bool)
+        y = torch.stack([drawn / drawn.std(), noise / noise.std()])
+        found = maximise_evidence(phi, sizes, y, known, steps=60, local=[1])
+        assert found.weights[0, 1] > 0.1
+        assert found.weights[1, 1] == 0
+        assert (found.coefficients[1, sizes[0] :] == 0).all()
+        without = maximise_evidence(phi[:, : sizes[0]], sizes[:1], y[1:], known[1:], steps=60)
+        torch.testing.assert_close(found.coefficients[1:, : sizes[0]], without.coefficients)
+
+    def test_they_are_the_kernels_of_the_positions_second_view(self):
+        widths = {"poi": 3, POSITION: 3, LOCAL: 3, PROMPT: 2}
+        head = KernelHead(widths, EnsembleConfig(local_lengths=(0.1, 0.2), features=8))
+        local = head.local()
+        assert [head.sizes[q] for q in sorted(local)] == [64, 64]
+        assert all(local <= set(kernels) for kernels in head.regressions().values())
 
 
 def _split(values):

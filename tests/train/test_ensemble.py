@@ -94,6 +94,9 @@ VARIANTS = {
     "every part, stacked": settings_of(
         prompt4re={"skip": True, "members": 2}, topt=True, radial=True, clip=3.0, inner_folds=2
     ),
+    "scale and local kernels left open": settings_of(
+        "auto", prompt4re={"skip": True}, topt=True, radial=True, local_lengths=(0.2,), inner_folds=2
+    ),
     "ToPT alone": settings_of(kernel=False, network=False, topt=True),
     "without SREL": settings_of(prompt4re={"skip": True}, topt=True, embedding=False, inner_folds=2),
     "three lengths": settings_of("log1p", lengths=(2.0, 0.5, 1.0), position_lengths=(0.5,), not_linear=()),

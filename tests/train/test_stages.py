@@ -237,6 +237,7 @@ VARIANTS = {
     "hidden and skip": adjusted(hidden=4, skip=True, ridge_penalty=True),
     "alpha by leave-one-out": adjusted(ridge_alpha=0.0, ridge_penalty=True, skip=True, decoupled=True),
     "without alignment": adjusted(alignment=False, schedule="cosine", weight_decay=0.01),
+    "auto": adjusted() | {"target": {"transform": "auto"}},
     "sqrt": adjusted() | {"target": {"transform": "sqrt"}},
     "log1p": adjusted() | {"target": {"transform": "log1p"}},
     "poisson": adjusted() | {"target": {"likelihood": "poisson"}},
@@ -369,6 +370,25 @@ def test_before_the_first_epoch_it_is_scikit_learns_ridge(transform, prompted):
     expected = back(cross_val_predict(Ridge(alpha=2.0), x, y, cv=folds).clip(min=0))
     np.testing.assert_allclose(result.held_out, expected, rtol=1e-4)
     np.testing.assert_allclose(result.in_sample, back(Ridge(alpha=2.0).fit(x, y).predict(x)), rtol=1e-4)
+
+
+def test_of_a_large_city_some_regions_are_trained_on_each_epoch():
+    """No region that is held out has a part in it, nor whether it has a label."""
+    inputs = problem()
+    whole, some = head(inputs, **adjusted()), head(inputs, **adjusted(regions=9))
+    assert (some.held_out != whole.held_out).all()
+    assert np.isfinite(some.held_out).all()
+    held_out = some.fold == 1
+    poisoned = np.where(held_out & (np.arange(N) % 2 == 0), 1e6, inputs[-1])
+    changed = head(inputs, poisoned, **adjusted(regions=9))
+    np.testing.assert_array_equal(changed.held_out[held_out], some.held_out[held_out])
+    torch.testing.assert_close(head(inputs, **adjusted(regions=N)).held_out, whole.held_out)
+
+
+def test_an_epoch_without_a_label_is_no_fault():
+    inputs = problem()
+    few = np.where(np.arange(N) < 4, inputs[-1], np.nan)
+    assert np.isfinite(head(inputs, few, **adjusted(regions=3)).in_sample[:4]).all()
 
 
 def test_members_differ_and_are_averaged():

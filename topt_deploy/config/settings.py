@@ -136,8 +136,8 @@ class Prompt4ReConfig:
             regions of each fold.
         ridge_penalty: Keep α's penalty in the loss and start the prompt's part at zero, so that training moves away
             from the ridge fit only for what the prompts explain. Off is the paper: training starts from the ridge fit.
-        regions: Train each epoch on at most this many regions of a city, drawn anew, the labelled ones first, so that
-            its time does not grow with N². 0 takes all.
+        regions: Train each epoch on at most this many regions of a city, drawn anew, so that its time does not grow
+            with N². 0 takes all.
         members: Independently initialised heads whose mean is the prediction.
         folds: Folds of the held-out estimate.
         fold_seed: Seed of the folds: KFold(folds, shuffle=True, random_state=fold_seed).

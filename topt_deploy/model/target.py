@@ -111,7 +111,7 @@ class Target(nn.Module):
         return value if power is None else value.pow(power.to(value) if isinstance(power, Tensor) else power)
 
     def loss(self, output: Tensor, counts: Tensor, weights: Tensor) -> Tensor:
-        """Each member's mean loss over its training regions.
+        """Each member's mean loss over its training regions; 0 where there are none of them.
 
         *Shape:* output (M, N), counts (N,), weights (M, N) → (M,)
         """
@@ -133,7 +133,7 @@ class Target(nn.Module):
                     + inverse * self.log_dispersion
                 )
             each = each / self._unit(counts, weights)
-        return (each * weights).sum(dim=1) / weights.sum(dim=1)
+        return (each * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
     def _unit(self, counts: Tensor, weights: Tensor) -> Tensor:
         """Poisson losses grow with the counts; dividing by their mean keeps one learning rate fit for all tasks."""
