@@ -12,8 +12,9 @@ from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.features import POSITION, features
 from topt_deploy.export.golden_cities import synthetic_city
-from topt_deploy.export.onnx_graph import OPSET, REGIONS_AXIS, export_graph
+from topt_deploy.export.onnx_graph import REGIONS_AXIS, export_graph
 from topt_deploy.export.parity import compare, run_model
+from topt_deploy.export.translate import OPSET
 from topt_deploy.model import row_tiles
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.topt import EnsembleHead, ModelSpec, TaskHead, TopT
