@@ -70,7 +70,7 @@ def _traced_once(traced: torch.export.ExportedProgram) -> Iterator[None]:
         needed = table is None or any(target in table or _writes(target) for target in targets)
         return take_apart(table) if needed else traced
 
-    traced.run_decompositions = where_needed  # type: ignore[method-assign, assignment]
+    traced.run_decompositions = where_needed
     try:
         yield
     finally:
