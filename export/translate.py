@@ -21,7 +21,8 @@ RULES = (
     rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule,
     rules.transpose_transpose_rule, rules.collapse_slice_rule, rules.collapse_slice2_rule,
     rules.unsqueeze_unsqueeze_rule, rules.squeeze_reshape_1d_rule, rules.flatten_to_reshape_rule,
-    rules.reshape_reshape_rule, rules.materialize_reshape_shape_rule,
+    rules.reshape_reshape_rule,
+    *([rules.materialize_reshape_shape_rule] if hasattr(rules, "materialize_reshape_shape_rule") else []),  # from 0.7.2
 )  # fmt: skip
 """Of onnxscript's rules for any graph, those that apply to models like ours. One of the others, which looks for slices
 that are a split, takes more time than the rest of the translation."""
