@@ -50,7 +50,7 @@ def make_scans(graph: onnx.GraphProto) -> None:
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     inside: list[onnx.NodeProto] = []
     of_tiles: set[str] = set()
-    """What the nodes inside of tiles give."""
+    """The values that the nodes inside of tiles give."""
     outside = []
     for node in graph.node:
         if _ours(node, STACK):
