@@ -136,7 +136,7 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
     Args:
         n: N.
         tile: Computes tensors for t rows.
-        axis: The axis of the rows.
+        axis: The axis of the rows, 0 or 1.
     """
     plan = _plan()
     if plan is not None:
