@@ -35,9 +35,10 @@ from topt_deploy.tensorrt.profile import Profile, ProfileRange, parse_profile
 
 from .golden_cities import SyntheticCity, expected_table, synthetic_city, telling_rows
 from .model_card import model_card
-from .onnx_graph import OPSET, REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
+from .onnx_graph import REGIONS_AXIS, WEIGHTS, Graph, export_for_engine, export_graph
 from .parity import GateCity, Parity, on_processor, parity_gate, serving
 from .tensorrt_engines import EngineTarget, make_engines
+from .translate import OPSET
 
 GRAPH = "models/topt.onnx"
 WEIGHTS_FILE = f"models/{WEIGHTS}"

@@ -1,27 +1,23 @@
 """The fused model as an ONNX graph: features in, every task's counts out, any number of regions."""
 
 import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
 from onnx.helper import make_opsetid
-from onnx.parser import parse_graph
 from torch import Tensor, nn
 
-from topt_deploy.model import row_tiles
 from topt_deploy.model.half_precision import halved, in_half, never_in_few_bits
 from topt_deploy.model.row_tiles import planned, whole
 from topt_deploy.model.topt import TopT
 
 from .quantize_graph import quantise
+from .tile_scans import lay_tiles, make_scans
+from .translate import translate
 
-OPSET = 20
 REGIONS_AXIS = "regions"
 WEIGHTS = "topt.weights"
 """Name of the external data, beside the model."""
@@ -29,21 +25,6 @@ EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 64
 _TILES = "tiles"
 """An input while the model is traced (:func:`topt_deploy.model.row_tiles.planned`); the graph computes it from N."""
-_LAY_TILES = """tiles (float[N, F] first) => (int64[T, t] rows)
-    <int64 zero = {0}, int64 one = {1}, int64 entries = {%d}, int64 least = {%d}, int64[1] second = {1}> {
-        shape = Shape <start = 0, end = 1> (first)
-        regions = Squeeze (shape)
-        n = Max (regions, one)
-        fitting = Div (entries, n)
-        some = Max (fitting, least)
-        height = Min (some, n)
-        starts = Range (zero, n, height)
-        start = Unsqueeze (starts, second)
-        offsets = Range (zero, height, one)
-        through = Add (start, offsets)
-        last = Sub (n, one)
-        rows = Min (through, last)
-    }"""
 _OUTER = "/outer"
 """Marks inputs and outputs during the export: the tracer puts no slash into a name."""
 
@@ -113,7 +94,8 @@ def export_graph(model: TopT, sample: Mapping[str, Tensor]) -> Graph:
             [name + _OUTER for name in names] for names in ((*module.names, _TILES), model.output_names())
         )
         proto = translate(traced, inputs, outputs)
-    _lay_tiles(proto)
+    lay_tiles(proto.graph)
+    make_scans(proto.graph)
     _name(proto)
     _strip(proto)
     onnx.checker.check_model(proto, full_check=True)
@@ -150,24 +132,6 @@ def export_for_engine(model: TopT, sample: Mapping[str, Tensor], *, precision: s
     return _split(proto, every_type=True)
 
 
-def translate(traced: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    """Translate a traced model to ONNX, with inputs and outputs under these names, and print nothing on the way."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells everyone that torchvision is absent
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            traced,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            optimize=True,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model_proto
-
-
 def _split(proto: onnx.ModelProto, *, every_type: bool = False) -> Graph:
     """Move the large initialisers out of the model: those of float32, or all."""
     weights = bytearray()
@@ -184,23 +148,6 @@ def _split(proto: onnx.ModelProto, *, every_type: bool = False) -> Graph:
         tensor.ClearField("raw_data")
         weights += data + b"\0" * (-len(data) % ALIGNMENT)
     return Graph(model=proto.SerializeToString(deterministic=True), weights=bytes(weights), initializers=initializers)
-
-
-def _lay_tiles(proto: onnx.ModelProto) -> None:
-    """Replace the input that is the tiles by what computes it from the number of regions, where it is used."""
-    graph = proto.graph
-    rows = graph.input.pop().name
-    if rows not in {name for part in _graphs(graph) for node in part.node for name in node.input}:
-        return
-    laid = parse_graph(_LAY_TILES % (row_tiles.ENTRIES, row_tiles.LEAST))
-    names = {"first": graph.input[0].name, "rows": rows}
-    for node in laid.node:
-        node.input[:] = [names.get(name, f"tiles/{name}") for name in node.input]
-        node.output[:] = [names.get(name, f"tiles/{name}") for name in node.output]
-    for tensor in laid.initializer:
-        tensor.name = f"tiles/{tensor.name}"
-    graph.initializer.extend(laid.initializer)
-    graph.node.extend([*laid.node, *(graph.node.pop(0) for _ in range(len(graph.node)))])
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

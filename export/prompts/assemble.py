@@ -11,7 +11,7 @@ import torch
 from onnx import helper
 from torch import Tensor
 
-from ..onnx_graph import OPSET
+from ..translate import OPSET
 from .graph_builder import MICROSOFT, Array, Builder, Weights
 from .lower import FORMS, TENSORRT, Linear, attention, linear
 from .pieces import Network, Use

@@ -6,7 +6,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from ..onnx_graph import translate
+from ..translate import translate
 from .pieces import Piece, Spec
 from .traced_operators import Slot
 

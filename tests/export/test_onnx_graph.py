@@ -12,8 +12,9 @@ from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.data.city import Schema, read_city
 from topt_deploy.data.features import POSITION, features
 from topt_deploy.export.golden_cities import synthetic_city
-from topt_deploy.export.onnx_graph import OPSET, REGIONS_AXIS, export_graph
+from topt_deploy.export.onnx_graph import REGIONS_AXIS, export_for_engine, export_graph
 from topt_deploy.export.parity import compare, run_model
+from topt_deploy.export.translate import OPSET
 from topt_deploy.model import row_tiles
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.topt import EnsembleHead, ModelSpec, TaskHead, TopT
@@ -134,10 +135,15 @@ def test_any_number_of_regions_gives_what_pytorch_gives(regions, model, session,
 @pytest.fixture(scope="module")
 def attentive():
     """A model with every kind of attention, weights at random, whose task is called as values inside of tiles are."""
+    return made(srel={"layers": 1, "bias": 0.8})
+
+
+def made(*, of=None, **settings):
+    """A model of the settings, weights at random; ``of`` is more of its ModelSpec."""
     torch.manual_seed(0)
-    config = tiny_config({"sqrt": task_config(srel={"layers": 1, "bias": 0.8})})
+    config = tiny_config({"sqrt": task_config(**settings)})
     schema = Schema(views={"poi": POI, "land_use": LAND_USE}, mobility=False, prompts={"prompt_sqrt": 10})
-    model = TopT(ModelSpec(config=config, schema=schema, ranks={"sqrt": 10})).eval()
+    model = TopT(ModelSpec(config=config, schema=schema, ranks={"sqrt": 10}, **(of or {}))).eval()
     model.srel["sqrt"].fit_statistics(inputs := tensors(12), inputs[POSITION])
     head = model.heads["sqrt"]
     head.basis.basis.normal_()
@@ -179,6 +185,34 @@ def test_tiles_are_of_the_standards_operators(tiled):
     assert all(not node.domain for scan in inside for node in scan.attribute[0].g.node)
     assert [o.domain for o in proto.opset_import] == [""]
     assert b"/work/" not in tiled.model, "no path of the exporting machine"
+
+
+VARIANTS = {
+    "exponential": {"srel": {"layers": 1, "bias": 0.8, "centrality": True, "decay": "exponential"}},
+    "gaussian": {"srel": {"layers": 1, "bias": 0.8, "decay": "gaussian", "deep_fc": True}},
+    "inverse": {"srel": {"layers": 1, "bias": 0.8, "decay": "inverse"}, "prompt4re": {"hidden": 4, "skip": True}},
+    "counts": {"prompt4re": {"alignment": False}, "target": {"likelihood": "negative_binomial"}},
+    "logarithms": {"prompt4re": {"value_width": 4}, "target": {"transform": "log1p"}},
+    "ensemble": {
+        "ensemble": {"enabled": True, "radial": True, "topt": True, "clip": 4.0},
+        "prompt4re": {"skip": True},
+        "target": {"transform": "cbrt"},
+        "of": {"rows": {"sqrt": 3}, "leverage": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_is_traced_once(variant, monkeypatch):
+    """torch.onnx.export traces a program a second time where it takes it apart, which doubles what an export costs."""
+
+    def refuse(self, *args, **options):
+        raise AssertionError("this model is taken apart")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", refuse)
+    model = made(**VARIANTS[variant])
+    assert export_graph(model, tensors(12)).model
+    assert export_for_engine(model, tensors(12), precision="fp32", most=64).model
 
 
 def test_both_kinds_of_head_are_in_the_bundle(model):

@@ -181,8 +181,8 @@ class KernelHead(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         # mm, which half leaves alone (.half_precision); the features are the large side, and are not transposed.
-        out = torch.mm(self.features(inputs), self.coefficients.flatten(0, 1).T)  # (N, R·P)
-        return out.T.unflatten(0, self.coefficients.shape[:2])
+        out = torch.mm(self.features(inputs), self.coefficients.flatten(0, 1).t())  # (N, R·P)
+        return out.t().unflatten(0, self.coefficients.shape[:2])
 
 
 @dataclass(frozen=True, kw_only=True)

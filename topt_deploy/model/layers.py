@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .row_tiles import Matrix, Rows, apart, in_tiles, take
+from .row_tiles import Matrix, Rows, in_tiles, take
 
 
 def repeated(x: Tensor, times: Sequence[int], dim: int) -> Tensor:
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         self, x: Tensor, bias: Matrix | None = None, read: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         n, width = x.shape
-        parts = apart(self.qkv(x).chunk(3, dim=-1))
+        parts = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (part.reshape(n, self.heads, -1).transpose(0, 1) for part in parts)
         to = k.transpose(-1, -2)  # once, and not for every tile
 

@@ -90,4 +90,4 @@ class Leverage(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         z = self.standardize(torch.cat([inputs[name] for name in self.names], dim=1))
-        return (z.square().sum(dim=1) / self.ridge - torch.mm(z, self.factor).square().sum(dim=1)).clamp(min=0)
+        return (z.pow(2).sum(dim=1) / self.ridge - torch.mm(z, self.factor).pow(2).sum(dim=1)).clamp(min=0)

@@ -7,7 +7,7 @@ computed a second time for the gradient instead of being kept; in an exported gr
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
@@ -32,6 +32,9 @@ the random numbers, so that the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
 ALL = slice(None)
+ROWS_OF_TILE, STACK = "topt::RowsOfTile", "topt::Stack"
+"""Operators of a traced model around what is computed for one tile: from all tiles (T, t) to the rows of one, (t,), and
+from what is made of these, (…), to what is made of all tiles, (T, …) (export/tile_scans.py)."""
 
 Rows = slice | Tensor
 """Rows, given as a slice or by their numbers."""
@@ -127,22 +130,17 @@ def take(x: Tensor, rows: Rows, axis: int = 0) -> Tensor:
     return x.index_select(axis, rows) if isinstance(rows, Tensor) else x[(ALL,) * axis + (rows,)]
 
 
-def apart(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Tensors that share memory, for use in one tile: a graph's tiles must be given copies."""
-    return tensors if _plan() is None else [tensor.clone() for tensor in tensors]
-
-
 def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) -> tuple[Tensor, ...]:
     """Compute ``tile`` for all N rows, one tile after the other, and join the results.
 
     Args:
         n: N.
         tile: Computes tensors for t rows.
-        axis: The axis of the rows.
+        axis: The axis of the rows, 0 or 1.
     """
     plan = _plan()
     if plan is not None:
-        return _scanned(n, tile, axis, plan)
+        return _traced(n, tile, axis, plan)
     if one_tile(n):
         return tile(ALL)
     # Compiled, every tile would be a part of the program: a minute for forty of them.
@@ -201,12 +199,13 @@ def _give_back_at_once() -> None:
         mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
 
 
-def _scanned(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:
-    from torch._higher_order_ops.scan import scan  # a prototype of PyTorch's, for the export alone
-
-    def step(nothing: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return nothing.clone(), tile(rows)
-
-    _, parts = scan(step, torch.zeros(1), plan)  # each (T, …, t, …)
-    joined = (part.movedim(0, axis).flatten(axis, axis + 1) for part in parts)
+def _traced(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:
+    count, height = plan.shape
+    rows = torch.onnx.ops.symbolic(ROWS_OF_TILE, (plan,), dtype=plan.dtype, shape=(height,), version=1)
+    parts = tile(rows)
+    shapes = [(count, *part.shape) for part in parts]
+    stacked = torch.onnx.ops.symbolic_multi_out(
+        STACK, parts, dtypes=[part.dtype for part in parts], shapes=shapes, version=1
+    )
+    joined = (part.transpose(0, axis).flatten(axis, axis + 1) for part in stacked)  # (T, …, t, …) to (…, T·t, …)
     return tuple(part.index_select(axis, torch.arange(n)) for part in joined)

@@ -25,7 +25,7 @@ def distance_m(position: Tensor, rows: Rows = ALL) -> Tensor:
     *Shape:* (N, 3), t rows → (t, N)
     """
     # Coordinate by coordinate: differences keep float32's precision where a Gram matrix would cancel.
-    chord2 = sum((take(position, rows)[:, None, axis] - position[None, :, axis]).square() for axis in range(3))
+    chord2 = sum((take(position, rows)[:, None, axis] - position[None, :, axis]).pow(2) for axis in range(3))
     assert isinstance(chord2, Tensor)
     return 2 * EARTH_RADIUS_M * torch.asin((chord2.sqrt() / (2 * EARTH_RADIUS_M)).clamp(max=1))
 
@@ -65,7 +65,7 @@ class Adjacency(nn.Module):
         if self.decay == "exponential":
             near = torch.exp(-x)
         elif self.decay == "gaussian":
-            near = torch.exp(-x.square())
+            near = torch.exp(-x.pow(2))
         else:
             near = 1 / (1 + x)
         index = torch.arange(position.shape[0], device=position.device)

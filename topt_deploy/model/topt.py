@@ -203,9 +203,9 @@ class EnsembleHead(nn.Module):
         """
         bounded = {name: self.target.bounded(output) for name, output in outputs}
         mixed = torch.stack([bounded[name] for name in self.parts()])  # (P, R, N)
-        together = (self.weights.T[..., None] * mixed).sum(dim=0)
+        together = (self.weights.t()[..., None] * mixed).sum(dim=0)
         if RADIAL in bounded and trust is not None:
-            together = trust * together + (1 - trust) * bounded[RADIAL]
+            together = together + (trust - 1) * (together - bounded[RADIAL])
         return together
 
 
