@@ -9,7 +9,7 @@ import torch
 from sklearn.model_selection import KFold
 from torch import Tensor
 
-from topt_deploy.config.settings import Config
+from topt_deploy.config.settings import Config, TaskConfig
 from topt_deploy.errors import BadData
 from topt_deploy.model.prompt4re import PromptBasis, ridge
 from topt_deploy.model.row_tiles import held_on, one_tile
@@ -177,27 +177,11 @@ def fit_head(
     """
     settings = config.tasks[task].prompt4re
     stage, device = f"prompt4re/{task}", place.engine.device
-    known, blocks = ~np.isnan(labels), blocks_of(part)
-    weights = torch.tensor(known.repeat(settings.members, axis=0)).float().to(device)  # (S · members, N) ∈ {0, 1}
-    counts = torch.tensor(one_label(labels)).to(device)
-    rank = 0 if coordinates is None else coordinates.shape[1]
-    model = TaskHead(members=len(weights), features=features.shape[1], rank=rank, settings=config.tasks[task])
-    model.to(device)
-    with torch.no_grad():  # what depends on no trained weight is computed once
-        if model.skip is not None:
-            model.skip.fit(model.joined(embedding, features, coordinates))
-        seen = model.see(embedding, features, coordinates)
-        if powers is None:
-            powers = chosen_powers(seen, counts, torch.tensor(known, device=device), config.tasks[task].target)
-        if powers is not None:
-            powers = powers.repeat_interleave(settings.members, dim=0)
-        start = ridge(seen, model.target.fit(counts, weights, powers), weights, settings.ridge_alpha)
-        model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
-    penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None  # (M,)
-
+    begun = _begin(embedding, features, coordinates, labels, config.tasks[task], device, powers)
+    model, seen = begun.model, begun.seen
     attends = coordinates is not None and settings.alignment
-    cities = [torch.arange(len(counts), device=device)[own] for own in blocks or [slice(None)]]
-    most = settings.regions if attends and settings.regions else len(counts)
+    cities = [torch.arange(len(seen), device=device)[own] for own in blocks_of(part) or [slice(None)]]
+    most = settings.regions if attends and settings.regions else len(seen)
 
     def outputs(cities: Sequence[Tensor]) -> Tensor:
         if coordinates is None or not attends:
@@ -208,9 +192,9 @@ def fit_head(
     def loss() -> dict[str, Tensor]:
         drawn = [_drawn(own, most) for own in cities]
         some = torch.cat(drawn)
-        terms = {"fit": model.target.loss(outputs(drawn), counts[some], weights[:, some]).sum()}
-        if penalty is not None:
-            terms["ridge"] = (penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
+        terms = {"fit": model.target.loss(outputs(drawn), begun.counts[some], begun.weights[:, some]).sum()}
+        if begun.penalty is not None:
+            terms["ridge"] = (begun.penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
 
     with held_on(device):
@@ -226,6 +210,54 @@ def fit_head(
     model.eval()
     with torch.no_grad(), held_on(device):
         return model, outputs(cities)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Begun:
+    """Heads that start from their ridge fits, and what they are trained on.
+
+    Attributes:
+        model: The heads of all training sets, M = S · members.
+        seen: What they see of every region (N, I), which depends on no trained weight.
+        counts: float64 (N,), anything where no head has the label.
+        weights: (M, N) ∈ {0, 1}, the regions that each is trained on.
+        penalty: The ridge's, over the number of labels (M,); None without.
+    """
+
+    model: TaskHead
+    seen: Tensor
+    counts: Tensor
+    weights: Tensor
+    penalty: Tensor | None
+
+
+@torch.no_grad()
+def _begin(
+    embedding: Tensor | None,
+    features: Tensor,
+    coordinates: Tensor | None,
+    labels: Array,
+    task: TaskConfig,
+    device: torch.device,
+    powers: Tensor | None,
+) -> _Begun:
+    """The arguments are those of :func:`fit_head`."""
+    settings, known = task.prompt4re, ~np.isnan(labels)
+    weights = torch.tensor(known.repeat(settings.members, axis=0)).float().to(device)
+    counts = torch.tensor(one_label(labels)).to(device)
+    rank = 0 if coordinates is None else coordinates.shape[1]
+    model = TaskHead(members=len(weights), features=features.shape[1], rank=rank, settings=task).to(device)
+    if model.skip is not None:
+        model.skip.fit(model.joined(embedding, features, coordinates))
+    seen = model.see(embedding, features, coordinates)
+    if powers is None:
+        powers = chosen_powers(seen, counts, torch.tensor(known, device=device), task.target)
+    if powers is not None:
+        powers = powers.repeat_interleave(settings.members, dim=0)
+    start = ridge(seen, model.target.fit(counts, weights, powers), weights, settings.ridge_alpha)
+    model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
+    penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None
+    return _Begun(model=model, seen=seen, counts=counts, weights=weights, penalty=penalty)
 
 
 def _drawn(own: Tensor, most: int) -> Tensor:
