@@ -90,16 +90,18 @@ def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Markdown of one half of the cities."""
+    covered = any(row["coverage"] for row in found)
     lines = [
-        "| city | task | ToPT: MAE / R² | best plain baseline: MAE | highest R² | MAE against it | inside 90 % |",
-        "|---|---|---|---|---|---|---|",
+        "| city | task | ToPT: MAE / R² | best plain baseline: MAE | highest R² | MAE against it |"
+        + " inside 90 % |" * covered,
+        "|---|---|---|---|---|---|" + "---|" * covered,
     ]
     for row in found:
         change = 100 * (row["mae"] / row["best_mae"] - 1)
         held = "" if row["coverage"] is None else f"{row['coverage']['all']['coverage']:.0%}"
         lines.append(
             f"| {row['city']} | {row['task']} | {row['mae']:.1f} / {row['r2']:.3f} | {row['best_mae']:.1f}"
-            f" ({row['best']}) | {row['best_r2']:.3f} | {change:+.1f} % | {held} |"
+            f" ({row['best']}) | {row['best_r2']:.3f} | {change:+.1f} % |" + f" {held} |" * covered
         )
     if found:
         ratio = np.exp(np.mean([np.log(row["mae"] / row["best_mae"]) for row in found]))
@@ -122,7 +124,8 @@ def page(folder: Path, options: argparse.Namespace) -> str:
         f" {platform.python_version()}, {options.seeds} repetition(s). Baselines: `{options.baselines}`. The best plain"
         " baseline of a task is chosen by the very figures it is compared by, which favours it.",
         "",
-        "A family is the sample city with one property changed (families.py).",
+        "A family is the sample city with one property changed (families.py). The [log](../../dev/LOG.md) says which"
+        " choices were made on which cities.",
     ]
     for title, names in (("Reported: cities that no choice was made on", REPORT), ("Designed on", DESIGN)):
         found = []
