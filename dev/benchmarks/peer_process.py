@@ -65,6 +65,19 @@ def openvino(model: Path) -> Encode:
     return one_by_one(lambda row: compiled(inputs(row, names))["last_hidden_state"][0].mean(0))
 
 
+def without_bfloat16(bundle: Path) -> Encode:
+    """An encoder bundle on OpenVINO as on a processor that has no bfloat16: it asks the processor, not oneDNN."""
+    import openvino as ov
+
+    class Core(ov.Core):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    ov.Core = Core
+    return ours(bundle, "openvino")
+
+
 def ours(bundle: Path, engine: str) -> Encode:
     """An encoder bundle, as topt-run opens it."""
     from topt_deploy.prompts.pooling import pooled
@@ -86,6 +99,7 @@ ENGINES: dict[str, Callable[[Path], Encode]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "ours on onnxruntime": lambda model: ours(model, "onnxruntime"),
+    "ours on openvino in float32": without_bfloat16,
     "ours on openvino": lambda model: ours(model, "openvino"),
 }
 
