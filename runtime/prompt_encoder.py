@@ -195,7 +195,7 @@ def load_encoder(
 
 
 def _backend(bundle: EncoderBundle, loaded: "_Loaded") -> Backend | WholeReader:
-    """What runs the networks."""
+    """The backend of the networks."""
     if WHOLE in loaded.networks:
         graph = loaded.networks[WHOLE]
         if unknown := {*graph.inputs} - WHOLE_INPUTS:
