@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch fuzz oom gpu-check clean
+.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch fuzz oom peers instruction-sets gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -133,6 +133,15 @@ fuzz: install
 # Memory that runs out: one allocation of predict and of encode fails, at 200 places of each (two allocators, 100 each).
 oom: install
 	TOPT_OOM_PLACES=100 $(BIN)/pytest --timeout=0 tests/faults/test_out_of_memory.py
+
+# docs/background/peers.md: the encoder beside llama.cpp and optimum, each in an environment of its own under build/peers
+# (6 GB, from PyPI and npm). An hour on a quiet machine; goes on where it was stopped.
+peers: install $(SERVICES)/smollm2/stamp
+	$(BIN)/python dev/benchmarks/peers.py --services $(SERVICES)
+
+# docs/background/instruction-sets.md: adds this processor's columns to those that other machines have left there.
+instruction-sets: install $(SERVICES)/smollm2/stamp
+	$(BIN)/python dev/benchmarks/instruction_sets.py --services $(SERVICES)
 
 # docs/background/cities.md: the default against the plain baselines on many cities. Goes on where it was stopped.
 cities: install

@@ -29,6 +29,7 @@ from topt_deploy.model.topt import TopT
 from topt_deploy.prompts.precision import comparable
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 from topt_deploy.runtime.predictor import open_predictor
+from topt_deploy.runtime.processor import deciding_sets
 from topt_deploy.storage.atomic import atomic_file, atomic_folder
 from topt_deploy.storage.os_errors import write_error
 from topt_deploy.tensorrt.profile import Profile, ProfileRange, parse_profile
@@ -236,7 +237,8 @@ def _manifest(
 
 
 def _with(manifest: Manifest, variants: Mapping[str, Mapping[str, Any]]) -> Manifest:
-    return replace(manifest, variants={**manifest.variants, **variants})
+    """The manifest with variants that have passed the gate on this processor."""
+    return replace(manifest, variants={**manifest.variants, **variants}, gated_on=deciding_sets())
 
 
 def _record(parity: Sequence[Parity]) -> list[dict[str, Any]]:

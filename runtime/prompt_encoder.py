@@ -12,16 +12,20 @@ import numpy as np
 from topt_deploy.arguments import Location
 from topt_deploy.bundle.encoder_manifest import EMBEDDING, TOKENIZER, EncoderBundle, open_encoder_bundle
 from topt_deploy.bundle.sealed import blamed, well_formed
-from topt_deploy.errors import BadBundle, UsageError
+from topt_deploy.errors import BadBundle, NoDevice, UsageError
 from topt_deploy.prompts.encode import Encoder, PooledEncoder
 from topt_deploy.prompts.encoder_spec import EncoderSpec, check_image_token
 from topt_deploy.prompts.graph_backend import (
     DECODER,
     VISION,
+    WHOLE,
+    WHOLE_INPUTS,
     Connector,
     GraphBackend,
     Runner,
+    WholeGraph,
 )
+from topt_deploy.prompts.pooling import Backend, WholeReader
 from topt_deploy.prompts.prompt import Array
 from topt_deploy.prompts.templates import Templates
 
@@ -167,6 +171,8 @@ def load_encoder(
         CUDA: lambda: _on_cuda(bundle, threads),
         TENSORRT: lambda: _on_tensorrt(bundle, threads),
     }
+    if WHOLE in bundle.manifest.networks:
+        ways |= dict.fromkeys((CUDA, TENSORRT), lambda: _no_gpu(bundle))
     loaded, chosen = choose(device, ways, what="prompt encoder")
     m = bundle.manifest
     tokenizer = bundle.read(TOKENIZER)
@@ -180,14 +186,28 @@ def load_encoder(
         runtime=loaded.runtime,
         sha256=bundle.sha256,
         host=host,
-        backend=GraphBackend(
-            loaded.networks, embedding=loaded.embedding, past=m.past, spec=bundle.spec, chunk=loaded.chunk,
-            between=loaded.between,
-        ),
-    )  # fmt: skip
+        backend=_backend(bundle, loaded),
+    )
     return OpenedEncoder(
         encoder=encoder, templates=bundle.templates, sha256=bundle.sha256, checked=loaded.files | {TOKENIZER},
         device=chosen,
+    )  # fmt: skip
+
+
+def _backend(bundle: EncoderBundle, loaded: "_Loaded") -> Backend | WholeReader:
+    """The backend of the networks."""
+    if WHOLE in loaded.networks:
+        graph = loaded.networks[WHOLE]
+        if unknown := {*graph.inputs} - WHOLE_INPUTS:
+            raise BadBundle(
+                "the encoder's graph asks for what there is not", file=bundle.path,
+                expected=", ".join(sorted(WHOLE_INPUTS)), found=", ".join(sorted(unknown)),
+            )  # fmt: skip
+        return WholeGraph(graph)
+    assert loaded.embedding is not None
+    return GraphBackend(
+        loaded.networks, embedding=loaded.embedding, past=bundle.manifest.past, spec=bundle.spec, chunk=loaded.chunk,
+        between=loaded.between,
     )  # fmt: skip
 
 
@@ -197,14 +217,14 @@ class _Loaded:
 
     Attributes:
         runtime: The runtime: vectors of one are not taken for another's.
-        networks, embedding, chunk, between: Of :class:`.graphs.GraphBackend`.
+        networks, embedding, chunk, between: Of :class:`.graphs.GraphBackend`; no embedding where the graph has it.
         files: That were checked.
         how: For the log.
     """
 
     runtime: str
     networks: Mapping[str, Runner]
-    embedding: _Embedding
+    embedding: _Embedding | None
     chunk: int
     files: frozenset[str]
     between: Connector | None = None
@@ -219,10 +239,13 @@ def _graphs(bundle: EncoderBundle, form: str) -> dict[str, str]:
 
 def _needed(bundle: EncoderBundle, graphs: Mapping[str, str]) -> frozenset[str]:
     weights = (facts["weights"] for facts in bundle.manifest.networks.values())
-    return frozenset([EMBEDDING, *graphs.values(), *weights])
+    own = [] if WHOLE in graphs else [EMBEDDING]
+    return frozenset([*own, *graphs.values(), *weights])
 
 
-def _embedding(bundle: EncoderBundle, folder: Path) -> _Embedding:
+def _embedding(bundle: EncoderBundle, folder: Path) -> _Embedding | None:
+    if WHOLE in bundle.manifest.networks:
+        return None
     facts = bundle.manifest.embedding
     return _Embedding(folder / EMBEDDING, dtype=facts["dtype"], width=facts["shape"][1])
 
@@ -263,6 +286,13 @@ def _check_8_bit_sums(bundle: EncoderBundle, graphs: Sequence[Path]) -> None:
             found=f"an encoder of topt-deploy {bundle.manifest.version} on {processor_name()}",
             fix="export the encoder again, or run it with --encoder-engine openvino",
         )  # fmt: skip
+
+
+def _no_gpu(bundle: EncoderBundle) -> _Loaded:
+    raise NoDevice(
+        "an encoder that came as a graph runs on the CPU alone", expected="--device cpu", found=bundle.path,
+        fix="export the model's own weights with --prompt-encoder",
+    )  # fmt: skip
 
 
 def _on_cuda(bundle: EncoderBundle, threads: int) -> _Loaded:

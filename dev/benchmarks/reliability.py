@@ -16,6 +16,8 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+import page_sections
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 PAGE = ROOT / "docs/background/reliability.md"
@@ -32,12 +34,8 @@ def machine() -> str:
 
 
 def write_section(name: str, text: str) -> None:
-    """Put ``text`` between the page's comments ``<!-- name -->`` and ``<!-- /name -->``."""
-    page = PAGE.read_text(encoding="utf-8")
-    found = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not found.search(page):
-        raise SystemExit(f"{PAGE} has no place for {name}")
-    PAGE.write_text(found.sub(lambda m: f"{m[1]}{text.strip()}\n{m[2]}", page), encoding="utf-8")
+    """Put ``text`` into the page's section of that name."""
+    page_sections.write_section(PAGE, name, text)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ from .assemble import Assembled, assemble
 from .causal_decoder import TOKENS
 from .checkpoint_tensors import ExportRecipe, Tensors, recipe
 from .default_profiles import default_profile, of_network
+from .exported_graph import export_graph, is_graph, open_graph
 from .lower import FORMS, PRECISIONS, TENSORRT
 from .outliers import LIMITS, Outliers
 from .parity_gate import EncoderParity, TorchRunner, gate, golden_regions, reference, ways
@@ -68,7 +69,7 @@ def make_encoder(
     """Export a model to a bundle of its own; one that is there already and is the same is left as it is.
 
     Args:
-        model: Folder or id.
+        model: Folder or id. A folder with a graph in place of weights is packed as it is (:mod:`.exported_graph`).
         out: The bundle's folder.
         precision: Of :func:`export_encoder`.
         templates: A templates file; the shipped templates by default.
@@ -81,7 +82,8 @@ def make_encoder(
         ToptError: Of whatever else goes wrong; nothing is left at ``out`` then.
     """
     quiet()
-    checkpoint, asked = open_checkpoint(model), load_templates(templates)
+    as_graph, asked = is_graph(model), load_templates(templates)
+    checkpoint = open_graph(model) if as_graph else open_checkpoint(model)
     if max_pixels is not None:
         checkpoint = replace(checkpoint, spec=limit_pixels(checkpoint.spec, max_pixels))
     wanted = {"identity": checkpoint.spec.identity, "precision": precision, "templates": asked.whole_sha256}
@@ -106,7 +108,10 @@ def make_encoder(
         say(f"{out} already exists")
         return there
     with atomic_folder(out) as folder:
-        export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)
+        if as_graph:
+            export_graph(checkpoint, folder, precision=precision, templates=asked, say=say, engines=target is not None)
+        else:
+            export_encoder(checkpoint, folder, precision=precision, templates=asked, say=say, target=target)
     return open_encoder_bundle(out)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
 from topt_deploy.errors import BadBundle
 from topt_deploy.prompts.golden_regions import GoldenRegion, read_golden
-from topt_deploy.prompts.pooling import Backend, pooled
+from topt_deploy.prompts.pooling import Backend, WholeReader, pooled
 from topt_deploy.prompts.prompt import Array, Family
 from topt_deploy.prompts.templates import Templates
 from topt_deploy.runtime.golden_checks import check_golden_regions
@@ -87,7 +87,9 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> Array:
     return np.asarray(127.5 + 127 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
-def reference(host: Family, backend: Backend, regions: Sequence[GoldenRegion], questions: Sequence[str]) -> Array:
+def reference(
+    host: Family, backend: Backend | WholeReader, regions: Sequence[GoldenRegion], questions: Sequence[str]
+) -> Array:
     """Pooled vectors (regions, T, H) of a backend."""
     prompts = [host.prompt(region.text, region.images, questions) for region in regions]
     return np.concatenate([pooled(backend, [prompt]) for prompt in prompts])

@@ -1,6 +1,6 @@
 """``topt-run info``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,7 @@ def _told(opened: "Bundle") -> tuple[list[str], dict[str, Any]]:
             f"variant    {name}: {v['graph']}, tolerance {v['tolerance']:g}{_built(v)}"
             for name, v in m.variants.items()
         ),
+        *_gated_on(m.gated_on),
         f"protocol   {m.source['protocol']}",
     ]
     for task, described in m.tasks.items():
@@ -71,8 +72,16 @@ def _told(opened: "Bundle") -> tuple[list[str], dict[str, Any]]:
         "tasks": m.tasks,
         "views": m.views,
         "prompts": m.prompts,
+        "gated_on": m.gated_on,
     }
     return lines, {"source": m.source, **facts}
+
+
+def _gated_on(sets: Sequence[str] | None) -> list[str]:
+    """A line on the processor that the gate ran on, where the bundle says."""
+    if sets is None:
+        return []
+    return [f"gated on   a processor with {', '.join(sets) or 'none of the instruction sets that matter'}"]
 
 
 def _built(variant: Mapping[str, Any]) -> str:
@@ -101,10 +110,7 @@ def _encoder(path: Path, key: Path | None) -> tuple[list[str], dict[str, Any]]:
         f"templates  {', '.join(bundle.templates.questions)} (version {bundle.templates.version})",
         f"parity     smallest cosine {worst:.6f}, against {m.source['reference']}",
     ]
-    if m.gated_on is not None:
-        lines.append(
-            f"gated on   a processor with {', '.join(m.gated_on) or 'none of the instruction sets that matter'}"
-        )
+    lines += _gated_on(m.gated_on)
     return lines, {
         "sha256": bundle.sha256, "encoder": spec.identity, "precision": m.precision, "parity": m.parity,
         "gated_on": m.gated_on,

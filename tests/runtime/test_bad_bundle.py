@@ -17,6 +17,7 @@ from onnx.external_data_helper import set_external_data
 
 from topt_deploy.bundle.manifest import open_bundle
 from topt_deploy.bundle.sealed import MANIFEST, SEAL, seal_bundle
+from topt_deploy.runtime.processor import deciding_sets
 
 BAD_BUNDLE = 76
 FILES = [
@@ -324,12 +325,24 @@ class TestSelfTest:
         assert "enlarged" not in said.out
 
 
+def test_a_bundle_that_does_not_name_the_processor_of_its_gate(desk, topt_run, reseal):
+    reseal(desk.bundle, lambda record: record.pop("gated_on"))
+    said = topt_run("info", desk.bundle)
+    assert said.code == 0, "an older bundle still opens"
+    assert "gated on" not in said.out
+    reseal(desk.bundle, lambda record: record.update(gated_on="avx2"))
+    assert topt_run("info", desk.bundle).code == BAD_BUNDLE
+
+
 def test_info_checks_every_hash(desk, topt_run):
     said = topt_run("info", desk.bundle)
     assert said.code == 0
     for part in ("synthetic-demo, 77 regions", "SYNTHETIC", "poi (12)", "land_use (6)", "flows", "held out: MAE"):
         assert part in said.out
-    assert json.loads(topt_run("info", desk.bundle, "--log-format", "json").out)["source"]["regions"] == 77
+    assert f"gated on   a processor with {', '.join(deciding_sets())}" in said.out
+    told = json.loads(topt_run("info", desk.bundle, "--log-format", "json").out)
+    assert told["source"]["regions"] == 77
+    assert told["gated_on"] == list(deciding_sets())
     flip(desk.bundle / "models/topt.weights", 1000)
     said = topt_run("info", desk.bundle)
     assert said.code == BAD_BUNDLE

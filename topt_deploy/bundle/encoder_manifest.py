@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from topt_deploy.prompts.encoder_spec import EncoderSpec
-from topt_deploy.prompts.families.registry import FAMILIES, TEXT
-from topt_deploy.prompts.graph_backend import DECODER, VISION
+from topt_deploy.prompts.families.registry import EXPORTED_TEXT, FAMILIES, TEXT
+from topt_deploy.prompts.graph_backend import DECODER, VISION, WHOLE
 from topt_deploy.prompts.templates import Templates
 from topt_deploy.prompts.tokens import Chat
 from topt_deploy.tensorrt.library import TENSORRT
 
-from .manifest import check_engines
+from .manifest import check_engines, check_gated_on
 from .sealed import GRAPH_SUFFIX, Sealed, blamed, open_sealed, require, well_formed
 from .tolerances import strict_prompt
 
@@ -40,7 +40,7 @@ class EncoderManifest:
         templates: The templates, in their file's form.
         precision: Of the linear layers' weights.
         kept: Linear layers that are kept in another precision, and which.
-        embedding: numpy type and shape of the token embeddings.
+        embedding: numpy type and shape of the token embeddings; empty where they are in the graph.
         past: Key heads and width of every past tensor that the decoder reads, by name.
         networks: By name: ``graphs`` (file of each form), and ``weights``, the file that they share; with a form
             ``tensorrt`` also an entry of that name: flavour, profile, library, engines and checked, as a city's bundle
@@ -132,17 +132,17 @@ def _check_form(manifest: EncoderManifest) -> None:
     require(all(type(manifest.tolerance.get(k)) in (int, float) for k in ("cosine", "difference")), "tolerance")
     require(strict_prompt(manifest.precision, manifest.tolerance), "tolerance")
     require(len(manifest.golden) > 0, "golden, without which nothing can be tested,")
-    shape = manifest.embedding.get("shape")
-    require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
     require(isinstance(manifest.exact_without_vnni, bool), "exact_without_vnni")
-    sets = manifest.gated_on
-    require(sets is None or (isinstance(sets, list) and all(isinstance(name, str) for name in sets)), "gated_on")
-    require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
+    check_gated_on(manifest.gated_on)
+    require(TOKENIZER in manifest.files, "files")
     for sizes in manifest.past.values():
         require(isinstance(sizes, list) and len(sizes) == 2 and all(type(n) is int for n in sizes), "past")
         require(all(0 < n <= WIDTH_LIMIT for n in sizes), "past")
-    needed = {DECODER} if manifest.spec["family"] == TEXT else {DECODER, VISION}
+    needed = {TEXT: {DECODER}, EXPORTED_TEXT: {WHOLE}}.get(manifest.spec["family"], {DECODER, VISION})
     require(needed <= set(manifest.networks), "networks")
+    require((WHOLE in manifest.networks) == (WHOLE in needed), "networks")
+    if DECODER in needed:
+        _check_embedding(manifest)
     for network in manifest.networks.values():
         require(isinstance(network.get("graphs"), dict), "networks")
         require({network.get("weights"), *network["graphs"].values()} <= set(manifest.files), "networks")
@@ -150,7 +150,14 @@ def _check_form(manifest: EncoderManifest) -> None:
         require((TENSORRT in network["graphs"]) == (TENSORRT in network), "networks")
         if TENSORRT in network:
             check_engines(network[TENSORRT], manifest.files, "networks")
-    require({TOKENIZER, EMBEDDING} <= set(manifest.files), "files")
+
+
+def _check_embedding(manifest: EncoderManifest) -> None:
+    """Refuse token embeddings that are not in their file as the manifest says."""
+    shape = manifest.embedding.get("shape")
+    require(isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape), "embedding")
+    require(manifest.embedding.get("dtype") in ("float16", "float32"), "embedding")
+    require(EMBEDDING in manifest.files, "files")
     number = {"float16": 2, "float32": 4}[manifest.embedding["dtype"]]
     require(math.prod(manifest.embedding["shape"]) * number == manifest.files[EMBEDDING]["size"], "embedding")
 

@@ -62,6 +62,7 @@ class Manifest:
             under ``golden/``. Older bundles have none.
         encoder: The prompt encoder that goes with it, if any: ``identity``, ``sha256`` of its manifest, and ``bundle``,
             the name of its own bundle, or null where it is inside.
+        gated_on: Instruction sets of the processor that the gate ran on, as an encoder's manifest has them.
         files: Every other file: size in bytes and SHA-256.
     """
 
@@ -80,6 +81,7 @@ class Manifest:
     encoder: Mapping[str, Any] | None = None
     leverage: Mapping[str, Any] | None = None
     enlarged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    gated_on: tuple[str, ...] | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -127,6 +129,7 @@ def open_bundle(path: Path) -> Bundle:
         manifest = Manifest(**sealed.record)
         _check_form(manifest)
         manifest = replace(manifest, inputs=tuple(manifest.inputs), golden=tuple(manifest.golden))
+        manifest = replace(manifest, gated_on=manifest.gated_on and tuple(manifest.gated_on))
     return Bundle(**sealed.facts, manifest=manifest)
 
 
@@ -155,6 +158,7 @@ def _check_form(manifest: Manifest) -> None:
         require(names(getattr(manifest, key)), key)
     require(len(manifest.golden) > 0, "golden, without which nothing can be tested,")
     _check_enlarged(manifest)
+    check_gated_on(manifest.gated_on)
     require(all(names(v) for v in manifest.views.values()), "views")
     for facts in manifest.tasks.values():
         scores = facts.get("scores")
@@ -203,6 +207,15 @@ def _check_enlarged(manifest: Manifest) -> None:
         rows = facts.get("rows", [])
         require(isinstance(rows, list) and bool(rows), "enlarged")
         require(all(type(row) is int and 0 <= row < facts["regions"] for row in rows), "enlarged")
+
+
+def check_gated_on(sets: object) -> None:
+    """Refuse names of instruction sets that are none.
+
+    Raises:
+        TypeError: Naming the key.
+    """
+    require(sets is None or (isinstance(sets, list) and all(isinstance(name, str) for name in sets)), "gated_on")
 
 
 def check_engines(record: Mapping[str, Any], files: Mapping[str, Any], key: str) -> None:

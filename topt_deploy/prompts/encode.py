@@ -15,7 +15,7 @@ from .cache import Cache, content_key
 from .encoder_spec import EncoderSpec
 from .families.registry import TEXT
 from .images import Picture, open_image
-from .pooling import Backend, pooled
+from .pooling import Backend, WholeReader, pooled
 from .prompt import Array, Family, Prompt
 from .table import IMAGES, PromptRegions, prompt_table
 from .templates import Templates
@@ -75,7 +75,7 @@ class PooledEncoder:
     runtime: str
     sha256: str
     host: Family
-    backend: Backend
+    backend: Backend | WholeReader
 
     def prompt(self, text: str, images: Sequence[Array], questions: Sequence[str]) -> Prompt:
         """One region's input.

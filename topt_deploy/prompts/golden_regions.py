@@ -15,7 +15,7 @@ from topt_deploy.data.parquet import ParquetFile, write_parquet
 from topt_deploy.errors import BadBundle
 
 from .images import decode_image
-from .pooling import Backend, pooled
+from .pooling import Backend, WholeReader, pooled
 from .prompt import Array, Prompt
 from .table import IMAGES, TEXT
 from .templates import Templates
@@ -125,7 +125,7 @@ def compare(expected: Array, found: Array) -> tuple[float, float]:
 
 
 def reproduce(
-    backend: Backend,
+    backend: Backend | WholeReader,
     prompt: Prompt,
     expected: Array,
     tolerance: Mapping[str, float],

@@ -14,10 +14,15 @@ from topt_deploy.errors import NoDevice
 
 from .encoder_spec import EncoderSpec
 from .pooling import Held
-from .prompt import Array
+from .prompt import Array, TokenSequence
 
 VISION, CROSS, DECODER = "vision", "cross", "decoder"
 """Networks of an encoder: each has a decoder."""
+WHOLE = "whole"
+"""The only network of an encoder that came as a graph."""
+LAST_HIDDEN = "last_hidden_state"
+WHOLE_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "token_type_ids"})
+"""Inputs that such a graph may have, int64 (batch, tokens) each, and its output that is read, (batch, tokens, H)."""
 PAST, PRESENT = "past_", "present_"
 """The prefixes of the decoder's inputs and outputs of keys and values."""
 
@@ -168,6 +173,29 @@ class GraphBackend:
     def sums(self, hidden: Held, ranges: Array) -> Array:
         """Sums over ranges of tokens, float64 (B, R, H)."""
         return self._between.sums(hidden, ranges)
+
+
+class WholeGraph:
+    """Runs a graph that reads a whole input (:class:`topt_deploy.prompts.pooling.WholeReader`).
+
+    Args:
+        graph: Its runner.
+    """
+
+    def __init__(self, graph: Runner) -> None:
+        self._graph = graph
+
+    def last_hidden(self, sequence: TokenSequence) -> Array:
+        """Last hidden states (n, H) of one task's n tokens."""
+        ids = sequence.ids[None]
+        known = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "position_ids": np.ascontiguousarray(sequence.positions),
+            "token_type_ids": np.zeros_like(ids),
+        }
+        hidden: Array = self._graph.run({name: known[name] for name in self._graph.inputs}, [LAST_HIDDEN])[LAST_HIDDEN]
+        return hidden[0]
 
 
 def import_openvino() -> ModuleType:

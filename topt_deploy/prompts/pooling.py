@@ -7,7 +7,7 @@ for what is causal cannot look ahead: neither at what differs between tasks nor 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -76,6 +76,14 @@ class Backend(Protocol):
         """
 
 
+@runtime_checkable
+class WholeReader(Protocol):
+    """Runs a model that reads a task's whole input in one pass: it has no keys and values to share, or looks ahead."""
+
+    def last_hidden(self, sequence: TokenSequence) -> Array:
+        """Last hidden states (n, H) of one task's n tokens."""
+
+
 def allowed(begins: Array, past: int) -> Array:
     """The attention mask of S new tokens: bool (B, 1, S, past + S), computed from ``begins`` (B, S)."""
     new = np.arange(begins.shape[1])
@@ -83,7 +91,7 @@ def allowed(begins: Array, past: int) -> Array:
     return np.concatenate([np.ones((*begins.shape, past), bool), among], axis=2)[:, None]
 
 
-def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = None) -> Array:
+def pooled(backend: Backend | WholeReader, prompts: Sequence[Prompt], *, chunk: int | None = None) -> Array:
     """Prompt vectors: the mean of the last hidden states over every token of each task's input.
 
     Args:
@@ -94,6 +102,9 @@ def pooled(backend: Backend, prompts: Sequence[Prompt], *, chunk: int | None = N
     Returns:
         float32 (B, T, H).
     """
+    if isinstance(backend, WholeReader):
+        means = [[backend.last_hidden(s).mean(axis=0, dtype=np.float64) for s in p.sequences] for p in prompts]
+        return np.array(means, np.float32)
     chunk = chunk or backend.chunk
     tasks = len(prompts[0].sequences)
     features = [backend.vision(image) for prompt in prompts for image in prompt.images]

@@ -2,7 +2,8 @@
 
 A family NAME is a folder ``topt_deploy/prompts/families/NAME`` with ``host.py`` (how it reads a prompt, without
 PyTorch) and ``pytorch`` (its networks), a module ``export/prompts/families/NAME.py`` (how it is taken apart for
-export), and an entry in :data:`FAMILIES`. The protocols below say what these modules have.
+export), and an entry in :data:`FAMILIES`. The protocols below say what these modules have. A family whose models come
+as a graph has ``host.py`` alone.
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ class ModelFamily:
 
 FAMILIES: Mapping[str, ModelFamily] = {
     "text": ModelFamily(model_type=None, images=False),
+    "exported_text": ModelFamily(model_type=None, images=False),
     "qwen2_5_vl": ModelFamily(model_type="qwen2_5_vl", images=True, imageless_frame=False),
     "mllama": ModelFamily(model_type="mllama", images=True, imageless_frame=True),
     "deepseek_vl2": ModelFamily(
@@ -48,6 +50,8 @@ FAMILIES: Mapping[str, ModelFamily] = {
 """By the name that a bundle's manifest gives."""
 TEXT = "text"
 """The family of models that read text alone."""
+EXPORTED_TEXT = "exported_text"
+"""The family of text encoders that come as a graph of ONNX, which is run as it is: there are no networks to trace."""
 
 
 class HostModule(Protocol):

@@ -69,6 +69,23 @@ def chat_frames(folder: Path, *, images: bool) -> tuple[Chat, Chat]:
     return chat, imageless
 
 
+def own_frame(folder: Path) -> Chat:
+    """The frame of a text encoder: its chat template's if it has one, else what its tokenizer puts around a text.
+
+    Raises:
+        BadConfig: As :func:`chat_frames` does.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.chat_template or _older_template(folder):
+        return chat_frames(folder, images=False)[0]
+    around = tokenizer(_WORDS, return_special_tokens_mask=True)
+    words = [position for position, special in enumerate(around["special_tokens_mask"]) if not special]
+    names = tokenizer.convert_ids_to_tokens(around["input_ids"])
+    return Chat(before="".join(names[: words[0]]), image="", after="".join(names[words[-1] + 1 :]))
+
+
 def _split(rendered: str, folder: Path) -> tuple[str, str]:
     before, words, after = rendered.partition(_WORDS)
     if not words or _WORDS in after:

@@ -79,11 +79,7 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
         UsageError: If the commit is missing or is a name that may move.
     """
     path = _locate(model, allow_download, revision)
-    config = _json(path / "config.json")
-    if config is None:
-        raise NoInput(
-            "no model in this folder", file=path / "config.json", fix="name the folder that holds config.json"
-        )
+    config = read_config(path)
     if "quantization_config" in config:
         raise BadConfig(
             "the weights are already quantized",
@@ -93,14 +89,7 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
             fix="take the model that this one was made from",
         )
     family, width = _family(config, path)
-    tokenizer = path / "tokenizer.json"
-    if not tokenizer.exists():
-        raise NoInput(
-            "the model has no tokenizer.json",
-            file=tokenizer,
-            fix=f'python -c "from transformers import AutoTokenizer as A; A.from_pretrained({str(path)!r})'
-            f'.save_pretrained({str(path)!r})" writes it',
-        )
+    tokenizer = read_tokenizer(path)
     weights = _weights(path)
     facts = FAMILIES.get(family, _OTHER)
     host = host_module(family) if family in FAMILIES else None
@@ -127,16 +116,47 @@ def open_checkpoint(model: str, *, allow_download: bool = False, revision: str |
         settings=settings if facts.images else {},
         chat=asdict(chat),
         imageless=asdict(imageless) if facts.imageless_frame else None,
-        context=_context(config),
+        context=tokens_made_for(config),
     )
-    with reading(tokenizer):
-        data = tokenizer.read_bytes()
     return Checkpoint(
-        path=path, config=config, preprocessor=preprocessor, tokenizer=data, weights=tuple(weights), spec=spec
+        path=path, config=config, preprocessor=preprocessor, tokenizer=tokenizer, weights=tuple(weights), spec=spec
     )
 
 
-def _context(config: Mapping[str, Any]) -> int | None:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json.
+
+    Raises:
+        NoInput: If there is none.
+        BadData: If it is broken.
+    """
+    config = _json(folder / "config.json")
+    if config is None:
+        raise NoInput(
+            "no model in this folder", file=folder / "config.json", fix="name the folder that holds config.json"
+        )
+    return config
+
+
+def read_tokenizer(folder: Path) -> bytes:
+    """A model's tokenizer.json.
+
+    Raises:
+        NoInput: If there is none.
+    """
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise NoInput(
+            "the model has no tokenizer.json",
+            file=file,
+            fix=f'python -c "from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r})'
+            f'.save_pretrained({str(folder)!r})" writes it',
+        )
+    with reading(file):
+        return file.read_bytes()
+
+
+def tokens_made_for(config: Mapping[str, Any]) -> int | None:
     """Tokens that a language model was made for, as its configuration says; None where it does not."""
     inner = (config.get(name) for name in ("text_config", "language_config"))
     parts = [part for part in (*inner, config) if isinstance(part, Mapping)]

@@ -1,0 +1,1 @@
+"""Text encoders that come as a graph of ONNX, such as optimum exports for feature extraction."""
