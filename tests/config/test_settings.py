@@ -55,9 +55,9 @@ class TestPresets:
             for name in presets()
         }
         assert found == {
-            "default": {(True, "cbrt")},
-            "kernels": {(True, "cbrt")},
-            "quick": {(True, "cbrt")},
+            "default": {(True, "auto")},
+            "kernels": {(True, "auto")},
+            "quick": {(True, "auto")},
             "paper": {(False, "none")},
             "srel": {(False, "sqrt")},
         }
