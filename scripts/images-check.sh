@@ -68,6 +68,7 @@ run() {
 
 # The same on a root that nothing can write to, as `docker run --read-only` has it; buildah has no word for that.
 run-read-only() {
+    # shellcheck disable=SC2016 # the inner shell expands them
     unshare --mount --pid --fork bash -euc '
         root=$1 data=$2 tmp=$3
         shift 3
