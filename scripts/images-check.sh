@@ -134,7 +134,9 @@ run-runtime-gpu() {
 
 run-train() {
     run topt-deploy sample --out city
-    run topt-deploy train city --preset quick
+    run topt-deploy train city --preset kernels
+    run sh -c "cd city && topt-deploy export --format onnx"
+    [ -s "$data/city/model.topt/manifest.json" ] || fail "no bundle"
 }
 
 base
