@@ -129,7 +129,7 @@ run-runtime-cpu() {
 
 run-runtime-gpu() {
     run topt-run --help >/dev/null
-    echo "runtime-gpu: built; not run, for this machine's GPU is not given to a container"
+    echo "runtime-gpu: built; not run, for a container is given no GPU here"
 }
 
 run-train() {
