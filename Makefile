@@ -11,7 +11,11 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
+<<<<<<< HEAD
 .PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch fuzz oom peers instruction-sets gpu-check clean
+=======
+.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch seven-b fuzz oom gpu-check clean
+>>>>>>> images
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
@@ -100,8 +104,14 @@ check-install:
 
 # The Dockerfile's images, built and checked without Docker (docs/how-to/containers.md). As root, with buildah and mmdebstrap.
 IMAGES ?= runtime-cpu train
-images-check: demo
-	DEMO=demo PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) scripts/images-check.sh build/images $(IMAGES)
+images-check: demo build/encoder.topt
+	DEMO=demo ENCODER=build/encoder.topt PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) scripts/images-check.sh build/images $(IMAGES)
+
+# A tiny language model of random weights, exported: it is there to be run.
+build/encoder.topt: $(VENV)/stamp
+	rm -rf build/tiny-text $@
+	PYTHONPATH=tests/support $(BIN)/python -c 'from pathlib import Path; import encoders_text as e; e.tiny_text(Path("build/tiny-text"))'
+	$(BIN)/topt-deploy export --encoder-only --prompt-encoder build/tiny-text --encoder-bundle $@
 
 clean:
 	rm -rf $(VENV) $(RUNTIME_VENV) $(SERVICES) build demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -120,6 +130,11 @@ reliability: install
 
 batch: install
 	OMP_NUM_THREADS=1 $(BIN)/python dev/benchmarks/batch.py
+
+# Into docs/background/seven-b.md: an encoder of 7 billion weights exported and served; two hours, 31 GB in SEVEN_B.
+SEVEN_B ?= build/seven-b
+seven-b: install
+	$(BIN)/python dev/benchmarks/seven_b.py $(SEVEN_B)
 
 # What is promised of a GPU, wherever there is one with PyTorch: nine minutes at most, nothing is installed (docs/reference/status.md).
 gpu-check:

@@ -5,6 +5,7 @@ step of an 8-bit scale is as large as everything else. Others sum up what nearly
 higher precision.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,8 @@ from ..quantize_weights import BLOCK, quantize_int8
 LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
 """By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
 SmolLM2-135M these are value projections, 2.5 % of its weights (dev/LOG.md has what that buys)."""
+ROWS = 64
+"""Outputs of a map that are coded at once."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -31,16 +34,18 @@ class Outliers:
     precision: str
     errors: dict[str, float] = field(default_factory=dict)
 
-    def __call__(self, name: str, layer: nn.Linear, x: Tensor) -> None:
+    def __call__(self, name: str, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
         """Compare a map's output with that of its codes."""
         x, weight = x.reshape(-1, x.shape[-1]), layer.weight
         if len(x) == 0:
             return
-        exact = x @ weight.T
+        exact = y.reshape(-1, y.shape[-1])
+        if layer.bias is not None:
+            exact = exact - layer.bias
         if self.precision == "int4":
-            coded = x @ _in_4_bits(weight).T
+            coded = x @ _in_parts(_in_4_bits, weight).T
         else:
-            coded = _rows_in_8_bits(x) @ _weight_in_8_bits(weight).T
+            coded = _rows_in_8_bits(x) @ _in_parts(_weight_in_8_bits, weight).T
         error = float(((coded - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(_TINY)).mean())
         self.errors[name] = max(self.errors.get(name, 0.0), error)
 
@@ -48,6 +53,14 @@ class Outliers:
         """The precision of every map that is kept, by name."""
         limit, higher = LIMITS[self.precision]
         return {name: higher for name, error in sorted(self.errors.items()) if error > limit}
+
+
+def _in_parts(coded: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """A weight (out, in) as its codes give it, computed in parts that stay in a processor's cache."""
+    found = torch.empty_like(weight)
+    for into, rows in zip(found.split(ROWS), weight.split(ROWS), strict=True):
+        into.copy_(coded(rows))
+    return found
 
 
 def _weight_in_8_bits(weight: Tensor) -> Tensor:
@@ -67,6 +80,7 @@ def _in_4_bits(rows: Tensor) -> Tensor:
     if rows.shape[1] % BLOCK:
         return rows
     blocks = rows.unflatten(1, (-1, BLOCK))
-    extreme = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+    high, low = blocks.amax(dim=2, keepdim=True), blocks.amin(dim=2, keepdim=True)
+    extreme = torch.where(high >= -low, high, low)
     scale = torch.where(extreme == 0, 1.0, extreme / -8)
     return ((blocks / scale).round().clamp(-8, 7) * scale).flatten(1)

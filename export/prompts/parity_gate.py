@@ -105,7 +105,10 @@ class TorchRunner:
     """
 
     def __init__(
-        self, network: Network, load: Callable[[str], Tensor], observe: Callable[[str, nn.Linear, Tensor], None] | None
+        self,
+        network: Network,
+        load: Callable[[str], Tensor],
+        observe: Callable[[str, nn.Linear, Tensor, Tensor], None] | None,
     ) -> None:
         self._network, self._load, self._observe = network, load, observe
         self.inputs = tuple(network.inputs)

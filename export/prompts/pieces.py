@@ -86,7 +86,7 @@ def execute(
     network: Network,
     weight: Callable[[str], Tensor],
     inputs: Mapping[str, Tensor],
-    observe: Callable[[str, nn.Linear, Tensor], None] | None = None,
+    observe: Callable[[str, nn.Linear, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Run a network in PyTorch, layer by layer.
 
@@ -94,7 +94,7 @@ def execute(
         network: The network.
         weight: Gives the checkpoint's tensor of a name.
         inputs: By name.
-        observe: Told the checkpoint's name, the layer and the input of every linear map.
+        observe: Told the checkpoint's name, the layer, the input and the output of every linear map.
 
     Returns:
         The network's outputs, by name.
@@ -109,14 +109,18 @@ def execute(
         if observe is not None:
             for path, layer in module.named_modules():
                 if isinstance(layer, nn.Linear):
-                    layer.register_forward_pre_hook(partial(_tell, observe, use.weight(path)))
+                    layer.register_forward_hook(partial(_tell, observe, use.weight(path)))
         found = module.eval()(*(values[use.outer(name)] for name in use.piece.inputs))
         values |= {use.outer(name): tensor for name, tensor in zip(use.piece.outputs, found, strict=True)}
     return {name: values[name] for name in network.outputs}
 
 
 def _tell(
-    observe: Callable[[str, nn.Linear, Tensor], None], name: str, layer: nn.Module, given: tuple[Tensor, ...]
+    observe: Callable[[str, nn.Linear, Tensor, Tensor], None],
+    name: str,
+    layer: nn.Module,
+    given: tuple[Tensor, ...],
+    found: Tensor,
 ) -> None:
     assert isinstance(layer, nn.Linear)
-    observe(name, layer, given[0])
+    observe(name, layer, given[0], found)

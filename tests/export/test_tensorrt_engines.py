@@ -189,25 +189,25 @@ def test_the_command_makes_a_bundle_with_engines(demo_run, demo_bundle, topt_dep
     """One more variant beside the portable one, sealed with it; predictions come from the portable one as before."""
     rtx()
     out = tmp_path / "city.topt"
-    made = ("--format", "trt", "--flavour", "rtx", "--precision", "fp16", "--capability", "8.9")
+    made = ("--format", "trt", "--flavour", "rtx", "--precision", "int8", "--capability", "8.9")
     said = topt_deploy("export", demo_run, "--out", out, *made, "--profile", "1,77,300")
     assert said.code == 0, said.err
-    assert "rtx-fp16: checked by onnx.checker and TensorRT-RTX" in said.err
+    assert "rtx-int8: checked by onnx.checker and TensorRT-RTX" in said.err
     manifest = open_bundle(out).manifest
-    assert set(manifest.variants) == {"fp32", "rtx-fp16"}
+    assert set(manifest.variants) == {"fp32", "rtx-int8"}
     assert manifest.files["models/topt.weights"] == open_bundle(demo_bundle).manifest.files["models/topt.weights"]
-    variant = manifest.variants["rtx-fp16"]
-    folder = "models/rtx-fp16"
+    variant = manifest.variants["rtx-int8"]
+    folder = "models/rtx-int8"
     assert variant["engines"] == {"8.9": f"{folder}/topt.sm89.engine"}
     assert {variant["graph"], variant["weights"], *variant["engines"].values()} <= set(manifest.files)
-    assert (variant["flavour"], variant["precision"]) == ("rtx", "fp16")
+    assert (variant["flavour"], variant["precision"]) == ("rtx", "int8")
     assert variant["profile"] == {"regions": [1, 77, 300]}
     assert variant["library"].startswith("TensorRT-RTX 1.")
-    assert variant["tolerance"] == TOLERANCES["fp16"]
+    assert variant["tolerance"] == TOLERANCES["int8"]
     assert [p["city"] for p in variant["parity"]] == ["training city", "golden-7", "golden-31", "synthetic-203"]
-    assert all(0 < p["worst"] <= TOLERANCES["fp16"] and p["swapped"] == 0 for p in variant["parity"])
+    assert all(0 < p["worst"] <= TOLERANCES["int8"] and p["swapped"] == 0 for p in variant["parity"])
     said = topt_run("info", out)
-    assert f"rtx-fp16: {variant['graph']}, tolerance 0.01, engines for 8.9 by TensorRT-RTX 1." in said.out
+    assert f"rtx-int8: {variant['graph']}, tolerance 0.1, engines for 8.9 by TensorRT-RTX 1." in said.out
     assert topt_run("predict", desk.regions, "--bundle", out).code == 0
     (out / variant["engines"]["8.9"]).write_bytes(b"another")
     assert topt_run("info", out).code == 76
