@@ -11,11 +11,8 @@ BIN := $(abspath $(VENV))/bin
 BUNDLE := $(CURDIR)/build/test-bundle
 PIP_INSTALL := -m pip install -c constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 
-<<<<<<< HEAD
-.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch fuzz oom peers instruction-sets gpu-check clean
-=======
-.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability batch seven-b fuzz oom gpu-check clean
->>>>>>> images
+.PHONY: install services demo test test-all lint types docs check-install images-check benchmark cities results reliability \
+	batch seven-b fuzz oom peers instruction-sets gpu-check clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/stamp
