@@ -158,9 +158,8 @@ class _Begun:
     ) -> None:
         """Train Prompt4RE on the embedding, as one more part."""
         labels = self.rows.labels
-        powers = dict(self.target.named_buffers()).get("power")  # parts add up on one scale
-        model, outputs = fit_head(
-            embedding, features, self.coordinates, labels, config, task, place, part=part, powers=powers
+        model, outputs = fit_head(  # on the scale of the other parts, for they add up
+            embedding, features, self.coordinates, labels, config, task, place, part=part, powers=self.target.power
         )
         members = config.tasks[task].prompt4re.members
         self.parts.append(outputs.double().unflatten(0, (-1, members)).mean(dim=1))
@@ -323,11 +322,12 @@ def _fit_kernel(
     predicted = []
     head.coefficients.zero_()
     places = torch.arange(features.shape[1]).split(head.sizes)
+    optional = head.local()
     for p, kernels in enumerate(head.regressions().values()):
         seen = torch.cat([blocks[q] for q in kernels], dim=1)
         with torch.enable_grad():
             sizes = [head.sizes[q] for q in kernels]
-            local = [i for i, q in enumerate(kernels) if q in head.local()]
+            local = [i for i, q in enumerate(kernels) if q in optional]
             fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents, local=local)
         kept = fitted.coefficients[split.outer - rows : split.outer].float()
         head.coefficients[:, p, torch.cat([places[q] for q in kernels])] = kept

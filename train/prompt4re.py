@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topt_deploy.config.settings import Config, TaskConfig
 from topt_deploy.errors import BadData
+from topt_deploy.model.layers import drawn
 from topt_deploy.model.prompt4re import PromptBasis, ridge
 from topt_deploy.model.row_tiles import held_on, one_tile
 from topt_deploy.model.topt import EnsembleHead, TaskHead
@@ -177,8 +178,8 @@ def fit_head(
     """
     settings = config.tasks[task].prompt4re
     stage, device = f"prompt4re/{task}", place.engine.device
-    begun = _begin(embedding, features, coordinates, labels, config.tasks[task], device, powers)
-    model, seen = begun.model, begun.seen
+    start = _start_from_ridge(embedding, features, coordinates, labels, config.tasks[task], device, powers)
+    model, seen = start.model, start.seen
     attends = coordinates is not None and settings.alignment
     cities = [torch.arange(len(seen), device=device)[own] for own in blocks_of(part) or [slice(None)]]
     most = settings.regions if attends and settings.regions else len(seen)
@@ -190,11 +191,11 @@ def fit_head(
         return torch.cat([model.head(seen[own], coordinates[own]) for own in cities], dim=1)
 
     def loss() -> dict[str, Tensor]:
-        drawn = [_drawn(own, most) for own in cities]
-        some = torch.cat(drawn)
-        terms = {"fit": model.target.loss(outputs(drawn), begun.counts[some], begun.weights[:, some]).sum()}
-        if begun.penalty is not None:
-            terms["ridge"] = (begun.penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
+        parts = [drawn(own, most) for own in cities]  # whether a region has a label makes no difference
+        some = torch.cat(parts)
+        terms = {"fit": model.target.loss(outputs(parts), start.counts[some], start.weights[:, some]).sum()}
+        if start.penalty is not None:
+            terms["ridge"] = (start.penalty * model.head.linear.weight[..., 0].square().sum(dim=1)).sum()
         return terms
 
     with held_on(device):
@@ -213,7 +214,7 @@ def fit_head(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Begun:
+class _RidgeStart:
     """Heads that start from their ridge fits, and what they are trained on.
 
     Attributes:
@@ -232,7 +233,7 @@ class _Begun:
 
 
 @torch.no_grad()
-def _begin(
+def _start_from_ridge(
     embedding: Tensor | None,
     features: Tensor,
     coordinates: Tensor | None,
@@ -240,7 +241,7 @@ def _begin(
     task: TaskConfig,
     device: torch.device,
     powers: Tensor | None,
-) -> _Begun:
+) -> _RidgeStart:
     """The arguments are those of :func:`fit_head`."""
     settings, known = task.prompt4re, ~np.isnan(labels)
     weights = torch.tensor(known.repeat(settings.members, axis=0)).float().to(device)
@@ -254,12 +255,7 @@ def _begin(
         powers = chosen_powers(seen, counts, torch.tensor(known, device=device), task.target)
     if powers is not None:
         powers = powers.repeat_interleave(settings.members, dim=0)
-    start = ridge(seen, model.target.fit(counts, weights, powers), weights, settings.ridge_alpha)
-    model.head.start_from_ridge(start, prompts_from_zero=settings.ridge_penalty)
-    penalty = (start.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None
-    return _Begun(model=model, seen=seen, counts=counts, weights=weights, penalty=penalty)
-
-
-def _drawn(own: Tensor, most: int) -> Tensor:
-    """At most so many of a city's regions (n,), in order. Whether a region has a label makes no difference."""
-    return own if len(own) <= most else own[torch.randperm(len(own), device=own.device)[:most].sort().values]
+    fitted = ridge(seen, model.target.fit(counts, weights, powers), weights, settings.ridge_alpha)
+    model.head.start_from_ridge(fitted, prompts_from_zero=settings.ridge_penalty)
+    penalty = (fitted.alphas / weights.sum(dim=1)).float() if settings.ridge_penalty else None
+    return _RidgeStart(model=model, seen=seen, counts=counts, weights=weights, penalty=penalty)

@@ -14,6 +14,7 @@ from topt_deploy.config.settings import Config, SrelConfig
 from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import POSITION, feature_widths
 from topt_deploy.errors import BadConfig
+from topt_deploy.model.layers import drawn
 from topt_deploy.model.row_tiles import Matrix, held_on, matrix, one_tile
 from topt_deploy.model.srel import Srel, SrelLoss
 
@@ -215,8 +216,7 @@ class _Sample:
 
     def draw(self) -> Tensor:
         """Regions in order. PyTorch's generator draws: a checkpoint has its state."""
-        n = len(self.city)
-        return torch.arange(n) if self.kept else torch.randperm(n)[: self.count].sort().values
+        return drawn(torch.arange(len(self.city)), self.count)
 
     def targets(self, some: Tensor) -> tuple[dict[str, Matrix], Matrix | None]:
         """:func:`similarity_targets` and :func:`flow_target` between these regions."""

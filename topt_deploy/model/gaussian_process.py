@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import EnsembleConfig
 from topt_deploy.data.features import POSITION
 
-from .layers import ByName, Standardize, repeated
+from .layers import ByName, Standardize, drawn, repeated
 
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
@@ -229,8 +229,8 @@ def maximise_evidence(
         chunk = max(1, BATCH // len(phi) ** 2)
         turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
     else:  # every training set draws from its own regions: what another one knows makes no difference
-        drawn = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
-        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(drawn, y, strict=True))]
+        some = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
+        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(some, y, strict=True))]
     logs = torch.cat([_with_local(*turn, sizes, steps, local) for turn in turns])
     taken = [own_rows.index(row) for row in like]
     weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
@@ -246,9 +246,7 @@ def draw_regions(known: Tensor, most: int) -> Tensor:
     Args:
         known: bool (N,), the training set.
     """
-    own = known.nonzero()[:, 0]
-    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(0)).to(own.device)
-    return own[order[:most].sort().values]
+    return drawn(known.nonzero()[:, 0], most, torch.Generator().manual_seed(0))
 
 
 def _with_local(

@@ -17,6 +17,14 @@ def repeated(x: Tensor, times: Sequence[int], dim: int) -> Tensor:
     return x.repeat_interleave(torch.tensor(times, device=x.device), dim=dim, output_size=sum(times))
 
 
+def drawn(own: Tensor, most: int, generator: torch.Generator | None = None) -> Tensor:
+    """At most so many of these regions (n,), at random and in their order; all, and no random number, if there are no
+    more. The numbers are drawn on the CPU."""
+    if len(own) <= most:
+        return own
+    return own[torch.randperm(len(own), generator=generator)[:most].sort().values.to(own.device)]
+
+
 class Standardize(nn.Module):
     """Subtract a mean and divide by a scale, both fixed from the training city and stored with the weights.
 

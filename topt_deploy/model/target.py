@@ -25,7 +25,7 @@ class Target(nn.Module):
     scale: Tensor
     low: Tensor
     high: Tensor
-    power: Tensor
+    power: Tensor | None
 
     def __init__(self, *, members: int, config: TargetConfig) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Target(nn.Module):
         # On the standardised scale; without an end where predictions may lie anywhere.
         self.register_buffer("low", torch.full((members, 1), -math.inf))
         self.register_buffer("high", torch.full((members, 1), math.inf))
-        if config.transform == "auto":  # every member's own
-            self.register_buffer("power", torch.full((members, 1), 3.0))
+        # Of ``auto``, which undoes every member's own transform; otherwise there is none, and no weight of that name.
+        self.register_buffer("power", torch.full((members, 1), 3.0) if config.transform == "auto" else None)
         negative_binomial = config.likelihood == "negative_binomial"
         self.log_dispersion = nn.Parameter(torch.zeros(members, 1)) if negative_binomial else None
 
@@ -47,13 +47,13 @@ class Target(nn.Module):
 
     def transform_of(self, member: int) -> str:
         """The transform of a fitted member; where it is ``auto``, the one that was chosen."""
-        if self.config.transform != "auto":
+        if self.power is None:
             return self.config.transform
         return "none" if self.power[member] == 1 else "cbrt"
 
     def _power(self) -> Tensor | int | None:
         """The power that undoes the transform: a number, or each member's own (M, 1). None where it is no root."""
-        return self.power.double() if self.config.transform == "auto" else POWERS.get(self.config.transform)
+        return POWERS.get(self.config.transform) if self.power is None else self.power.double()
 
     def _transform(self, counts: Tensor) -> Tensor:
         """*Shape:* (N,) → (1, N), or (M, N) where members differ"""
@@ -70,7 +70,7 @@ class Target(nn.Module):
             weights: (M, N) ∈ {0, 1}, the regions that a member trains on.
             power: (M, 1), of ``auto``: the power that undoes each member's transform, 3 or 1.
         """
-        if power is not None:
+        if self.power is not None and power is not None:
             self.power.copy_(power)
         value = self._transform(counts.double())
         total = weights.double().sum(dim=1, keepdim=True)
