@@ -325,10 +325,9 @@ def _fit_kernel(
     optional = head.local()
     for p, kernels in enumerate(head.regressions().values()):
         seen = torch.cat([blocks[q] for q in kernels], dim=1)
-        with torch.enable_grad():
-            sizes = [head.sizes[q] for q in kernels]
-            local = [i for i, q in enumerate(kernels) if q in optional]
-            fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents, local=local)
+        sizes = [head.sizes[q] for q in kernels]
+        local = [i for i, q in enumerate(kernels) if q in optional]
+        fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents, local=local)
         kept = fitted.coefficients[split.outer - rows : split.outer].float()
         head.coefficients[:, p, torch.cat([places[q] for q in kernels])] = kept
         predicted.append(fitted.coefficients @ seen.double().T)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
 from topt_deploy.errors import BadConfig
 from topt_deploy.model.checkpoint import restore_training, save_training
-from topt_deploy.model.row_tiles import SETTLED
+from topt_deploy.model.row_tiles import SETTLED, keep_freed_memory
 from topt_deploy.model.training_device import check_device
 
 from .progress import Reporter
@@ -153,6 +153,7 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         epoch = restore_training(checkpoint, module, optimiser, identity=identity)["epoch"]
     reporter.rewind(stage, epoch)
+    keep_freed_memory()
     module.train()
     step = Step(engine.compiled(loss), optimiser, engine.autocast, graph)
     with engine.matmuls(), reporter.stage(stage, epochs=settings.epochs, start=epoch) as progress:

@@ -196,7 +196,7 @@ def train(
         device: ``cpu`` or ``cuda``. One that is not there is an error.
         precision: ``fp32``, ``tf32`` or ``bf16``; by default ``fp32``, and ``tf32`` on CUDA.
         compile: Compile the steps; by default on CUDA.
-        threads: CPU threads; by default 1 up to 500 regions, and all beyond.
+        threads: CPU threads; by default 1 up to 500 regions, and those of PyTorch beyond.
 
     Raises:
         NoInput, BadData, BadConfig: If the city's files or the settings are not what they should be.
@@ -264,7 +264,7 @@ def train_cities(
         out = out or cities[0] / RUNS_DIR / datetime.now().strftime("%Y%m%d-%H%M%S")
         run = start_run(out, cities[0], settings, regions=first.regions, mobility=first.mobility, others=others)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or _threads(cities))
+    torch.set_num_threads(threads or _threads(cities, before))
     try:
         _train(run, [first, *others], engine, said)
     finally:
@@ -322,7 +322,8 @@ def _train(run: Run, cities: "Sequence[CityFiles]", engine: "TrainingDevice", sa
         raise
 
 
-def _threads(cities: Sequence[Path]) -> int:
-    """One thread for a small city: at a hundred regions the second one costs as much as it brings."""
+def _threads(cities: Sequence[Path], most: int) -> int:
+    """One thread for a small city: at a hundred regions the second one costs as much as it brings. For a large one as
+    many as PyTorch takes by itself, which are those of OMP_NUM_THREADS or else the cores that the process may use."""
     regions = sum(open_table(city / REGIONS_FILE).rows for city in cities)
-    return 1 if regions <= SMALL_CITY else os.cpu_count() or 1
+    return 1 if regions <= SMALL_CITY else most

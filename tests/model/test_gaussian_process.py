@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import approx_fprime
 from scipy.stats import chi2, kstest, multivariate_normal, norm
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
@@ -23,6 +24,7 @@ from topt_deploy.model.gaussian_process import (
     PROMPT,
     KernelHead,
     ViewKernels,
+    log_evidence,
     maximise_evidence,
     orthogonal_frequencies,
 )
@@ -254,6 +256,22 @@ class TestEvidence:
         evidence, penalised = np.moveaxis(reached, 2, 0)  # each (steps, S)
         assert (np.diff(evidence, axis=0) > 0).all()
         assert (np.diff(penalised, axis=0) > 0).all()
+
+    def test_its_gradient_is_scipys_difference_of_evidences(self):
+        problem = phi, targets, known = regression()
+        kernels = torch.stack([(part @ part.T).flatten() for part in phi.split(SIZES, dim=1)])
+        logs = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 4)))
+        evidence, gradient = log_evidence(logs, kernels, torch.where(known, targets, 0.0), known.double())
+        count = known.sum(dim=1).numpy()
+        for row in range(4):
+
+            def by_scipy(at, row=row):
+                return objective(problem, row, np.exp(at[:3]), np.exp(at[3]))[0]
+
+            at = logs[row].numpy()
+            constant = -0.5 * count[row] * np.log(2 * np.pi)
+            assert float(evidence[row]) + constant == pytest.approx(by_scipy(at), rel=1e-10)
+            np.testing.assert_allclose(gradient[row], approx_fprime(at, by_scipy, 1e-6), rtol=1e-4, atol=1e-4)
 
     def test_ends_where_scipys_count_is_flat(self):
         """What is maximised is the evidence with its prior, and not something near it."""

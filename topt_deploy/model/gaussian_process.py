@@ -253,8 +253,7 @@ def _with_local(
     phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int, local: Sequence[int]
 ) -> Tensor:
     """Of :func:`_maximise`, with the weight 0 for local kernels where the evidence for them is not very strong."""
-    parts = phi.split(list(sizes), dim=1)
-    kernels = torch.stack([part @ part.T for part in parts])  # (Q, n, n)
+    kernels = torch.stack([(part @ part.T).flatten() for part in phi.split(list(sizes), dim=1)])  # (Q, n²)
     logs, evidence = _maximise(kernels, y, known, steps)
     if not local:
         return logs
@@ -270,23 +269,34 @@ def _maximise(kernels: Tensor, y: Tensor, known: Tensor, steps: int) -> tuple[Te
     (S,)."""
     q = len(kernels)
     start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device).repeat(len(y), 1)
-    logs = start.clone().requires_grad_()
+    logs = start.clone()
     adam = torch.optim.Adam([logs], lr=RATE)
     for _ in range(steps):
-        loss = 0.5 * ((logs - start) / PRIOR_DEVIATION).square().sum() - _log_evidence(logs, kernels, y, known).sum()
-        adam.zero_grad()
-        loss.backward()
+        _, gradient = log_evidence(logs, kernels, y, known)
+        logs.grad = (logs - start) / PRIOR_DEVIATION**2 - gradient
         adam.step()
-    with torch.no_grad():
-        return logs.detach(), _log_evidence(logs, kernels, y, known)
+    return logs, log_evidence(logs, kernels, y, known)[0]
 
 
-def _log_evidence(logs: Tensor, kernels: Tensor, y: Tensor, known: Tensor) -> Tensor:
-    k = torch.einsum("sq,qij->sij", logs[:, :-1].exp(), kernels) * known[:, :, None] * known[:, None, :]
+def log_evidence(logs: Tensor, kernels: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The log evidence of S training sets up to a constant, −½ yᵀα − ½ log|C| with α = C⁻¹y, and its gradient by the
+    logarithms: ½ w_q tr((ααᵀ − C⁻¹) K_q), and σ² in place of w_q and K_q (Rasmussen & Williams 2006, equation 5.9).
+
+    By formula it takes a half to a third of the time of PyTorch's gradient of a Cholesky factor.
+
+    *Shape:* logs (S, Q + 1), kernels (Q, n²), y and known (S, n) → (S,), (S, Q + 1)
+    """
+    weights, noise = logs[:, :-1].exp(), logs[:, -1:].exp()
+    pairs = known[:, :, None] * known[:, None, :]
+    covariance = (weights @ kernels).view_as(pairs) * pairs
     # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
-    factor = torch.linalg.cholesky(k + torch.diag_embed(known * logs[:, -1:].exp() + (1 - known)))
-    alpha = torch.cholesky_solve(y[..., None], factor)[..., 0]
-    return -0.5 * (y * alpha).sum(dim=1) - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    covariance.diagonal(dim1=1, dim2=2).add_(known * noise + (1 - known))
+    factor = torch.linalg.cholesky(covariance)
+    alpha = torch.cholesky_solve(y[..., None], factor)  # (S, n, 1)
+    evidence = -0.5 * (y * alpha[..., 0]).sum(dim=1) - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    rest = (alpha @ alpha.mT - torch.cholesky_inverse(factor)) * pairs
+    by_noise = rest.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+    return evidence, 0.5 * torch.cat([weights * (rest.flatten(1) @ kernels.T), noise * by_noise], dim=1)
 
 
 def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ ENTRIES = 1 << 18
 leave the processor's cache, and are slower."""
 CUDA_ENTRIES = 1 << 22
 """Likewise on CUDA, where a tile costs launches and no cache is to be kept: N to 2,048 is one tile. Not measured."""
-M_MMAP_THRESHOLD = -3
-"""glibc's number of the setting."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's numbers of the settings."""
 LEAST = 4
 """Rows of a tile, whatever N is."""
 LEAST_KEPT = 32
@@ -31,6 +31,8 @@ LEAST_KEPT = 32
 the random numbers, so that the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
+KEPT_BYTES = 1 << 25
+"""Up to this size a block is kept for the next one, while there is one tile: the most that glibc takes by itself."""
 ALL = slice(None)
 ROWS_OF_TILE, STACK = "topt::RowsOfTile", "topt::Stack"
 """Operators of a traced model around what is computed for one tile: from all tiles (T, t) to the rows of one, (t,), and
@@ -190,13 +192,26 @@ def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tu
     return tuple(torch.cat(part, dim=axis) for part in zip(*parts, strict=True))
 
 
-@cache
 def _give_back_at_once() -> None:
     """Keep a tile's blocks off glibc's heap, where what is kept of every tile would lie between them and pin the rest:
     1.8 GB at 3,000 regions, of which 0.1 were in use. Other allocators need none of this."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
+    _mallopt()(M_MMAP_THRESHOLD, BLOCK_BYTES)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed blocks for the next step, until something is computed in several tiles.
+
+    By itself glibc would learn to, but not once :func:`_give_back_at_once` has set a size: a step of 400 of 1,000
+    regions then spent as long in getting its memory from the system as in computing.
+    """
+    _mallopt()(M_MMAP_THRESHOLD, KEPT_BYTES)
+    _mallopt()(M_TRIM_THRESHOLD, 32 * KEPT_BYTES)
+
+
+@cache
+def _mallopt() -> Callable[[int, int], Any]:
+    """glibc's function; one that does nothing where there is another allocator."""
+    return getattr(ctypes.CDLL(None), "mallopt", lambda *setting: None)
 
 
 def _traced(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:
