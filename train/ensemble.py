@@ -22,6 +22,7 @@ from topt_deploy.model.layers import Standardize, repeated
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import ResidualMlp
+from topt_deploy.model.row_tiles import keep_freed_memory
 from topt_deploy.model.target import Target
 from topt_deploy.model.topt import EnsembleHead, all_features
 
@@ -92,6 +93,7 @@ def train_ensembles(
     """
     settings, stage, device = configs[0].tasks[task].ensemble, f"ensemble/{task}", place.engine.device
     begun: list[_Begun] = []
+    keep_freed_memory()
     for own, config in zip(labels, configs, strict=True):
         place.engine.seed(config.seed, stage)
         split = with_inner(own, folds=settings.inner_folds, seed=config.seed, part=part)

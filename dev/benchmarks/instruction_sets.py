@@ -14,9 +14,22 @@ from datetime import date
 from pathlib import Path
 
 from page_sections import joined, read_section, write_section
-from peers import CHECKPOINT, FOUND, PUBLISHED, ROOT, ROWS, TOKENS, WORK, make, make_tokens, measure, smallest_cosine
+from peers import (
+    CHECKPOINT,
+    FOUND,
+    PUBLISHED,
+    ROOT,
+    ROWS,
+    TOKENS,
+    WORK,
+    make,
+    make_tokens,
+    measure,
+    smallest_cosine,
+    this_processor,
+)
 
-from topt_deploy.runtime.processor import CPUINFO, instruction_sets, processor_name
+from topt_deploy.runtime.processor import instruction_sets
 
 PAGE = ROOT / "docs/background/instruction-sets.md"
 HELD = {"AVX-512": ("AVX512_CORE", "avx512_vnni"), "AVX-512 VNNI": ("AVX512_CORE_VNNI", "avx512_bf16")}
@@ -24,13 +37,6 @@ HELD = {"AVX-512": ("AVX512_CORE", "avx512_vnni"), "AVX-512 VNNI": ("AVX512_CORE
 has that has more. Held to AVX2, OpenVINO still plans for AVX-512 and finds no kernel; its products in float32 and ONNX
 Runtime's are MLAS's, which asks the processor itself."""
 WITHOUT_BFLOAT16 = "ours on openvino in float32"
-
-
-def this_processor() -> str:
-    """Name and instruction sets, with the generation: EPYC is the name of many."""
-    lines = dict(line.split("\t", 1) for line in CPUINFO.read_text().splitlines() if "\t" in line)
-    told = [lines[key].strip(": \t") for key in ("cpu family", "model") if key in lines]
-    return f"{processor_name()}, family {' model '.join(told)}"
 
 
 def limits() -> Iterator[tuple[str, Mapping[str, str]]]:

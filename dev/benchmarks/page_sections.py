@@ -1,6 +1,7 @@
 """Measured parts of pages: what stands between two comments is written by a benchmark, the rest by hand.
 
-A table there may have columns of several machines: each writes its own, and keeps the others'.
+A table there may have columns of several machines, and a section parts of several machines under headings of their
+own: each writes its own, and keeps the others'.
 """
 
 import re
@@ -27,6 +28,14 @@ def _found(page: Path, name: str) -> tuple[re.Match[str], str]:
     if not match:
         raise SystemExit(f"{page} has no place for {name}")
     return match, whole
+
+
+def with_part(section: str, heading: str, text: str) -> str:
+    """A section with this text below its heading of the third level, in place of what stood there; at the end where the
+    section has no such heading. Other parts stay."""
+    parts = dict(part.split("\n", 1) for part in re.split(r"^### ", section.strip() + "\n", flags=re.MULTILINE) if part.strip())
+    parts[heading] = text
+    return "\n\n".join(f"### {name}\n\n{part.strip()}" for name, part in parts.items())
 
 
 def read_columns(table: str) -> Columns:

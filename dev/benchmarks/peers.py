@@ -1,4 +1,4 @@
-"""The prompt encoder beside its peers on the same weights and text: writes the table of docs/background/peers.md.
+"""The prompt encoder beside its peers on the same weights and text: writes tables of docs/background/peers.md.
 
     python dev/benchmarks/peers.py                      # an hour on a quiet machine; goes on where it was stopped
     python dev/benchmarks/peers.py --only openvino      # rows with this in their names are measured anew
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from encoder import TASKS, child, long_text
-from page_sections import write_section
+from page_sections import read_section, with_part, write_section
 
-from topt_deploy.runtime.processor import VNNI, instruction_sets, processor_name
+from topt_deploy.runtime.processor import CPUINFO, VNNI, instruction_sets, processor_name
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -207,6 +207,13 @@ def measure(row: Row, model: Path, out: Path, **environment: str) -> None:
         run(python_of(row.environment), HERE / "peer_process.py", row.engine, model, TOKENS, out, **environment)
 
 
+def this_processor() -> str:
+    """Name and instruction sets, with the generation: EPYC is the name of many."""
+    lines = dict(line.split("\t", 1) for line in CPUINFO.read_text().splitlines() if "\t" in line)
+    told = [lines[key].strip(": \t") for key in ("cpu family", "model") if key in lines]
+    return f"{processor_name()}, family {' model '.join(told)}"
+
+
 def smallest_cosine(vectors: Iterable[Any], exact: Iterable[Any]) -> float:
     """The smallest cosine of two tables of vectors (T, H), row by row."""
     a, b = np.array(vectors, float), np.array(exact, float)
@@ -272,12 +279,12 @@ def main() -> None:
     days = sorted({str(date.fromtimestamp(files[name].stat().st_mtime)) for name in found})
     lengths = [len(row) for row in json.loads(TOKENS.read_text())]
     lines = [
-        f"Measured by `make peers` on {' and '.join(days)}: {processor_name()}. {len(lengths)} tasks of "
-        f"{min(lengths):,} to {max(lengths):,} tokens.",
+        f"Measured by `make peers` on {' and '.join(days)}. {len(lengths)} tasks of {min(lengths):,} to "
+        f"{max(lengths):,} tokens.",
         "",
         *table(found, ROWS),
     ]
-    write_section(PAGE, "table", "\n".join(lines))
+    write_section(PAGE, "table", with_part(read_section(PAGE, "table"), this_processor(), "\n".join(lines)))
 
 
 if __name__ == "__main__":

@@ -42,3 +42,10 @@ def test_only_the_section_is_written(pages, tmp_path):
     assert pages.read_section(page, "a") == "new \\1\n"
     with pytest.raises(SystemExit, match="no place for c"):
         pages.write_section(page, "c", "")
+
+
+def test_a_part_has_a_heading_of_its_own(pages):
+    first = pages.with_part("", OLD, "| a |\n| b |")
+    both = pages.with_part(first, NEW, "two\n\nparagraphs")
+    assert both == f"### {OLD}\n\n| a |\n| b |\n\n### {NEW}\n\ntwo\n\nparagraphs"
+    assert pages.with_part(both, OLD, "new") == f"### {OLD}\n\nnew\n\n### {NEW}\n\ntwo\n\nparagraphs"

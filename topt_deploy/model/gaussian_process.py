@@ -302,6 +302,11 @@ def log_evidence(logs: Tensor, kernels: Tensor, y: Tensor, known: Tensor) -> tup
 def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
     """Coefficients (ΣK) of one training set: the posterior mean, w Φᵀ (Φ w Φᵀ + σ²I)⁻¹ y over its n regions, and for
     more regions than features the same as √w (√w ΦᵀΦ √w + σ²I)⁻¹ √w Φᵀ y: nothing is n × n then."""
+    used = weights > 0  # a training set without local kernels needs none of their many features
+    if not used.all():
+        coefficients = torch.zeros_like(weights)
+        coefficients[used] = _solve(phi[:, used], y, known, weights[used], noise)
+        return coefficients
     seen = phi[known]
     if len(seen) > seen.shape[1]:
         root = weights.sqrt()

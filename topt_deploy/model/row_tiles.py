@@ -31,8 +31,10 @@ LEAST_KEPT = 32
 the random numbers, so that the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
-KEPT_BYTES = 1 << 25
-"""Up to this size a block is kept for the next one, while there is one tile: the most that glibc takes by itself."""
+KEPT_BYTES = 1 << 30
+"""Up to this size a block is kept for the next one, while there is one tile."""
+KEPT_BY_OLDER = 1 << 25
+"""The most that older glibc takes."""
 ALL = slice(None)
 ROWS_OF_TILE, STACK = "topt::RowsOfTile", "topt::Stack"
 """Operators of a traced model around what is computed for one tile: from all tiles (T, t) to the rows of one, (t,), and
@@ -204,14 +206,15 @@ def keep_freed_memory() -> None:
     By itself glibc would learn to, but not once :func:`_give_back_at_once` has set a size: a step of 400 of 1,000
     regions then spent as long in getting its memory from the system as in computing.
     """
-    _mallopt()(M_MMAP_THRESHOLD, KEPT_BYTES)
-    _mallopt()(M_TRIM_THRESHOLD, 32 * KEPT_BYTES)
+    if not _mallopt()(M_MMAP_THRESHOLD, KEPT_BYTES):
+        _mallopt()(M_MMAP_THRESHOLD, KEPT_BY_OLDER)
+    _mallopt()(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @cache
 def _mallopt() -> Callable[[int, int], Any]:
     """glibc's function; one that does nothing where there is another allocator."""
-    return getattr(ctypes.CDLL(None), "mallopt", lambda *setting: None)
+    return getattr(ctypes.CDLL(None), "mallopt", lambda setting, value: 1)
 
 
 def _traced(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:
