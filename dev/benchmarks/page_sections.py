@@ -33,7 +33,9 @@ def _found(page: Path, name: str) -> tuple[re.Match[str], str]:
 def with_part(section: str, heading: str, text: str) -> str:
     """A section with this text below its heading of the third level, in place of what stood there; at the end where the
     section has no such heading. Other parts stay."""
-    parts = dict(part.split("\n", 1) for part in re.split(r"^### ", section.strip() + "\n", flags=re.MULTILINE) if part.strip())
+    parts = dict(
+        part.split("\n", 1) for part in re.split(r"^### ", section.strip() + "\n", flags=re.MULTILINE) if part.strip()
+    )
     parts[heading] = text
     return "\n\n".join(f"### {name}\n\n{part.strip()}" for name, part in parts.items())
 

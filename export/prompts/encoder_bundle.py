@@ -24,6 +24,7 @@ from topt_deploy.bundle.encoder_manifest import (
 from topt_deploy.bundle.sealed import seal_bundle
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
+from topt_deploy.model.row_tiles import keep_freed_memory
 from topt_deploy.prompts.encode import CONTEXT, limit_pixels
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.registry import TEXT
@@ -45,9 +46,10 @@ from .causal_decoder import TOKENS
 from .checkpoint_tensors import ExportRecipe, Tensors, recipe
 from .default_profiles import default_profile, of_network
 from .exported_graph import export_graph, is_graph, open_graph
+from .layerwise import Layerwise
 from .lower import FORMS, PRECISIONS, TENSORRT
 from .outliers import LIMITS, Outliers
-from .parity_gate import EncoderParity, TorchRunner, gate, golden_regions, reference, ways
+from .parity_gate import EncoderParity, gate, golden_regions, reference, ways
 
 WHOLE_MODEL_NUMBERS = 500_000_000
 """A larger model is compared with its own layers in PyTorch, one at a time, and not with transformers' model whole."""
@@ -250,10 +252,15 @@ class _Work:
         if outliers is None and self.whole:
             return {}, None
         self.say("running the model in PyTorch, layer by layer")
-        runners = {n.name: TorchRunner(n, self.tensors.load, outliers) for n in self.recipe.networks}
-        backend = GraphBackend(runners, embedding=self.embedding, past=self.past, spec=self.spec, chunk=LAYERWISE_CHUNK)
-        vectors = reference(self.host, backend, self.regions, self.questions)
-        return outliers.kept() if outliers else {}, vectors
+        layerwise = Layerwise(networks=self.recipe.networks, load=self.tensors.load, observe=outliers)
+        backend = GraphBackend(
+            layerwise.runners(), embedding=self.embedding, past=self.past, spec=self.spec, chunk=LAYERWISE_CHUNK
+        )
+        keep_freed_memory()
+        vectors = layerwise.side_by_side(
+            lambda region: reference(self.host, backend, [region], self.questions), self.regions
+        )
+        return outliers.kept() if outliers else {}, np.concatenate(vectors)
 
     def assemble(self, kept: Mapping[str, str], folder: Path, forms: Sequence[str]) -> dict[str, Assembled]:
         """Every network's graphs, written."""

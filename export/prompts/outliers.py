@@ -7,6 +7,7 @@ higher precision.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,10 +30,12 @@ class Outliers:
     Attributes:
         precision: One of :data:`LIMITS`.
         errors: Largest mean relative error of each map over the runs, by the checkpoint's name.
+        coded: The weight of every map as its codes give it, as long as the map is in memory.
     """
 
     precision: str
     errors: dict[str, float] = field(default_factory=dict)
+    coded: WeakKeyDictionary[nn.Linear, Tensor] = field(default_factory=WeakKeyDictionary)
 
     def __call__(self, name: str, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
         """Compare a map's output with that of its codes."""
@@ -42,10 +45,10 @@ class Outliers:
         exact = y.reshape(-1, y.shape[-1])
         if layer.bias is not None:
             exact = exact - layer.bias
-        if self.precision == "int4":
-            coded = x @ _in_parts(_in_4_bits, weight).T
-        else:
-            coded = _rows_in_8_bits(x) @ _in_parts(_weight_in_8_bits, weight).T
+        in_4_bits = self.precision == "int4"
+        if layer not in self.coded:
+            self.coded[layer] = _in_parts(_in_4_bits if in_4_bits else _weight_in_8_bits, weight)
+        coded = (x if in_4_bits else _rows_in_8_bits(x)) @ self.coded[layer].T
         error = float(((coded - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(_TINY)).mean())
         self.errors[name] = max(self.errors.get(name, 0.0), error)
 

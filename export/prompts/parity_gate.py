@@ -3,13 +3,11 @@
 The gate is the runtime's self-test, run on every way in which the bundle serves, before it has a name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from topt_deploy.bundle.encoder_manifest import EncoderBundle
 from topt_deploy.errors import BadBundle
@@ -21,7 +19,6 @@ from topt_deploy.runtime.golden_checks import check_golden_regions
 from topt_deploy.runtime.prompt_encoder import CHUNKS, FORMS, ONNXRUNTIME, OPENVINO, load_encoder
 
 from .lower import STANDARD, TENSORRT
-from .pieces import Network, execute
 
 LONGEST = 2
 """The number of the golden region with the longest text."""
@@ -93,31 +90,6 @@ def reference(
     """Pooled vectors (regions, T, H) of a backend."""
     prompts = [host.prompt(region.text, region.images, questions) for region in regions]
     return np.concatenate([pooled(backend, [prompt]) for prompt in prompts])
-
-
-class TorchRunner:
-    """Runs a network's pieces in PyTorch, one layer's weights in memory at a time.
-
-    Args:
-        network: The network.
-        load: Gives the checkpoint's tensor of a name.
-        observe: Told of every linear map (:func:`.pieces.execute`).
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        load: Callable[[str], Tensor],
-        observe: Callable[[str, nn.Linear, Tensor, Tensor], None] | None,
-    ) -> None:
-        self._network, self._load, self._observe = network, load, observe
-        self.inputs = tuple(network.inputs)
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        """Compute the named outputs."""
-        tensors = {name: torch.tensor(array) for name, array in inputs.items()}
-        found = execute(self._network, lambda name: self._load(name).float(), tensors, self._observe)
-        return {name: found[name].numpy() for name in outputs}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ A piece is a small module, built without weights and traced once however many la
 weights of the checkpoint each layer takes and what its tensors are called in the whole network.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -81,25 +81,36 @@ class Network:
     uses: tuple[Use, ...]
 
 
-@torch.no_grad()
 def execute(
     network: Network,
     weight: Callable[[str], Tensor],
     inputs: Mapping[str, Tensor],
     observe: Callable[[str, nn.Linear, Tensor, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Run a network in PyTorch, layer by layer.
+    """:func:`execute_all` of one set of inputs."""
+    (found,) = execute_all(network, weight, [inputs], observe)
+    return found
+
+
+@torch.no_grad()
+def execute_all(
+    network: Network,
+    weight: Callable[[str], Tensor],
+    inputs: Sequence[Mapping[str, Tensor]],
+    observe: Callable[[str, nn.Linear, Tensor, Tensor], None] | None = None,
+) -> list[dict[str, Tensor]]:
+    """Run a network in PyTorch on several sets of inputs, layer by layer: each layer's weights are loaded once.
 
     Args:
         network: The network.
         weight: Gives the checkpoint's tensor of a name.
-        inputs: By name.
+        inputs: By name, of every run.
         observe: Told the checkpoint's name, the layer, the input and the output of every linear map.
 
     Returns:
-        The network's outputs, by name.
+        The network's outputs of every run, by name.
     """
-    values = dict(inputs)
+    runs = [dict(own) for own in inputs]
     for use in network.uses:
         with torch.device("meta"):
             module = use.piece.build()
@@ -110,9 +121,11 @@ def execute(
             for path, layer in module.named_modules():
                 if isinstance(layer, nn.Linear):
                     layer.register_forward_hook(partial(_tell, observe, use.weight(path)))
-        found = module.eval()(*(values[use.outer(name)] for name in use.piece.inputs))
-        values |= {use.outer(name): tensor for name, tensor in zip(use.piece.outputs, found, strict=True)}
-    return {name: values[name] for name in network.outputs}
+        module.eval()
+        for values in runs:
+            found = module(*(values[use.outer(name)] for name in use.piece.inputs))
+            values |= {use.outer(name): tensor for name, tensor in zip(use.piece.outputs, found, strict=True)}
+    return [{name: values[name] for name in network.outputs} for values in runs]
 
 
 def _tell(

@@ -19,9 +19,10 @@ from topt_deploy.errors import BadBundle, UsageError
 from topt_deploy.export.prompts import assemble as module
 from topt_deploy.export.prompts.checkpoint_tensors import Tensors, recipe
 from topt_deploy.export.prompts.default_profiles import default_profile, of_network
+from topt_deploy.export.prompts.layerwise import Layerwise
 from topt_deploy.export.prompts.lower import TENSORRT
 from topt_deploy.export.prompts.outliers import LIMITS, Outliers
-from topt_deploy.export.prompts.parity_gate import TorchRunner, reference
+from topt_deploy.export.prompts.parity_gate import reference
 from topt_deploy.export.tensorrt_engines import EngineTarget, make_engines
 from topt_deploy.hardening.onnx_operators import check_graph
 from topt_deploy.prompts.golden_regions import read_golden, reproduce
@@ -67,7 +68,7 @@ def lossy_maps(bundle, networks, tensors, precision):
     if precision not in LIMITS:
         return {}
     outliers = Outliers(precision=precision)
-    backend = backend_of(bundle, {network.name: TorchRunner(network, tensors.load, outliers) for network in networks})
+    backend = backend_of(bundle, Layerwise(networks=networks, load=tensors.load, observe=outliers).runners())
     host = bundle.spec.host(bundle.read("tokenizer.json"))
     reference(host, backend, read_golden(bundle)[0], list(bundle.templates.questions.values()))
     return outliers.kept()

@@ -15,7 +15,7 @@ from transformers.models.mllama import processing_mllama as published
 from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.export.prompts import traced_operators
 from topt_deploy.export.prompts.families import mllama as export
-from topt_deploy.export.prompts.parity_gate import TorchRunner
+from topt_deploy.export.prompts.layerwise import Layerwise
 from topt_deploy.export.prompts.pieces import execute
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.mllama.host import Mllama, MllamaSettings, layout, visible_tiles, vision_inputs
@@ -113,7 +113,7 @@ def pieces(model, networks, weight, spec):
     """The exported networks as a backend, run piece by piece in PyTorch."""
     table = model.model.language_model.embed_tokens.weight.detach().numpy()
     past = {name: (2, 8) for name in networks["decoder"].inputs if name.startswith("past_")}
-    runners = {name: TorchRunner(network, weight, None) for name, network in networks.items()}
+    runners = Layerwise(networks=list(networks.values()), load=weight).runners()
     return GraphBackend(runners, embedding=table, past=past, spec=spec, chunk=23)
 
 
