@@ -1,7 +1,7 @@
 """Outer folds, and the rows of training labels they leave: the one place that knows what is held out."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,30 @@ class HeldOut:
     def metrics(self) -> list[Metrics]:
         """Over all regions' held-out predictions, for every repetition (R)."""
         return [metrics(self.truth(), prediction) for prediction in self.prediction]
+
+
+def chosen_by_other_folds(candidates: Mapping[str, HeldOut]) -> tuple[HeldOut, Array]:
+    """The predictions of whoever takes one of several methods without a look at the fold it is then held against.
+
+    For every fold the method is taken that has the smallest mean absolute error on all other folds. What it predicted
+    of those was fitted with this fold's labels, which favours the choice a little. With two folds or more.
+
+    Args:
+        candidates: By name, of the same splits.
+
+    Returns:
+        The predictions, and the number of the method behind each, int64 (R, N); -1 for regions that take no part.
+    """
+    own = list(candidates.values())
+    fold, truth = own[0].fold, own[0].truth()
+    errors = np.abs(np.stack([held_out.prediction for held_out in own]) - truth)  # (M, R, N)
+    number = np.full(fold.shape, -1)
+    for r, of_region in enumerate(fold):
+        for k in range(of_region.max() + 1):
+            others = (of_region >= 0) & (of_region != k) & ~np.isnan(truth)
+            number[r, of_region == k] = errors[:, r, others].mean(axis=1).argmin()
+    taken = np.take_along_axis(np.stack([held_out.prediction for held_out in own]), number[None], axis=0)[0]
+    return replace(own[0], prediction=np.where(number >= 0, taken, np.nan)), number
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.model_selection import KFold
 
 from topt_deploy.errors import BadData
-from topt_deploy.train.evaluation.splits import Splits, honest, spatial
+from topt_deploy.train.evaluation.splits import HeldOut, Splits, chosen_by_other_folds, honest, spatial
 
 LABELS = np.random.default_rng(0).poisson(30, 23).astype(float)
 LABELS[[2, 7, 11]] = np.nan
@@ -102,3 +104,36 @@ def test_too_few_labels_or_places_are_refused():
         honest(np.array([1.0, 2.0, np.nan, np.nan]), seeds=(0,))
     with pytest.raises(BadData, match="at least 3"):
         spatial(np.ones(6), np.repeat(POSITION[:2], 3, axis=0), seeds=(0,))
+
+
+def test_a_choice_among_methods_does_not_see_the_fold_it_is_held_against():
+    """Six regions, three folds. The first method is the best of all by hindsight, for it is right about fold 0."""
+    labels = np.array([10.0, 10, 20, 20, 30, 30])
+    fold = np.array([[0, 0, 1, 1, 2, -1]])
+    predictions = {"a": [10, 10, 29, 29, 39, 0], "b": [50, 50, 22, 22, 32, 0]}
+    candidates = {
+        name: HeldOut(labels=labels, fold=fold, prediction=np.array([p], float)) for name, p in predictions.items()
+    }
+    chosen, number = chosen_by_other_folds(candidates)
+    # Fold 0: b has errors 2, 2, 2 elsewhere, a 9, 9, 9. Folds 1 and 2: a has 0, 0, 9 elsewhere, b 40, 40, 2.
+    np.testing.assert_array_equal(number, [[1, 1, 0, 0, 0, -1]])
+    np.testing.assert_array_equal(chosen.prediction, [[50, 50, 29, 29, 39, np.nan]])
+    changed = {n: replace(c, prediction=np.where(fold == 0, 1e6, c.prediction)) for n, c in candidates.items()}
+    assert (chosen_by_other_folds(changed)[1][fold == 0] == 1).all(), "fold 0 chooses for itself by the others alone"
+
+
+def test_a_choice_is_made_in_every_repetition_and_among_more_than_32_methods():
+    rng = np.random.default_rng(0)
+    labels = rng.gamma(2, 50, 30)
+    splits = honest(labels, seeds=(0, 1), folds=5)
+    candidates = {
+        str(m): HeldOut(labels=labels, fold=splits.fold, prediction=labels + rng.normal(0, 1 + m % 7, (2, 30)))
+        for m in range(40)
+    }
+    chosen, number = chosen_by_other_folds(candidates)
+    for r in range(2):
+        for i in range(30):
+            others = splits.fold[r] != splits.fold[r, i]
+            errors = [np.abs(c.prediction[r] - labels)[others].mean() for c in candidates.values()]
+            assert number[r, i] == np.argmin(errors)
+            assert chosen.prediction[r, i] == candidates[str(number[r, i])].prediction[r, i]

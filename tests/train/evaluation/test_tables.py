@@ -6,7 +6,7 @@ import pytest
 from topt_deploy.train.evaluation.coverage import Coverage, Stratum
 from topt_deploy.train.evaluation.paired_tests import compare
 from topt_deploy.train.evaluation.results import MethodResult
-from topt_deploy.train.evaluation.splits import HeldOut, honest
+from topt_deploy.train.evaluation.splits import HeldOut, chosen_by_other_folds, honest
 from topt_deploy.train.evaluation.tables import Spread, as_json, markdown, spreads, verdicts
 
 LABELS = np.random.default_rng(0).gamma(2, 50, 40)
@@ -78,6 +78,18 @@ def test_the_verdict_is_against_the_best_plain_baseline_of_the_task():
     assert f"topt has MAE {verdict.mae:.1f}, {share:.1f} % below the best plain baseline" in sentence
     assert "the difference is significant (Wilcoxon over regions p = " in sentence
     assert sentence in markdown(FACTS, results)
+
+
+def test_the_verdict_names_what_a_choice_without_foresight_would_have_reached():
+    plain = {name: result(name, "plain", 20, seed=seed) for seed, name in enumerate(("ridge", "boosting", "mean"))}
+    (verdict,) = verdicts([result("topt", "variant", 10), *plain.values()])
+    chosen, _ = chosen_by_other_folds({name: own.held_out for name, own in plain.items()})
+    mae = np.mean([np.abs(p - LABELS).mean() for p in chosen.prediction])
+    assert verdict.chosen_mae == pytest.approx(mae)
+    assert verdict.sentence().endswith(f"; the plain baseline that is the best on all other folds has MAE {mae:.1f}")
+    (alone,) = verdicts([result("topt", "variant", 10), plain["ridge"]])
+    assert alone.chosen_mae is None
+    assert "other folds" not in alone.sentence()
 
 
 def test_the_verdict_says_when_the_baseline_wins():
