@@ -26,6 +26,7 @@ from topt_deploy.model.row_tiles import keep_freed_memory
 from topt_deploy.model.target import Target
 from topt_deploy.model.topt import EnsembleHead, all_features
 
+from .extra_trees import fit_trees
 from .loop import Workplace
 from .prompt4re import HeadResult, fit_head, last_members, one_label
 from .stacking import FoldRows, stack, with_inner
@@ -243,6 +244,11 @@ def _begin(
     if settings.radial:
         own = (Leverage.fit(all_widths(schema), inputs, row) for row in known[: split.outer])
         trust = torch.stack([leverage.to(device).trust(inputs) for leverage in own]).double()
+    if head.trees is not None:
+        kept = slice(split.outer - rows, split.outer)
+        trees_seed = zlib.crc32(f"{config.seed}/{stage}/trees".encode())
+        head.trees, predicted = fit_trees(x, scaled, known, settings, seed=trees_seed, kept=kept)
+        parts.append(predicted)
     network = None
     if head.network is not None:
         network = ResidualMlp(members=sum(_members(split, settings)), inputs=x.shape[1], config=settings).to(device)

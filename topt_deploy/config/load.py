@@ -216,9 +216,9 @@ def _check(task: TaskConfig, where: str) -> None:
     ):
         if heads < 1 or width % heads:
             raise BadConfig(f"{name}: heads do not divide the width", file=where, found=f"{heads} heads, width {width}")
-    parts = (task.ensemble.kernel, task.ensemble.network, task.ensemble.topt)
+    parts = (task.ensemble.kernel, task.ensemble.network, task.ensemble.trees, task.ensemble.topt)
     if task.ensemble.enabled and not any(parts):
-        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network or topt")
+        raise BadConfig("ensemble: nothing takes part", file=where, expected="kernel, network, trees or topt")
     if not (task.ensemble.lengths and task.ensemble.position_lengths):
         raise BadConfig(
             "ensemble: a list of lengths is empty",

@@ -176,6 +176,8 @@ class EnsembleConfig:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
+        trees: Extremely randomised trees; 0 leaves them out.
+        tree_depth: Their depth, at most.
         radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
             what is counted.
         topt: Use SREL's embedding with a Prompt4RE head on it.
@@ -206,6 +208,8 @@ class EnsembleConfig:
     enabled: bool = False
     kernel: bool = True
     network: bool = True
+    trees: Annotated[int, Bounds(0)] = 0
+    tree_depth: Annotated[int, Bounds(1, 12)] = 6
     radial: bool = False
     topt: bool = False
     embedding: bool = True

@@ -18,6 +18,7 @@ from .prompt4re import Prompt4Re, PromptBasis
 from .residual_mlp import ResidualMlp
 from .srel import Srel
 from .target import Target
+from .trees import Trees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +89,18 @@ class TaskHead(nn.Module):
         return self.target.counts(self.output(embedding, features, self.coordinates(prompts)))
 
 
-NETWORKS, TOPT = "networks", "SREL with Prompt4RE"
+TREES, NETWORKS, TOPT = "trees", "networks", "SREL with Prompt4RE"
 
 
 class EnsembleHead(nn.Module):
-    """One task by several regressions, combined on the target scale: Gaussian processes, networks, and Prompt4RE on
+    """One task by several regressions, combined on the target scale: Gaussian processes, trees, networks, and Prompt4RE on
     SREL's embedding. Every part is bounded by its training labels (:meth:`.target.Target.bounded`) before it counts.
 
     A region unlike the labelled ones gets less of all that. As far as it is not trusted
     (:meth:`.leverage.Leverage.trust`), it is predicted by the process with radial kernels, which far from what it was
     fitted on says the mean.
 
-    All see every view, what flows lead to, and positions; the networks see no prompts.
+    All see every view, what flows lead to, and positions; trees and networks see no prompts.
 
     *Shape:* {view: (N, F_v)}, prompts (N, H) or None, E (N, D) or None → counts (R, N)
 
@@ -130,6 +131,7 @@ class EnsembleHead(nn.Module):
         self.local = bool(config.local_lengths) and POSITION in widths
         more = ({LOCAL: widths[POSITION]} if self.local else {}) | ({PROMPT: rank} if rank else {})
         self.kernel = KernelHead({**widths, **more}, config, rows) if config.kernel or config.radial else None
+        self.trees = Trees(rows=rows, trees=config.trees, depth=config.tree_depth) if config.trees else None
         inputs = sum(widths.values())
         self.network = (
             ResidualMlp(members=rows * config.members, inputs=inputs, config=config) if config.network else None
@@ -147,7 +149,8 @@ class EnsembleHead(nn.Module):
     def parts(self) -> list[str]:
         """Names of the regressions that are weighed, in order."""
         kernels = [] if self.kernel is None else [name for name in self.kernel.regressions() if name != RADIAL]
-        return kernels + [NETWORKS] * (self.network is not None) + [TOPT] * (self.topt is not None)
+        others = {TREES: self.trees, NETWORKS: self.network, TOPT: self.topt}
+        return kernels + [name for name, part in others.items() if part is not None]
 
     def views(self, inputs: Mapping[str, Tensor], prompts: Tensor | None) -> dict[str, Tensor]:
         """Everything that the head sees, by view."""
@@ -157,7 +160,7 @@ class EnsembleHead(nn.Module):
         return views if self.basis is None else views | {PROMPT: self.basis(prompts)}
 
     def side_by_side(self, views: Mapping[str, Tensor]) -> Tensor:
-        """The input of the networks, (N, ΣF_v)."""
+        """The input of trees and networks, (N, ΣF_v)."""
         return torch.cat([views[name] for name in self.names], dim=1)
 
     def outputs(
@@ -173,6 +176,8 @@ class EnsembleHead(nn.Module):
         found: list[tuple[str, Tensor]] = []
         if self.kernel is not None:
             found += list(zip(self.kernel.regressions(), self.kernel(views).unbind(dim=1), strict=True))
+        if self.trees is not None:
+            found.append((TREES, self.trees(self.side_by_side(views))))
         if self.network is not None:
             output = self.network(self.side_by_side(views))
             found.append((NETWORKS, output.unflatten(0, (self.rows, -1)).mean(dim=1)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from topt_deploy.data.features import POSITION
 from topt_deploy.model.gaussian_process import KernelHead, ViewKernels
 from topt_deploy.model.srel import Srel
-from topt_deploy.model.topt import NETWORKS, TOPT, EnsembleHead, TopT, all_features
+from topt_deploy.model.topt import NETWORKS, TOPT, TREES, EnsembleHead, TopT, all_features
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ class Contributions:
         transform: The transform of that scale (``target.transform``).
         average: The mean prediction.
         views: Per view, float64 (N,): its features times its own coefficients. Empty without Gaussian processes.
-        others: By name, float64 (N,): parts that are not additive over views, the networks and ToPT's two stages; and
+        others: By name, float64 (N,): parts that are not additive over views, trees, networks and ToPT's two stages; and
             what bounds, and falling back to radial kernels, take or add, where they do.
     """
 
@@ -86,7 +86,7 @@ def contributions(
     weights = dict(zip(head.parts(), head.weights[-1].tolist(), strict=True))
     outputs = head.outputs(views, embedding, features)
     said = {name: output[-1].double().numpy() for name, output in outputs}
-    others = {name: weights[name] * said[name] for name in (NETWORKS, TOPT) if name in weights}
+    others = {name: weights[name] * said[name] for name in (TREES, NETWORKS, TOPT) if name in weights}
     parts = {} if head.kernel is None else _by_view(head.kernel, views, weights)
     whole = sum(others.values()) + sum(parts.values())
     taken = head.combined(outputs, trust)[-1].double().numpy() - whole
