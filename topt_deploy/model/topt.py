@@ -93,8 +93,8 @@ TREES, NETWORKS, TOPT = "trees", "networks", "SREL with Prompt4RE"
 
 
 class EnsembleHead(nn.Module):
-    """One task by several regressions, combined on the target scale: Gaussian processes, trees, networks, and Prompt4RE on
-    SREL's embedding. Every part is bounded by its training labels (:meth:`.target.Target.bounded`) before it counts.
+    """One task by several regressions, combined on the target scale: Gaussian processes, trees, networks, and Prompt4RE
+    on SREL's embedding. Every part is bounded by its training labels (:meth:`.target.Target.bounded`) before it counts.
 
     A region unlike the labelled ones gets less of all that. As far as it is not trusted
     (:meth:`.leverage.Leverage.trust`), it is predicted by the process with radial kernels, which far from what it was

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Trees(nn.Module):
     """The mean of T trees of depth D, for each of R training sets.
 
-    Node i of a tree leads to 2i + 1 where its feature is at most its threshold, and else to 2i + 2. Features are compared
-    as they are, so that neither half precision nor few bits move a region to another leaf.
+    Node i of a tree leads to 2i + 1 where its feature is at most its threshold, and else to 2i + 2. Features are
+    compared as they are, so that neither half precision nor few bits move a region to another leaf.
 
     *Shape:* (N, F) → (R, N), on the standardised target scale
 

@@ -32,8 +32,8 @@ class Contributions:
         transform: The transform of that scale (``target.transform``).
         average: The mean prediction.
         views: Per view, float64 (N,): its features times its own coefficients. Empty without Gaussian processes.
-        others: By name, float64 (N,): parts that are not additive over views, trees, networks and ToPT's two stages; and
-            what bounds, and falling back to radial kernels, take or add, where they do.
+        others: By name, float64 (N,): parts that are not additive over views, which are trees, networks and ToPT's two
+            stages; and what bounds, and falling back to radial kernels, take or add, where they do.
     """
 
     transform: str
