@@ -18,6 +18,9 @@ from ..quantize_weights import BLOCK, quantize_int8
 LIMITS = {"int8": (0.05, "fp16"), "int4": (0.15, "int8")}
 """By precision: the mean over tokens of the relative error of a map's output, above which it is kept, and in what. On
 SmolLM2-135M these are value projections, 2.5 % of its weights (dev/LOG.md has what that buys)."""
+TOKENS = 256
+"""At most so many of a run's tokens are compared, evenly spread: more say nothing new of a map, and take as long as the
+run itself."""
 ROWS = 64
 """Outputs of a map that are coded at once."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -39,10 +42,12 @@ class Outliers:
 
     def __call__(self, name: str, layer: nn.Linear, x: Tensor, y: Tensor) -> None:
         """Compare a map's output with that of its codes."""
-        x, weight = x.reshape(-1, x.shape[-1]), layer.weight
+        x, weight, exact = x.reshape(-1, x.shape[-1]), layer.weight, y.reshape(-1, y.shape[-1])
         if len(x) == 0:
             return
-        exact = y.reshape(-1, y.shape[-1])
+        if len(x) > TOKENS:
+            some = torch.linspace(0, len(x) - 1, TOKENS).long()
+            x, exact = x[some], exact[some]
         if layer.bias is not None:
             exact = exact - layer.bias
         in_4_bits = self.precision == "int4"

@@ -6,8 +6,9 @@ import torch
 from rounding import in_8_bits, weight_in_8_bits
 from torch import nn
 
+from topt_deploy.export.prompts import outliers as outliers_module
 from topt_deploy.export.prompts.assemble import assemble
-from topt_deploy.export.prompts.outliers import LIMITS, Outliers
+from topt_deploy.export.prompts.outliers import LIMITS, TOKENS, Outliers
 from topt_deploy.export.prompts.pieces import Network, Piece, Spec, Use, execute
 from topt_deploy.runtime.backends.onnxruntime import MappedSession
 
@@ -106,3 +107,17 @@ def test_keeping_it_makes_better_vectors(given, tmp_path):
         found = MappedSession(done.graphs["onnxruntime"]).run({"hidden": given}, ["last"])["last"]
         cosines[name] = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert 1 - cosines["kept"] < 0.3 * (1 - cosines["all in 8 bits"])
+
+
+@torch.no_grad()
+def test_of_many_tokens_some_are_compared_from_the_first_to_the_last(monkeypatch):
+    compared = []
+    rows_in_8_bits = outliers_module._rows_in_8_bits
+    monkeypatch.setattr(outliers_module, "_rows_in_8_bits", lambda x: compared.append(x) or rows_in_8_bits(x))
+    layer = nn.Linear(WIDTH, WIDTH)
+    for tokens in (TOKENS, TOKENS + 1, 10 * TOKENS):
+        x = torch.arange(tokens).float()[:, None].expand(-1, WIDTH) + 1
+        Outliers(precision="int8")("map", layer, x, layer(x))
+        assert len(compared[-1]) == TOKENS
+        assert compared[-1][[0, -1], 0].tolist() == [1, tokens]
+        assert (compared[-1][1:, 0] > compared[-1][:-1, 0]).all()
