@@ -54,7 +54,7 @@ class Layerwise:
         return {network.name: TorchRunner(network, self) for network in self.networks}
 
     def side_by_side(self, read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """What ``read`` gives of every item, each read by a thread of its own through :meth:`runners`."""
+        """The result of ``read`` for every item, each read by a thread of its own through :meth:`runners`."""
         self._readers = len(items)
 
         def one(item: Item) -> Result:
