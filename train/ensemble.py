@@ -24,7 +24,7 @@ from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import ResidualMlp
 from topt_deploy.model.row_tiles import keep_freed_memory
 from topt_deploy.model.target import Target
-from topt_deploy.model.topt import EnsembleHead, all_features
+from topt_deploy.model.topt import TREES, EnsembleHead, all_features
 
 from .extra_trees import fit_trees
 from .loop import Workplace
@@ -179,8 +179,9 @@ class _Begun:
         everything = {name: self.target.bounded(part) for name, part in zip(self.names, self.parts, strict=True)}
         bounded = torch.stack([everything[name] for name in self.head.parts()])  # (P, S, N)
         outer = self.rows.outer
-        weights = stack(bounded.cpu().numpy(), self.scaled.cpu().numpy(), self.rows)  # (outer, P)
         named = self.head.parts()
+        earned = [name == TREES for name in named]
+        weights = stack(bounded.cpu().numpy(), self.scaled.cpu().numpy(), self.rows, earned=earned)  # (outer, P)
 
         def counts(shares: Array) -> Array:
             combined = torch.zeros_like(bounded[0])
@@ -191,7 +192,9 @@ class _Begun:
 
         without = {}
         for p, name in enumerate(named if len(named) > 1 else []):
-            others = np.where(np.arange(len(named)) == p, 0.0, weights)
+            left = np.arange(len(named)) != p
+            others = np.where(left, weights, 0.0)
+            others = np.where(others.any(axis=1, keepdims=True), others, left)  # only trees left, which earned nothing
             without[name] = counts(others / others.sum(axis=1, keepdims=True))
         for name, tensor in self.target.state_dict().items():
             self.head.target.state_dict()[name].copy_(tensor[self.kept()])

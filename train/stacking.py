@@ -61,7 +61,7 @@ def with_inner(labels: Array, *, folds: int, seed: int, part: Array | None = Non
     return FoldRows(labels=np.array(rows), outer=len(labels), parents=parents)
 
 
-def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
+def stack(outputs: Array, targets: Array, rows: FoldRows, *, earned: Sequence[bool] = ()) -> Array:
     """Weights of the parts, for every training set: non-negative least squares of its labels on what the parts say of
     inner folds that they did not train on, scaled to add up to 1 and drawn to equal weights (:data:`EQUAL`).
 
@@ -69,12 +69,16 @@ def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
         outputs: float64 (P, S, N), on each row's own standardised target scale.
         targets: float64 (S, N), the labels on it; anything where a row does not have them.
         rows: The S rows.
+        earned: True for parts that have the weight they earn and no share of the equal ones. By default none, and none
+            either where all would be.
 
     Returns:
         float64 (training sets, P).
     """
     parts = len(outputs)
-    weights = np.full((rows.outer, parts), 1 / parts)
+    shares = np.array([not own for own in earned] if earned and not all(earned) else [True] * parts)
+    equal = shares / shares.sum()
+    weights = np.tile(equal, (rows.outer, 1))
     for s in range(rows.outer):
         inner = [row for row in range(rows.outer, len(rows.parents)) if rows.parents[row] == s]
         if not inner or parts == 1:
@@ -86,5 +90,5 @@ def stack(outputs: Array, targets: Array, rows: FoldRows) -> Array:
         found, _ = nnls(seen, truth)
         if found.sum() > 0:
             shrink = EQUAL / (EQUAL + len(truth))
-            weights[s] = shrink / parts + (1 - shrink) * found / found.sum()
+            weights[s] = shrink * equal + (1 - shrink) * found / found.sum()
     return weights

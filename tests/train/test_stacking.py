@@ -25,3 +25,19 @@ def test_the_part_that_is_right_gets_all_but_the_share_that_is_drawn_to_equal_we
 def test_too_few_labels_weigh_all_parts_the_same():
     rows, truth, outputs = parts(ENOUGH - 1)
     np.testing.assert_allclose(stack(outputs, truth, rows), 1 / 3)
+
+
+def test_a_part_that_has_to_earn_its_weight_has_no_share_of_the_equal_ones():
+    for n in (30, 300):
+        rows, truth, outputs = parts(n)
+        share = EQUAL / (EQUAL + n)
+        worthless = stack(outputs, truth, rows, earned=[False, False, True])
+        np.testing.assert_allclose(worthless, [[share / 2 + 1 - share, share / 2, 0]], atol=1e-6)
+        right = stack(outputs, truth, rows, earned=[True, False, False])
+        np.testing.assert_allclose(right, [[1 - share, share / 2, share / 2]], atol=1e-6)
+
+
+def test_without_enough_labels_it_has_none_and_alone_it_has_all():
+    rows, truth, outputs = parts(ENOUGH - 1)
+    np.testing.assert_allclose(stack(outputs, truth, rows, earned=[False, True, False]), [[0.5, 0, 0.5]])
+    np.testing.assert_allclose(stack(outputs[:1], truth, rows, earned=[True]), [[1]])
