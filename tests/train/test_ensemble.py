@@ -210,10 +210,10 @@ class TestStacked:
         inputs, labels = problem()
         result = train(inputs, rows(labels), self.SETTINGS, rows=4)
         assert list(result.weights) == [
-            "kernels from 0.7", "kernels from 1.5", "trees", "networks", "SREL with Prompt4RE",
+            "kernels from 0.7", "kernels from 1.5", "randomised trees", "networks", "SREL with Prompt4RE",
         ]  # fmt: skip
         assert sum(result.weights.values()) == pytest.approx(1)
-        assert min(weight for name, weight in result.weights.items() if name != "trees") >= 0.125 - 1e-6
+        assert min(weight for name, weight in result.weights.items() if name != "randomised trees") >= 0.125 - 1e-6
         assert result.head.weights.std(dim=1).min() > 0
 
     def test_the_head_holds_the_fits_of_all_folds(self, enough):

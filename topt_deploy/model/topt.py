@@ -89,7 +89,7 @@ class TaskHead(nn.Module):
         return self.target.counts(self.output(embedding, features, self.coordinates(prompts)))
 
 
-TREES, NETWORKS, TOPT = "trees", "networks", "SREL with Prompt4RE"
+TREES, NETWORKS, TOPT = "randomised trees", "networks", "SREL with Prompt4RE"
 
 
 class EnsembleHead(nn.Module):
