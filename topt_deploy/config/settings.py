@@ -176,7 +176,8 @@ class EnsembleConfig:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
-        trees: Extremely randomised trees; 0 leaves them out.
+        trees: Extremely randomised trees, such as 64; 0 leaves them out. They help in some cities, and a bundle takes
+            longer to predict with them (dev/LOG.md).
         tree_depth: Their depth, at most.
         radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
             what is counted.

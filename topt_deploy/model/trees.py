@@ -41,7 +41,12 @@ class Trees(nn.Module):
         node = torch.zeros(x.shape[0], rows * trees, dtype=torch.int64, device=x.device)
         for _ in range(self.depth):
             place = tree * nodes + node
-            above = x.gather(1, feature[place]) > threshold[place]
+            above = x.gather(1, _at(feature, place)) > _at(threshold, place)
             node = 2 * node + 1 + above.long()
-        leaf = value[tree * (nodes + 1) + node - nodes]  # (N, R·T)
+        leaf = _at(value, tree * (nodes + 1) + node - nodes)  # (N, R·T)
         return leaf.unflatten(1, (rows, trees)).mean(dim=2).t()
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """Entries of a table (K,) at places of any shape: ONNX's Gather, where an index would be the slower GatherND."""
+    return table.index_select(0, places.flatten()).view_as(places)

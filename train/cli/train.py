@@ -48,8 +48,8 @@ def train(
     compile_: bool | None,
     threads: int | None,
 ) -> None:
-    """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet, beside Gaussian processes,
-    trees and networks that share the prediction with them. CITY is this folder by default. Several cities with the same
+    """Train SREL and Prompt4RE on CITY, a folder with regions.parquet and mobility.parquet, beside Gaussian processes
+    and networks that share the prediction with them. CITY is this folder by default. Several cities with the same
     categories train one model, which also predicts cities without a single label; they need --out.
 
     Regions whose label is null are the ones to predict. At the end, held-out figures say what to expect there.

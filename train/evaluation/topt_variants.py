@@ -150,7 +150,7 @@ VARIANTS: Mapping[str, Topt] = {
     "topt-no-stages": Topt("default", "ensemble.topt=false"),
     "topt-no-kernels": Topt("default", "ensemble.kernel=false"),
     "topt-no-networks": Topt("default", "ensemble.network=false"),
-    "topt-no-trees": Topt("default", "ensemble.trees=0"),
+    "topt-trees": Topt("default", "ensemble.trees=64"),
     "topt-equal": Topt("default", "ensemble.inner_folds=0"),
     "topt-kernels": Topt("kernels"),
     "srel": Topt("srel"),
