@@ -17,12 +17,12 @@ from torch import Tensor
 from topt_deploy.config.settings import Config, EnsembleConfig
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths, feature_widths
+from topt_deploy.freed_memory import keep_freed_memory
 from topt_deploy.model.gaussian_process import PROMPT, RADIAL, KernelHead, maximise_evidence
 from topt_deploy.model.layers import Standardize, repeated
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.prompt4re import PromptBasis
 from topt_deploy.model.residual_mlp import ResidualMlp
-from topt_deploy.model.row_tiles import keep_freed_memory
 from topt_deploy.model.target import Target
 from topt_deploy.model.topt import TREES, EnsembleHead, all_features
 

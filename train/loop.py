@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from topt_deploy.config.settings import Config, EnsembleConfig, Prompt4ReConfig, SrelConfig, TaskConfig
 from topt_deploy.errors import BadConfig
+from topt_deploy.freed_memory import keep_freed_memory
 from topt_deploy.model.checkpoint import restore_training, save_training
-from topt_deploy.model.row_tiles import SETTLED, keep_freed_memory
+from topt_deploy.model.row_tiles import SETTLED
 from topt_deploy.model.training_device import check_device
 
 from .progress import Reporter

@@ -104,8 +104,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {row['city']} | {row['task']} | {row['mae']:.1f} / {row['r2']:.3f} | {row['best_mae']:.1f}"
             f" ({row['best']}) | {row['best_r2']:.3f} | {change:+.1f} % | {row['chosen_mae']:.1f} | {honest:+.1f} % |"
-            + f" {held} |"
-            * covered
+            + (f" {held} |" if covered else "")
         )
     if found:
         ratio, honest = (_change(found, other) for other in ("best_mae", "chosen_mae"))

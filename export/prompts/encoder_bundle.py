@@ -24,7 +24,7 @@ from topt_deploy.bundle.encoder_manifest import (
 from topt_deploy.bundle.sealed import seal_bundle
 from topt_deploy.bundle.tolerances import PROMPTS as TOLERANCE
 from topt_deploy.errors import UsageError
-from topt_deploy.model.row_tiles import keep_freed_memory
+from topt_deploy.freed_memory import keep_freed_memory
 from topt_deploy.prompts.encode import CONTEXT, limit_pixels
 from topt_deploy.prompts.encoder_spec import EncoderSpec
 from topt_deploy.prompts.families.registry import TEXT

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from topt_deploy.freed_memory import give_back_from
 from topt_deploy.prompts.graph_backend import (
     PAST,
     PRESENT,
@@ -16,8 +17,8 @@ from topt_deploy.prompts.graph_backend import (
 
 GROUP, MOST_SCALED_TOGETHER = 32, 256
 """Inputs that share a scale: OpenVINO's own choice, and the most that do."""
-M_MMAP_THRESHOLD, BLOCK_BYTES = -3, 1 << 16
-"""glibc's number of the parameter, and the size from which a block is the system's own."""
+BLOCK_BYTES = 1 << 16
+"""From this size on a block of memory is given back as soon as it is free."""
 MADV_DONTNEED = 4
 
 
@@ -131,6 +132,4 @@ def _free_at_once() -> None:
 
     A decoder's tensors grow with every call; glibc would keep the smaller ones, a third of the memory in the end.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES)
+    give_back_from(BLOCK_BYTES)

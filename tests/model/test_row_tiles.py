@@ -202,7 +202,8 @@ def test_there_are_not_more_tiles_than_regions_however_many():
 
 STEPS = """
 import resource, torch
-from topt_deploy.model.row_tiles import in_tiles, keep_freed_memory
+from topt_deploy.freed_memory import keep_freed_memory
+from topt_deploy.model.row_tiles import in_tiles
 torch.set_num_threads(1)
 in_tiles(1000, lambda rows: (torch.ones(1000)[rows],))  # in several tiles: blocks are given back
 {before}

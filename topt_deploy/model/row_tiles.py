@@ -5,25 +5,24 @@ is kept. Small cities are one tile, computed as if there were none of this. In t
 computed a second time for the gradient instead of being kept; in an exported graph the tiles are an ONNX Scan.
 """
 
-import ctypes
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from topt_deploy.freed_memory import give_back_from
+
 ENTRIES = 1 << 18
 """Entries of an N×N matrix that are held at once, by each of a layer's heads or channels: 1 MB for each. Larger tiles
 leave the processor's cache, and are slower."""
 CUDA_ENTRIES = 1 << 22
 """Likewise on CUDA, where a tile costs launches and no cache is to be kept: N to 2,048 is one tile. Not measured."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's numbers of the settings."""
 LEAST = 4
 """Rows of a tile, whatever N is."""
 LEAST_KEPT = 32
@@ -31,10 +30,6 @@ LEAST_KEPT = 32
 the random numbers, so that the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
-KEPT_BYTES = 1 << 30
-"""Up to this size a block is kept for the next one, while there is one tile."""
-KEPT_BY_OLDER = 1 << 25
-"""The most that older glibc takes."""
 ALL = slice(None)
 ROWS_OF_TILE, STACK = "topt::RowsOfTile", "topt::Stack"
 """Operators of a traced model around what is computed for one tile: from all tiles (T, t) to the rows of one, (t,), and
@@ -197,24 +192,7 @@ def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tu
 def _give_back_at_once() -> None:
     """Keep a tile's blocks off glibc's heap, where what is kept of every tile would lie between them and pin the rest:
     1.8 GB at 3,000 regions, of which 0.1 were in use. Other allocators need none of this."""
-    _mallopt()(M_MMAP_THRESHOLD, BLOCK_BYTES)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks for the next step, until something is computed in several tiles.
-
-    By itself glibc would learn to, but not once :func:`_give_back_at_once` has set a size: a step of 400 of 1,000
-    regions then spent as long in getting its memory from the system as in computing.
-    """
-    if not _mallopt()(M_MMAP_THRESHOLD, KEPT_BYTES):
-        _mallopt()(M_MMAP_THRESHOLD, KEPT_BY_OLDER)
-    _mallopt()(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-@cache
-def _mallopt() -> Callable[[int, int], Any]:
-    """glibc's function; one that does nothing where there is another allocator."""
-    return getattr(ctypes.CDLL(None), "mallopt", lambda setting, value: 1)
+    give_back_from(BLOCK_BYTES)
 
 
 def _traced(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:

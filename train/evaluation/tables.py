@@ -59,15 +59,15 @@ class Verdict:
 
     def sentence(self) -> str:
         """For people."""
-        change, tests = 100 * self.paired.difference, self._tests()
+        change, tests = 100 * self.paired.difference, self._tests() + self._chosen()
         if change >= 0:
             return (
                 f"{self.task}: the plain baseline wins: {self.baseline} has MAE {self.baseline_mae:.1f}, and {MAIN}"
-                f" {self.mae:.1f}, {change:.1f} % more; {tests}{self._chosen()}"
+                f" {self.mae:.1f}, {change:.1f} % more; {tests}"
             )
         return (
             f"{self.task}: {MAIN} has MAE {self.mae:.1f}, {-change:.1f} % below the best plain baseline,"
-            f" {self.baseline} with {self.baseline_mae:.1f}; {tests}{self._chosen()}"
+            f" {self.baseline} with {self.baseline_mae:.1f}; {tests}"
         )
 
     def _chosen(self) -> str:
