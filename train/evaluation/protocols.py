@@ -12,6 +12,7 @@ from topt_deploy.data.features import POSITION
 from topt_deploy.errors import UsageError
 
 from . import published_protocol
+from .literature.embedding import EmbeddingMethod
 from .plain_baselines import Mean, Plain
 from .problem import Method, Problem
 from .splits import FOLDS, HeldOut, Splits, honest, spatial, transfer
@@ -65,10 +66,13 @@ def transfer_with(labels: int) -> Protocol:
 
 
 def _paper(method: Method, problem: Problem, task: str, labels: Array, seeds: Sequence[int], kept: Path) -> HeldOut:
+    if isinstance(method, EmbeddingMethod):
+        settings = Topt(published_protocol.PRESET).config(task, seeds[0]).tasks[task]
+        return published_protocol.hold_out_literature(problem, task, method, labels, settings, seeds=seeds)
     if not isinstance(method, Topt) or method.preset != published_protocol.PRESET:
         raise UsageError(
-            "the published protocol selects epochs of the paper's own models",
-            expected="--variants 'paper*'",
+            "the published protocol selects epochs of the paper's own models and of the literature's embeddings",
+            expected="--variants 'paper*' --baselines literature",
             fix="evaluate other methods under honest or spatial",
         )
     settings = method.config(task, seeds[0]).tasks[task]

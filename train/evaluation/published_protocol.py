@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,8 +27,9 @@ from topt_deploy.model.target import Target
 from topt_deploy.storage.os_errors import writing
 
 from ..loop import Workplace, fit
-from ..prompt4re import fold_of
+from ..prompt4re import fold_of, training_sets
 from ..srel import embed, embed_with_dropout, train_embedding, without_trace
+from .literature.embedding import EmbeddingMethod, TrainingRecipe
 from .literature.graphs import od_matrix
 from .problem import Problem
 from .splits import HeldOut
@@ -42,11 +44,14 @@ EMBEDDING_EVERY = 30
 """HAFusion's published code looks at the embedding after epochs 1, 31, 61 …"""
 PREDICTION_EVERY = 20
 """ToPT's published code looks at the test fold after epochs 1, 21, 41 …"""
+_looks: WeakKeyDictionary[Problem, dict[tuple[str, TrainingRecipe, int], Tensor]] = WeakKeyDictionary()
+"""Of the literature's methods: one training per method's name, recipe and seed, whatever the task."""
 MEANING = (
     "The published protocol, for comparison with published tables only. KFold(10, shuffle, seed 2024). Both the"
     " embedding's epoch and, per fold, the head's epoch are those that predict the held-out labels best, with dropout"
     " active in the embedding and in the head (training mode, as published): these figures do not hold for regions"
-    " whose labels are unknown. Repetitions differ in initialisation only."
+    " whose labels are unknown. Repetitions differ in initialisation only. Of the literature the embedding's epoch is"
+    " chosen so, and nothing else."
 )
 
 
@@ -102,6 +107,34 @@ def hold_out(
         embedding = selected_embedding(offered, labels, settings)
         predictions.append(predict_folds(problem, task, embedding, labels, fold, settings, seed).selected)
     return HeldOut(labels=labels, fold=np.stack([fold] * len(seeds)), prediction=np.stack(predictions))
+
+
+def hold_out_literature(
+    problem: Problem, task: str, method: EmbeddingMethod, labels: Array, settings: TaskConfig, *, seeds: Sequence[int]
+) -> HeldOut:
+    """As :func:`hold_out`, of a method of the literature: the embedding's epoch is chosen by the held-out labels, as in
+    the authors' code, and its own regression predicts each fold from the others, with nothing more selected.
+
+    Args:
+        settings: The paper's for this task: folds, regions that take no part, and the ridge that chooses the epoch.
+    """
+    fold = published_folds(labels, settings)
+    training = training_sets(labels, fold)[:-1]
+    predictions = []
+    for seed in seeds:
+        offered = _literature_looks(problem, method, seed)
+        chosen = offered[best_look(offered, labels, settings)]
+        by_fold = method.counts(problem, task, chosen, training, seed)  # (K, N)
+        predictions.append(np.where(fold >= 0, by_fold[fold, np.arange(len(fold))], np.nan))
+    return HeldOut(labels=labels, fold=np.stack([fold] * len(seeds)), prediction=np.stack(predictions))
+
+
+def _literature_looks(problem: Problem, method: EmbeddingMethod, seed: int) -> Tensor:
+    """No label is seen, so that all tasks share them."""
+    trained, key = _looks.setdefault(problem, {}), (method.name, method.recipe, seed)
+    if key not in trained:
+        trained[key] = method.looks(problem, seed, every=LOOK_EVERY)
+    return trained[key]
 
 
 def check_prompts(problem: Problem, task: str, settings: TaskConfig) -> None:
@@ -168,16 +201,15 @@ def selected_embedding(offered: Looks, labels: Array, settings: TaskConfig, *, e
 
     The highest R² over concatenated folds, KFold(25), is the lowest sum of squared errors.
     """
-    return offered.embeddings[best_look(offered, labels, settings, every=every)]
+    return offered.embeddings[best_look(offered.embeddings, labels, settings, every=every)]
 
 
-def best_look(offered: Looks, labels: Array, settings: TaskConfig, *, every: int = EMBEDDING_EVERY) -> int:
-    """The number of the look that :func:`selected_embedding` takes."""
+def best_look(offered: Tensor, labels: Array, settings: TaskConfig, *, every: int = EMBEDDING_EVERY) -> int:
+    """The number of the look, of those that are :data:`LOOK_EVERY` epochs apart (L, N, D), that
+    :func:`selected_embedding` takes."""
     head, step = settings.prompt4re, every // LOOK_EVERY
     fold = fold_of(labels, folds=EMBEDDING_FOLDS, seed=head.fold_seed, drop_zeros=settings.target.drop_zeros)
-    predicted = [
-        ridge_predictions(embedding, labels, fold, alpha=head.ridge_alpha) for embedding in offered.embeddings[::step]
-    ]
+    predicted = [ridge_predictions(embedding, labels, fold, alpha=head.ridge_alpha) for embedding in offered[::step]]
     return step * int(np.argmin([np.nansum(np.square(own - labels)) for own in predicted]))
 
 

@@ -179,8 +179,8 @@ def test_the_embedding_is_the_epoch_that_a_ridge_predicts_best_from(problem, tmp
     assert best < 6, "no test of choosing: the last epoch is the best"
     torch.testing.assert_close(embedding, offered[best])
     monkeypatch.undo()
-    assert best_look(seen, labels, own) == 3 * best
-    finer = best_look(seen, labels, own, every=10)
+    assert best_look(seen.embeddings, labels, own) == 3 * best
+    finer = best_look(seen.embeddings, labels, own, every=10)
     torch.testing.assert_close(selected_embedding(seen, labels, own, every=10), seen.embeddings[finer])
 
 

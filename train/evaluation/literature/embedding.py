@@ -16,6 +16,7 @@ from topt_deploy.errors import BadConfig, BadData
 from topt_deploy.model.prompt4re import ridge
 
 from ...loop import LOG_EVERY
+from ...srel import without_trace
 from ..problem import Problem
 
 Array = np.ndarray[Any, Any]
@@ -40,13 +41,20 @@ class TrainingRecipe:
 
 
 def minimise(
-    module: nn.Module, loss: Callable[[int], Tensor], recipe: TrainingRecipe, *, stage: str, problem: Problem
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    recipe: TrainingRecipe,
+    *,
+    stage: str,
+    problem: Problem,
+    observe: Callable[[int], None] | None = None,
 ) -> None:
     """Train ``module`` and leave it in evaluation mode. Nothing is selected: the last epoch is the result.
 
     Args:
         loss: The loss of an epoch, a scalar.
         stage: Name for people and files.
+        observe: Called with the number of epochs done, after every epoch, in training mode.
 
     Raises:
         BadConfig: If the loss is not finite.
@@ -62,6 +70,8 @@ def minimise(
             adam.zero_grad()
             value.backward()
             adam.step()
+            if observe is not None:
+                observe(epoch + 1)
             if (epoch + 1) % LOG_EVERY == 0 or epoch + 1 == recipe.epochs:
                 if not math.isfinite(value.item()):
                     raise BadConfig(
@@ -128,6 +138,22 @@ class EmbeddingMethod(ABC):
                 trained[key] = learner.embed()
         return trained[key]
 
+    def looks(self, problem: Problem, seed: int, *, every: int) -> Tensor:
+        """The embeddings after epochs 1, 1 + ``every``, 1 + 2 ``every`` …, float32 (L, N, D), in training mode: dropout
+        is active, as in the authors' code. For the published protocol alone, which chooses among them."""
+        problem.engine.seed(seed, self.name)
+        learner = self.build(problem)
+        seen: list[Tensor] = []
+
+        @torch.no_grad()
+        def look(epoch: int) -> None:
+            if (epoch - 1) % every == 0:
+                with without_trace(problem.engine.device):
+                    seen.append(learner.embed().clone())
+
+        minimise(learner.module, learner.loss, self.recipe, stage=self.name, problem=problem, observe=look)
+        return torch.stack(seen)
+
     def regress(self, problem: Problem, embedding: Tensor, labels: Tensor, known: Tensor, seed: int) -> Tensor:
         """Counts of every region (S, N) from a regression per row: ridge on E, the papers' own protocol.
 
@@ -148,6 +174,14 @@ class EmbeddingMethod(ABC):
 
     def predict(self, problem: Problem, task: str, labels: Array, seeds: Sequence[int]) -> Array:
         """Fit on every row of labels, and predict every region: :class:`Method`. Negative predictions become 0."""
+        predicted = np.empty(labels.shape)
+        for seed in dict.fromkeys(seeds):
+            rows = np.flatnonzero(np.array(seeds) == seed)
+            predicted[rows] = self.counts(problem, task, self.embedding(problem, seed), labels[rows], seed)
+        return predicted
+
+    def counts(self, problem: Problem, task: str, embedding: Tensor, labels: Array, seed: int) -> Array:
+        """As :meth:`predict`, from an embedding (N, D), for rows of one seed."""
         known = ~np.isnan(labels)
         if (fewest := int(known.sum(axis=1).min())) < FEWEST_LABELS:
             raise BadData(
@@ -159,11 +193,8 @@ class EmbeddingMethod(ABC):
         device = problem.engine.device
         weights = torch.tensor(known, dtype=torch.float64, device=device)
         values = torch.tensor(np.where(known, labels, 0.0), device=device)
-        predicted = np.empty(labels.shape)
-        for seed in dict.fromkeys(seeds):
-            rows = np.flatnonzero(np.array(seeds) == seed)
-            counts = self.regress(problem, self.embedding(problem, seed), values[rows], weights[rows], seed)
-            predicted[rows] = counts.clamp(min=0).double().cpu().numpy()
+        counts = self.regress(problem, embedding, values, weights, seed)
+        predicted: Array = counts.clamp(min=0).double().cpu().numpy()
         return predicted
 
 
