@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-from page_sections import joined, read_section, write_section
+from page_sections import joined, read_section, this_processor, write_section
 from peers import (
     CHECKPOINT,
     FOUND,
@@ -26,7 +26,6 @@ from peers import (
     make_tokens,
     measure,
     smallest_cosine,
-    this_processor,
 )
 
 from topt_deploy.runtime.processor import instruction_sets

@@ -7,8 +7,17 @@ own: each writes its own, and keeps the others'.
 import re
 from pathlib import Path
 
+from topt_deploy.runtime.processor import CPUINFO, processor_name
+
 Columns = dict[str, dict[str, str]]
 """By column and row, a cell of the table."""
+
+
+def this_processor() -> str:
+    """Name and instruction sets, with the generation: EPYC is the name of many."""
+    lines = dict(line.split("\t", 1) for line in CPUINFO.read_text().splitlines() if "\t" in line)
+    told = [lines[key].strip(": \t") for key in ("cpu family", "model") if key in lines]
+    return f"{processor_name()}, family {' model '.join(told)}"
 
 
 def read_section(page: Path, name: str) -> str:

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 from encoder import TASKS, child, long_text
-from page_sections import read_section, with_part, write_section
+from page_sections import read_section, this_processor, with_part, write_section
 
-from topt_deploy.runtime.processor import CPUINFO, VNNI, instruction_sets, processor_name
+from topt_deploy.runtime.processor import VNNI, instruction_sets
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -205,13 +205,6 @@ def measure(row: Row, model: Path, out: Path, **environment: str) -> None:
         run("node", HERE / "peer_llama_cpp.mjs", llama_cpp(), model, TOKENS, out, *row.options, **environment)
     else:
         run(python_of(row.environment), HERE / "peer_process.py", row.engine, model, TOKENS, out, **environment)
-
-
-def this_processor() -> str:
-    """Name and instruction sets, with the generation: EPYC is the name of many."""
-    lines = dict(line.split("\t", 1) for line in CPUINFO.read_text().splitlines() if "\t" in line)
-    told = [lines[key].strip(": \t") for key in ("cpu family", "model") if key in lines]
-    return f"{processor_name()}, family {' model '.join(told)}"
 
 
 def smallest_cosine(vectors: Iterable[Any], exact: Iterable[Any]) -> float:

@@ -1,12 +1,12 @@
 """docs/background/results.md: Chicago under every protocol, ``make results``. Goes on where it was interrupted.
 
-Every figure on that page comes from the folders of results that this leaves in build/results/, one per suite. Methods
-are made once, so that what needs no label (embeddings) is computed once for all suites of a process.
+Every figure on that page comes from the folders of results that this leaves in build/results/, one per suite. Sections
+of suites that the folder does not have stay as they are. Methods are made once, so that what needs no label
+(embeddings) is computed once for all suites of a process.
 """
 
 import argparse
-import os
-import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from page_sections import this_processor
 
 from topt_deploy.config.load import load_config
 from topt_deploy.train.cli.evaluate import FIRST_SEED
@@ -33,9 +34,10 @@ Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("crime", "check_in", "service_call")
-PAPER = [name for name in METHODS if name.startswith("paper")]
+PAPER = [name for name in METHODS if name.startswith("paper") and name != "paper-rows"]
 TABLE_1 = ["paper", "paper-no-prompt4re", "paper-no-task-prompt", "paper-no-alignment"]
-LITERATURE = [*(name for name, entry in METHODS.items() if entry.group == "literature"), "srel"]
+EMBEDDINGS = [name for name, entry in METHODS.items() if entry.group == "literature"]
+LITERATURE = [*EMBEDDINGS, "srel"]
 """Methods with an embedding take a minute or more per task and seed, as the paper's do: one repetition."""
 QUICK = [name for name in METHODS if name not in {*LITERATURE, *PAPER}]
 
@@ -50,17 +52,14 @@ class Suite:
     seeds: int
     encoder: str = "llama"
     coverage: float | None = None
-    first: int = FIRST_SEED
     trials: int = 0  # of the published search; without, none
 
 
 _QWEN_TITLE = "Prompts of Qwen2.5-VL-7B"
 SUITES = {
-    "paper": Suite("The paper's Table 1: `paper`", "paper", PAPER, seeds=1, first=0),
-    "paper-searched": Suite(
-        "The paper's Table 1, searched: `paper`", "paper", [*TABLE_1, "paper-rows"], seeds=5, trials=20
-    ),
-    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=1, first=0, encoder="qwen"),
+    "paper-searched": Suite("The paper's Table 1, searched: `paper`", "paper", PAPER, seeds=5, trials=20),
+    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=20, encoder="qwen"),
+    "paper-literature": Suite("The literature: `paper`", "paper", EMBEDDINGS, seeds=3),
     "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
     "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
     "honest-paper": Suite("The paper's models, at their last epoch: `honest`", "honest", TABLE_1, seeds=1),
@@ -89,29 +88,35 @@ PUBLISHED = {
 """The published figures (Guo et al., arXiv 2602.01610, Table 1, Chicago): crime, check-in, service call."""
 
 
-def page(folder: Path) -> str:
-    """docs/background/results.md from the suites' folders."""
-    head = f"""# Chicago under every protocol
+HEAD = """# Chicago under every protocol
 
-Made by `make results` (results.py) on {date.today()}: {os.cpu_count()} cores, one thread a process, Python
-{platform.python_version()}, PyTorch {torch.__version__}. 77 community areas; HAFusion's `data_Chi`, prompts of
+Made by `make results` (results.py), one thread a process. 77 community areas; HAFusion's `data_Chi`, prompts of
 Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. The methods are described in
 [evaluation](evaluation.md) and [literature](literature.md). The [log](../../dev/LOG.md) says where the differences
 come from.
 """
+AS_PUBLISHED = "As published (Guo et al., Table 1; epochs chosen on the test folds as well):"
+
+
+def page(before: str, folder: Path) -> str:
+    """docs/background/results.md: the sections of the suites that the folder has, and those of the page as it was."""
+    _, *sections = re.split(r"^## ", before, flags=re.MULTILINE)
+    texts = dict(section.split("\n", 1) for section in sections)
     published = "\n".join(
         ["| published | check_in | crime | service_call |", "|---|---|---|---|"]
         + [f"| {method} | {check_in} | {crime} | {calls} |" for method, (crime, check_in, calls) in PUBLISHED.items()]
     )
-    blocks = [head]
     for name, suite in SUITES.items():
-        if not (folder / name / "results.md").exists():
-            continue  # the suites that were asked for and no others
-        _, _, own = (folder / name / "results.md").read_text(encoding="utf-8").partition("\n\n")
-        blocks += [f"## {suite.title}\n", own]
-        if name == "paper":
-            blocks += ["As published (epochs chosen on the test folds as well):\n", published + "\n"]
-    return "\n".join(blocks)
+        file = folder / name / "results.md"
+        if not file.exists():
+            continue
+        measured = date.fromtimestamp(file.stat().st_mtime)
+        _, _, own = file.read_text(encoding="utf-8").partition("\n\n")
+        texts[suite.title] = f"\nMeasured on {measured}: {this_processor()}, PyTorch {torch.__version__}.\n\n{own}"
+        if name == "paper-searched":
+            texts[suite.title] += f"\n{AS_PUBLISHED}\n\n{published}\n"
+    titles = [suite.title for suite in SUITES.values() if suite.title in texts]
+    return "\n".join([HEAD, *(f"## {title}\n{texts[title].rstrip()}\n" for title in titles)])
 
 
 def import_city(encoder: str, hafusion: Path, prompt4re: Path, folder: Path) -> Path:
@@ -153,8 +158,9 @@ def search_suite(
             for name, topt in chosen.items()
         },
         trials=options.trials or suite.trials,
-        seeds=range(suite.first, suite.first + (options.runs or suite.seeds)),
+        seeds=range(FIRST_SEED, FIRST_SEED + (options.runs or suite.seeds)),
         out=out,
+        cache=options.folder / "embeddings",  # prompts have no part in stage 1: one training serves all encoders
     )
 
 
@@ -191,11 +197,11 @@ def main() -> None:
             *problems[suite.encoder],
             {method: methods[method] for method in suite.methods},
             protocol=suite.protocol,
-            seeds=range(suite.first, suite.first + suite.seeds),
+            seeds=range(FIRST_SEED, FIRST_SEED + suite.seeds),
             nominal=suite.coverage,
             out=options.folder / name,
         )
-    (ROOT / "docs/background/results.md").write_text(page(options.folder), encoding="utf-8")
+    (file := ROOT / "docs/background/results.md").write_text(page(file.read_text("utf-8"), options.folder), "utf-8")
 
 
 if __name__ == "__main__":

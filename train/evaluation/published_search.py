@@ -52,6 +52,11 @@ SEARCHED = (
     " selection of epochs. `last epoch` are the same runs without any selection of epochs: both stages' last, dropout"
     " off; the settings are still those that the held-out labels chose."
 )
+NOT_SEARCHED = (
+    "Of several methods the first is searched. The others, marked – in the column K, have the runs of its best settings"
+    " alone, and `best` is the best of these runs: one thing differs, and no method had more trials than another in"
+    " what `runs` shows."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +153,7 @@ class Search:
             yield self._outcome(trial, f"trial-{number:04}.json", last=False)
 
     def runs(self, best: Trial) -> Iterator[Outcome]:
-        """The best trial's settings with every seed, also without the selection of epochs."""
+        """A trial's settings with every seed, also without the selection of epochs."""
         for seed in self.seeds:
             yield self._outcome(best.run(seed), f"run-{best.number:04}-{seed}.json", last=True)
 
@@ -190,9 +195,9 @@ class Found:
     """The result of a search.
 
     Attributes:
-        trials: How many were run.
-        best: The best of them.
-        runs: Its settings with every seed.
+        trials: How many were run; 0 for runs of settings that were found for another method.
+        best: The best of them, or of the runs.
+        runs: The best trial's settings with every seed.
     """
 
     method: str
@@ -207,7 +212,7 @@ class Found:
         stage_1 = f"seed {drawn.embedding_seed}, a look every {drawn.every} epochs"
         stage_2 = f"rate {drawn.lr:.2g}, soft prompt {drawn.soft_prompt or 'as E'}, {drawn.epochs} epochs"
         return [
-            self.task, self.method, str(self.trials), _cell([self.best.selected]),
+            self.task, self.method, str(self.trials or "–"), _cell([self.best.selected]),
             _cell([run.selected for run in self.runs]), _cell([run.last for run in self.runs if run.last is not None]),
             f"{stage_1}; {stage_2}",
         ]  # fmt: skip
@@ -226,14 +231,16 @@ def search(
     trials: int,
     seeds: Sequence[int],
     out: Path,
+    cache: Path | None = None,
 ) -> str:
     """Search the settings of the paper's models on a city (:func:`.evaluate.read_problem`).
 
     Args:
-        methods: By name; forms of preset ``paper``.
+        methods: By name; forms of preset ``paper``. The first is searched, and the others run its best settings.
         trials: K. More of them in the same folder go on from what it holds.
         seeds: Of the runs.
         out: Folder of the results.
+        cache: Folder of the embeddings; by default, one in ``out``.
 
     Returns:
         The page that ``results.md`` in that folder holds; ``results.json`` holds the same for machines.
@@ -250,7 +257,7 @@ def search(
     facts = facts_of(problem, hashes, protocol="paper", seeds=seeds) | {"searched": True}
     Store.open(out, problem.city.region_id, facts)
     found: list[Found] = []
-    began, total = time.monotonic(), len(methods) * len(labels) * (trials + len(seeds))
+    clock = _Clock(began=time.monotonic(), total=len(labels) * (trials + len(methods) * len(seeds)))
     for name, topt in methods.items():
         assert isinstance(topt, Topt)
         for task, own in labels.items():
@@ -258,51 +265,68 @@ def search(
             check_prompts(problem, task, settings)
             one = Search(
                 problem=problem, task=task, labels=own, settings=settings, seeds=seeds, folder=out / task / name,
-                cache=out / "embeddings",
+                cache=cache or out / "embeddings",
             )  # fmt: skip
-            before = len(found) * (trials + len(seeds))
-            found.append(_follow(one, name, trials, began=began, before=before, total=total))
-    page = _page(found, trials, len(seeds))
+            searched = next((earlier.best.trial for earlier in found if earlier.task == task), None)
+            found.append(_follow(one, name, trials if searched is None else searched, clock))
+    page = _page(found, len(seeds))
     write_text(out / "results.md", page)
     write_json(out / "results.json", facts | {"results": [asdict(own) for own in found]})
     return page
 
 
-def _follow(one: Search, name: str, trials: int, *, began: float, before: int, total: int) -> Found:
-    """Run a search, and tell how it goes."""
-    best: Outcome | None = None
-    done = before
+@dataclass(kw_only=True)
+class _Clock:
+    """Tells how long it will take.
 
-    def say(what: str, outcome: Outcome) -> None:
-        left = (time.monotonic() - began) / done * (total - done)
-        told = f"{one.task}, {name}, {what}: {_cell([outcome.selected])}"
-        one.problem.reporter.say(f"{done} of {total}: {told}; about {left / 60:.0f} min left")
+    Attributes:
+        began: When, in seconds.
+        total: Trials and runs that there will be.
+        done: Those that are done.
+    """
 
-    for outcome in one.trials(trials):
-        done += 1
-        if best is None or _score(outcome) > _score(best):
-            best = outcome
-        say(f"trial {outcome.trial.number}", outcome)
-    assert best is not None
-    runs = []
-    for outcome in one.runs(best.trial):
-        done += 1
-        runs.append(outcome)
-        say(f"run with seed {outcome.trial.seed}", outcome)
-    return Found(method=name, task=one.task, trials=trials, best=best, runs=runs)
+    began: float
+    total: int
+    done: int = 0
+
+    def tick(self) -> str:
+        """After one more."""
+        self.done += 1
+        left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
+        return f"about {left / 60:.0f} min left"
+
+
+def _follow(one: Search, name: str, search_in: int | Trial, clock: _Clock) -> Found:
+    """Search among so many trials, or run a trial that is given, and tell how it goes."""
+
+    def told(what: str, outcome: Outcome) -> Outcome:
+        left = clock.tick()
+        figures = f"{one.task}, {name}, {what}: {_cell([outcome.selected])}"
+        one.problem.reporter.say(f"{clock.done} of {clock.total}: {figures}; {left}")
+        return outcome
+
+    trials = []
+    if isinstance(search_in, int):
+        trials = [told(f"trial {outcome.trial.number}", outcome) for outcome in one.trials(search_in)]
+        search_in = max(trials, key=_score).trial
+    runs = [told(f"run with seed {outcome.trial.seed}", outcome) for outcome in one.runs(search_in)]
+    best = max(trials or runs, key=_score)
+    return Found(method=name, task=one.task, trials=len(trials), best=best, runs=runs)
 
 
 def _score(outcome: Outcome) -> float:
     return -np.inf if outcome.selected.r2 is None else outcome.selected.r2
 
 
-def _page(found: Sequence[Found], trials: int, runs: int) -> str:
+def _page(found: Sequence[Found], runs: int) -> str:
+    searched = SEARCHED.format(trials=max(own.trials for own in found), runs=runs)
+    others = f" {NOT_SEARCHED}" if any(not own.trials for own in found) else ""
     head = ["task", "method", "K", "best", f"runs ({runs})", "last epoch, no dropout", "the best trial's settings"]
     return (
         "\n\n".join(
             [
                 "## Protocol `paper`, searched",
-                f"{MEANING} {SEARCHED.format(trials=trials, runs=runs)}",
+                f"{MEANING} {searched}{others}",
                 "MAE / RMSE / R², the first two in counts: mean ± standard deviation over the runs.",
                 table([head, *(own.row() for own in found)]),
             ]

@@ -158,6 +158,19 @@ def test_beside_it_stand_both_stages_last_epochs_without_dropout(problem, tmp_pa
     np.testing.assert_allclose([found.mae, found.rmse, found.r2], [expected.mae, expected.rmse, expected.r2], rtol=1e-3)
 
 
+def test_other_variants_run_the_settings_that_were_found_for_the_first(problem, tmp_path, trained):
+    methods = {"paper": PAPER, "paper-no-alignment": Topt("paper", *PAPER.overrides, "prompt4re.alignment=false")}
+    page = search(problem, {"crime": LABELS}, {}, methods, trials=3, seeds=SEEDS, out=tmp_path)
+    whole, ablation = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert (whole["trials"], ablation["trials"]) == (3, 0)
+    assert [own["trial"] for own in ablation["runs"]] == [own["trial"] for own in whole["runs"]]
+    assert ablation["runs"] != whole["runs"]
+    assert ablation["best"] in ablation["runs"]
+    assert ablation["best"]["selected"]["r2"] == max(own["selected"]["r2"] for own in ablation["runs"])
+    assert "| crime | paper-no-alignment | – |" in page
+    assert len(trained) == 3 + 4 * len(SEEDS)
+
+
 def test_only_the_papers_own_models_are_searched(run):
     for method in (Topt("default"), Mean()):
         with pytest.raises(UsageError, match="the paper's own models"):
