@@ -146,9 +146,10 @@ class _Begun:
         kernels = [] if self.head.kernel is None else list(self.head.kernel.regressions())
         return kernels + [name for name in self.head.parts() if name not in kernels]
 
+    @property
     def kept(self) -> slice:
         """The rows that the head holds the fits of."""
-        return slice(self.rows.outer - self.head.rows, self.rows.outer)
+        return self.rows.kept(self.head.rows)
 
     def add_topt(
         self,
@@ -197,8 +198,8 @@ class _Begun:
             others = np.where(others.any(axis=1, keepdims=True), others, left)  # only trees left, which earned nothing
             without[name] = counts(others / others.sum(axis=1, keepdims=True))
         for name, tensor in self.target.state_dict().items():
-            self.head.target.state_dict()[name].copy_(tensor[self.kept()])
-        self.head.weights.copy_(torch.tensor(weights)[self.kept()])
+            self.head.target.state_dict()[name].copy_(tensor[self.kept])
+        self.head.weights.copy_(torch.tensor(weights)[self.kept])
         shares = dict(zip(named, weights[-1].tolist(), strict=True))
         return HeadResult(head=self.head.cpu().eval(), predicted=counts(weights), weights=shares, without=without)
 
@@ -248,9 +249,8 @@ def _begin(
         own = (Leverage.fit(all_widths(schema), inputs, row) for row in known[: split.outer])
         trust = torch.stack([leverage.to(device).trust(inputs) for leverage in own]).double()
     if head.trees is not None:
-        kept = slice(split.outer - rows, split.outer)
         trees_seed = zlib.crc32(f"{config.seed}/{stage}/trees".encode())
-        head.trees, predicted = fit_trees(x, scaled, known, settings, seed=trees_seed, kept=kept)
+        head.trees, predicted = fit_trees(x, scaled, known, settings, seed=trees_seed, kept=split.kept(rows))
         parts.append(predicted)
     network = None
     if head.network is not None:
@@ -306,7 +306,7 @@ def _train_networks(begun: Sequence[_Begun], config: Config, task: str, stage: s
     for one, own in zip(begun, counts, strict=True):
         start, stop = stop, stop + sum(own)
         one.parts.append(torch.stack([part.mean(dim=0) for part in everything[start:stop].split(own)]))
-        first, end = start + one.kept().start * settings.members, start + one.rows.outer * settings.members
+        first, end = start + one.kept.start * settings.members, start + one.rows.outer * settings.members
         last = {name: t[first:end] for name, t in state.items() if "standardize" not in name}
         assert one.head.network is not None
         one.head.network.load_state_dict(one.head.network.state_dict() | last)
@@ -339,7 +339,7 @@ def _fit_kernel(
         sizes = [head.sizes[q] for q in kernels]
         local = [i for i, q in enumerate(kernels) if q in optional]
         fitted = maximise_evidence(seen, sizes, scaled, known, steps=head.steps, like=split.parents, local=local)
-        kept = fitted.coefficients[split.outer - rows : split.outer].float()
+        kept = fitted.coefficients[split.kept(rows)].float()
         head.coefficients[:, p, torch.cat([places[q] for q in kernels])] = kept
         predicted.append(fitted.coefficients @ seen.double().T)
     return predicted

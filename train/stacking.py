@@ -33,6 +33,10 @@ class FoldRows:
     outer: int
     parents: Sequence[int]
 
+    def kept(self, rows: int) -> slice:
+        """The rows that a head holds the fits of: the last so many training sets."""
+        return slice(self.outer - rows, self.outer)
+
 
 def with_inner(labels: Array, *, folds: int, seed: int, part: Array | None = None) -> FoldRows:
     """Add the inner folds' rows to those of the training sets.
