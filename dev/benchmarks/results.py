@@ -53,12 +53,21 @@ class Suite:
     encoder: str = "llama"
     coverage: float | None = None
     trials: int = 0  # of the published search; without, none
+    tasks: tuple[str, ...] = TASKS
 
 
 _QWEN_TITLE = "Prompts of Qwen2.5-VL-7B"
 SUITES = {
-    "paper-searched": Suite("The paper's Table 1, searched: `paper`", "paper", PAPER, seeds=5, trials=20),
-    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=20, encoder="qwen"),
+    "paper-searched": Suite("The paper's Table 1, searched: `paper`", "paper", PAPER, seeds=5, trials=40),
+    "paper-rows": Suite(
+        "Raw counts and rows of the OD matrix: `paper`",
+        "paper",
+        ["paper-rows"],
+        seeds=5,
+        trials=20,
+        tasks=("check_in",),
+    ),
+    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=10, encoder="qwen"),
     "paper-literature": Suite("The literature: `paper`", "paper", EMBEDDINGS, seeds=3),
     "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
     "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
@@ -151,7 +160,7 @@ def search_suite(
     chosen = {name: VARIANTS[name] for name in options.methods or suite.methods}
     search(
         problem,
-        {task: labels[task] for task in options.tasks},
+        {task: labels[task] for task in options.tasks or suite.tasks},
         hashes,
         {
             ", ".join([name, *options.set]): Topt(topt.preset, *topt.overrides, *options.set)
@@ -171,7 +180,7 @@ def main() -> None:
     parser.add_argument("--prompt4re", required=True, type=Path)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "results")
     parser.add_argument("--only", nargs="*", choices=SUITES, default=list(SUITES), help="Suites [default: all].")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=TASKS, help="Tasks that are searched [all].")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, help="Tasks that are searched [the suite's].")
     parser.add_argument("--methods", nargs="*", help="Methods that are searched [the suite's].")
     parser.add_argument("--trials", type=int, help="Trials of a search [the suite's].")
     parser.add_argument("--runs", type=int, help="Runs of a search's best trial [the suite's].")
