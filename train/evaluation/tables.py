@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from topt_deploy.console import decimal
 
@@ -17,6 +18,11 @@ from .splits import HeldOut, chosen_by_other_folds
 
 FIGURES = {"mae": 1, "rmse": 1, "r2": 3}
 """Figures of a cell, with their decimals; all but R² are better when smaller."""
+ORDER_AND_LEVEL = (
+    "Order / level, city by city: Spearman's rank correlation of predictions and labels, and all predicted counts over"
+    " all reported ones. Where the level is wrong and the order right, the city's total alone would mend most of the"
+    " error."
+)
 GROUPS: Mapping[Group, str] = {"variant": "ToPT", "literature": "literature", "plain": "plain"}
 
 
@@ -155,6 +161,9 @@ def markdown(facts: Mapping[str, Any], results: Sequence[MethodResult]) -> str:
             " Wilcoxon's signed-rank test over regions, each with its error averaged over repetitions):"
         )
         blocks.append("\n".join(f"- {verdict.sentence()}" for verdict in found))
+    if "cities" in facts:
+        shown = {verdict.baseline for verdict in found} | {r.method for r in results if r.group == "variant"}
+        blocks += [ORDER_AND_LEVEL, _order_and_level([r for r in results if r.method in shown])]
     if any(result.coverage for result in results):
         blocks += ["Share of held-out labels inside their intervals, first repetition:", _coverage(results)]
     if reasons := [f"- {r.method}, {r.task}: {' '.join(r.reason.split())}" for r in results if r.reason]:
@@ -205,6 +214,28 @@ def _cell(cells: Mapping[tuple[str, str], Mapping[str, Spread]], method: str, ta
         best = spread.mean is not None and spread.mean == better(among)
         parts.append(f"**{spread.text(digits)}**" if best else spread.text(digits))
     return " / ".join(parts)
+
+
+def _order_and_level(results: Sequence[MethodResult]) -> str:
+    """Methods × tasks."""
+    rows = [["method", *_tasks(results)]]
+    for method in dict.fromkeys(r.method for r in results):
+        ran = {r.task: order_and_level(r.held_out) for r in results if r.method == method and r.held_out is not None}
+        cells = [" / ".join(decimal(x, 2) for x in ran[task]) if task in ran else "–" for task in _tasks(results)]
+        rows.append([method, *cells])
+    return table(rows)
+
+
+def order_and_level(held_out: HeldOut) -> tuple[float | None, float | None]:
+    """Spearman's rank correlation of predictions and labels, and the sum of predictions over that of labels: means over
+    the repetitions. None where predictions or labels do not vary, and where there is nothing to divide by."""
+    truth = held_out.truth()
+    known = ~np.isnan(truth)
+    y, predicted = truth[known], held_out.prediction[:, known]
+    level = float(predicted.sum(axis=1).mean() / y.sum()) if y.sum() > 0 else None
+    if np.ptp(y) == 0 or (np.ptp(predicted, axis=1) == 0).any():
+        return None, level
+    return float(np.mean([spearmanr(y, own).statistic for own in predicted])), level
 
 
 def _coverage(results: Sequence[MethodResult]) -> str:

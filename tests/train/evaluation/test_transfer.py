@@ -19,6 +19,7 @@ from topt_deploy.train.evaluation.plain_baselines import PLAIN
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, transfer_with
 from topt_deploy.train.evaluation.splits import HeldOut, transfer
+from topt_deploy.train.evaluation.tables import order_and_level
 from topt_deploy.train.evaluation.topt_variants import Topt
 from topt_deploy.train.loop import TrainingDevice
 
@@ -118,6 +119,17 @@ def test_one_fold_alone_has_no_resampled_t_test():
     assert compare(one, other).wilcoxon_p < 0.05
 
 
+def test_order_and_level_tell_what_transfers():
+    labels = np.array([1.0, 2.0, 3.0, 4.0, np.nan])
+    predicted = np.array([[10.0, 20.0, 30.0, 40.0, 7.0], [2.0, 1.0, 3.0, 4.0, 7.0]])
+    held_out = HeldOut(labels=labels, fold=np.array([[0, 0, 0, 0, -1]] * 2), prediction=predicted)
+    order, level = order_and_level(held_out)
+    assert order == pytest.approx((1 + 0.8) / 2)  # 1 - 6 Σd² / n(n² - 1) = 1 - 6 · 2 / 60
+    assert level == pytest.approx((10 + 1) / 2)
+    same = HeldOut(labels=labels, fold=held_out.fold[:1], prediction=np.full((1, 5), 5.0))
+    assert order_and_level(same) == (None, pytest.approx(2.0))
+
+
 @pytest.fixture
 def folders(tmp_path):
     found = []
@@ -148,6 +160,9 @@ def test_the_command_writes_figures_by_city(folders, topt_deploy, tmp_path):
         mae = mean_absolute_error(city.labels["crime"][hidden], expected)
         assert found["mean", f"crime, {name}"] == pytest.approx(mae)
     assert "crime, birch" in said.out
+    assert "Order / level, city by city" in said.out
+    assert "| topt-kernels | 0" in said.out or "| topt-kernels | -0" in said.out
+    assert "| ridge |" not in said.out.partition("Order / level")[2]
 
 
 @pytest.mark.parametrize(
