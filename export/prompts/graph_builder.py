@@ -19,7 +19,7 @@ Place = tuple[int, tuple[int, ...], str]
 EXTERNAL_FROM_BYTES = 1024
 ALIGNMENT = 64
 MICROSOFT = "com.microsoft"
-INT4 = np.dtype(ml_dtypes.int4)
+INT4, UINT4 = FOUR_BITS = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
 
 
 class Weights:
@@ -48,22 +48,22 @@ class Weights:
         self._file.close()
 
     def add(self, name: str, value: Array) -> None:
-        """Store a weight; of :data:`INT4`, two numbers to a byte."""
+        """Store a weight; of :data:`FOUR_BITS`, two numbers to a byte."""
         assert self._file is not None
         self.places[name] = (self._file.tell(), value.shape, value.dtype.name)
-        if value.dtype == INT4:
-            flat = value.reshape(-1).view(np.uint8) & 15
-            value = flat[0::2] | (flat[1::2] << 4)
+        if value.dtype in FOUR_BITS:
+            value = _two_to_a_byte(value)
         self._file.write(np.ascontiguousarray(value).data)
         self._file.write(b"\0" * (-value.nbytes % ALIGNMENT))
 
-    def tensor(self, name: str) -> onnx.TensorProto:
-        """A stored weight, as a graph declares it."""
+    def tensor(self, name: str, bytes_as: tuple[int, ...] | None = None) -> onnx.TensorProto:
+        """A stored weight, as a graph declares it: as what it is, or its bytes in a shape of their own."""
         offset, shape, dtype = self.places[name]
-        kind = INT4 if dtype == INT4.name else np.dtype(dtype)
-        count = int(np.prod(shape))
+        kind, count = np.dtype(dtype), int(np.prod(shape))
+        length = (count + 1) // 2 if kind in FOUR_BITS else count * kind.itemsize
+        if bytes_as is not None:
+            shape, kind = bytes_as, np.dtype(np.uint8)
         tensor = onnx.TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(kind), raw_data=b"")
-        length = count // 2 if kind == INT4 else count * kind.itemsize
         set_external_data(tensor, self.path.name, offset=offset, length=length)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.ClearField("raw_data")
@@ -105,15 +105,33 @@ class Builder:
         digest = sha256_bytes(f"{value.dtype.str}{value.shape}".encode() + value.tobytes())
         return self.weight(f"constant/{digest[:16]}", lambda: value)
 
-    def weight(self, name: str, make: Callable[[], Array]) -> str:
-        """A weight, in the file where it is large; its name. One that is used twice is made and stored once."""
+    def weight(self, name: str, make: Callable[[], Array], *, bytes_as: tuple[int, ...] | None = None) -> str:
+        """A weight, in the file where it is large; its name. One that is used twice is made and stored once.
+
+        Args:
+            name: Its name.
+            make: Makes it.
+            bytes_as: The shape in which this graph declares the bytes of a weight of :data:`UINT4`, where its operators
+                take them packed. Another graph may declare the same bytes as the numbers that they are.
+        """
         if name in self.initializers:
             return name
         if name not in self.weights.places:
             value = make()
             if value.nbytes < EXTERNAL_FROM_BYTES:
+                if bytes_as is not None:
+                    value = _two_to_a_byte(value).reshape(bytes_as)
                 self.initializers[name] = numpy_helper.from_array(value, name)
                 return name
             self.weights.add(name, value)
-        self.initializers[name] = self.weights.tensor(name)
+        self.initializers[name] = self.weights.tensor(name, bytes_as)
         return name
+
+
+def _two_to_a_byte(value: Array) -> Array:
+    """Numbers of 4 bits in bytes, the first of each pair in the lower half, as ONNX and MatMulNBits have them."""
+    flat = value.reshape(-1).view(np.uint8) & 15
+    if len(flat) % 2:
+        flat = np.append(flat, np.uint8(0))
+    pairs: Array = flat[0::2] | (flat[1::2] << 4)
+    return pairs

@@ -12,8 +12,10 @@ else is between these is float32 there, too, and so are the network's inputs and
   scale for a whole activation, as DynamicQuantizeLinear has it, is ruined by the few huge values that real decoders
   have in single tokens. Activations are unsigned and weights signed, the one pair of types that every processor is fast
   at; weights are scaled so that sums of two products fit 16 bits, so that every processor's result is the exact one.
-- ``int4``: blocks of 32 inputs with one scale each; MatMulNBits in ONNX Runtime. A layer whose inputs do not come
-  in whole blocks gets int8.
+- ``int4``: blocks of 32 inputs with one scale each; MatMulNBits in ONNX Runtime. Both forms read the same codes of 0 to
+  15: the one as packed bytes, the other as numbers of 4 bits, for which the weight lies as (out, in). TensorRT, which
+  knows signed numbers of 4 bits alone, has codes of its own. A layer whose inputs do not come in whole blocks gets
+  int8.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from functools import cached_property
 import numpy as np
 
 from ..quantize_weights import BLOCK, quantize_int4, quantize_int8
-from .graph_builder import INT4, MICROSOFT, Array, Builder
+from .graph_builder import INT4, MICROSOFT, UINT4, Array, Builder
 
 ONNXRUNTIME, STANDARD = FORMS = ("onnxruntime", "standard")
 TENSORRT = "tensorrt"
@@ -32,6 +34,8 @@ FAR = np.float32(-1e30)
 """The value added to a score where a query may not attend; finite, so that attending to nothing gives no NaN."""
 FLOAT, HALF = 1, 10
 """ONNX's numbers of the types."""
+ZERO_IN_4_BITS = 8
+"""The code that stands for nothing in codes of 0 to 15; MatMulNBits takes it where it is given none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,23 +109,28 @@ def _int8_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
     return graph.node("Mul", [y, size])
 
 
-def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
-    def packed() -> Array:
-        codes = (layer.quantize_int4[0] + 8).astype(np.uint8).reshape(len(layer.weight), -1, BLOCK)
-        pairs: Array = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return pairs
-
+def _int4(graph: Builder, layer: Linear, *, packed: bool) -> tuple[str, str]:
+    """Codes of 0 to 15 and scales, by output and block; both forms read the same bytes."""
     out, width = layer.weight.shape
-    weight = graph.weight(f"{layer.name}.blocks", packed)
-    scale = graph.weight(f"{layer.name}.block_scale", lambda: layer.quantize_int4[1])
+    codes = graph.weight(
+        f"{layer.name}.uint4",
+        lambda: (layer.quantize_int4[0] + ZERO_IN_4_BITS).astype(UINT4),
+        bytes_as=(out, width // BLOCK, BLOCK // 2) if packed else None,
+    )
+    return codes, graph.weight(f"{layer.name}.block_scale", lambda: layer.quantize_int4[1])
+
+
+def _int4_onnxruntime(graph: Builder, x: str, layer: Linear) -> str:
+    out, width = layer.weight.shape
     form = {"K": width, "N": out, "bits": 4, "block_size": BLOCK}
-    return graph.node("MatMulNBits", [x, weight, scale], domain=MICROSOFT, **form)
+    return graph.node("MatMulNBits", [x, *_int4(graph, layer, packed=True)], domain=MICROSOFT, **form)
 
 
 def _int4_standard(graph: Builder, x: str, layer: Linear) -> str:
-    weight = graph.weight(f"{layer.name}.int4", lambda: layer.quantize_int4[0].T.astype(INT4))
-    scale = graph.weight(f"{layer.name}.int4_scale", lambda: layer.quantize_int4[1].T)
-    return graph.node("MatMul", [x, graph.node("DequantizeLinear", [weight, scale], axis=0, block_size=BLOCK)])
+    codes, scale = _int4(graph, layer, packed=False)
+    zero = graph.constant(np.full(layer.quantize_int4[1].shape, ZERO_IN_4_BITS, UINT4))
+    weight = graph.node("DequantizeLinear", [codes, scale, zero], axis=1, block_size=BLOCK)
+    return graph.node("MatMul", [x, graph.node("Transpose", [weight], perm=[1, 0])])
 
 
 def _product_in_half(graph: Builder, x: str, weight: str) -> str:

@@ -67,13 +67,13 @@ def test_4_bits_are_qdq_in_the_standard_form_and_the_vision_network_has_8(encode
     assert ours["com.microsoft", "MatMulNBits"] == 6 * 2 - kept
     assert standard["", "DequantizeLinear"] == 7 * 2
     kinds = types(bundle, "decoder", "standard")
-    assert Counter(kinds[name] for name in kinds if name.endswith((".int4", ".codes"))) == {
-        "INT4": 12 - kept, "INT8": 2 + kept,
+    assert Counter(kinds[name] for name in kinds if name.endswith((".uint4", ".codes"))) == {
+        "UINT4": 12 - kept, "INT8": 2 + kept,
     }  # fmt: skip
     if family == "qwen2_5_vl":
         kinds = set(types(bundle, "vision", "standard").values())
         assert "INT8" in kinds
-        assert "INT4" not in kinds
+        assert "UINT4" not in kinds
 
 
 def test_half_precision_is_half_the_file(encoders):

@@ -10,8 +10,8 @@ from rounding import in_8_bits, weight_in_8_bits
 from torch import nn
 
 from topt_deploy.export.prompts.assemble import assemble
-from topt_deploy.export.prompts.graph_builder import MICROSOFT
-from topt_deploy.export.prompts.lower import FORMS, PRECISIONS
+from topt_deploy.export.prompts.graph_builder import MICROSOFT, UINT4, Weights
+from topt_deploy.export.prompts.lower import FORMS, PRECISIONS, TENSORRT
 from topt_deploy.export.prompts.pieces import Network, Piece, Spec, Use
 from topt_deploy.export.prompts.traced_operators import attention
 from topt_deploy.runtime.backends.onnxruntime import MappedSession
@@ -118,21 +118,53 @@ def test_what_forms_are_made_of(tmp_path):
                 assert {opset.domain for opset in graph.opset_import} == {""}
     assert found["fp32", "standard"] == found["fp32", "onnxruntime"] == {":MatMul": 1, ":Add": 1}
     assert found["int8", "standard"] == {":DequantizeLinear": 1, ":MatMul": 1, ":Add": 1}
-    assert found["int4", "standard"] == {":DequantizeLinear": 1, ":MatMul": 1, ":Add": 1}
+    assert found["int4", "standard"] == {":DequantizeLinear": 1, ":Transpose": 1, ":MatMul": 1, ":Add": 1}
     assert found["int4", "onnxruntime"] == {f"{MICROSOFT}:MatMulNBits": 1, ":Add": 1}
     assert found["int8", "onnxruntime"][f"{MICROSOFT}:MatMulIntegerToFloat"] == 1
 
 
-def test_4_bits_are_blocks_of_32_for_tensorrt(tmp_path):
-    done = assemble(one_map(64, 2, False), lambda name: torch.tensor(weights(64)[name]), {}, "int4", tmp_path)
-    graph = onnx.load(done.graphs["standard"]).graph
+def dequantized(graph):
+    """Attributes of a graph's only DequantizeLinear, and the tensors that it reads."""
     (node,) = (node for node in graph.node if node.op_type == "DequantizeLinear")
-    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {"axis": 0, "block_size": 32}
     held = {tensor.name: tensor for tensor in graph.initializer}
-    codes, scale = (held[name] for name in node.input)
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}, [held[name] for name in node.input]
+
+
+def test_4_bits_are_signed_blocks_of_32_for_tensorrt(tmp_path):
+    load = {name: torch.tensor(array) for name, array in weights(64).items()}.__getitem__
+    done = assemble(one_map(64, 2, False), load, {}, "int4", tmp_path, (*FORMS, TENSORRT))
+    attributes, (codes, scale) = dequantized(onnx.load(done.graphs[TENSORRT]).graph)
+    assert attributes == {"axis": 0, "block_size": 32}
     assert codes.data_type == onnx.TensorProto.INT4
     assert list(codes.dims) == [64, OUT]
     assert list(scale.dims) == [2, OUT]
+
+
+def test_4_bits_lie_in_the_file_once(tmp_path):
+    """Half a byte a weight and four bytes for each 32, which both forms read; and one half for each 32 zeros."""
+    width = 2048
+    load = {name: torch.tensor(array) for name, array in weights(width).items()}.__getitem__
+    done = assemble(one_map(width, 2, False), load, {}, "int4", tmp_path)
+    blocks = OUT * width // 32
+    assert done.weights.stat().st_size == OUT * width // 2 + 4 * blocks + blocks // 2
+    ours, standard = (onnx.load(done.graphs[form], load_external_data=False).graph for form in FORMS)
+    places = {t.name: {(e.key, e.value) for e in t.external_data} for t in ours.initializer}
+    _, (codes, scale, zero) = dequantized(standard)
+    assert {t.name: {(e.key, e.value) for e in t.external_data} for t in (codes, scale)} == places
+    assert [t.data_type for t in (codes, scale, zero)] == [
+        onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT, onnx.TensorProto.UINT4,
+    ]  # fmt: skip
+    (packed,) = (t for t in ours.initializer if t.data_type == onnx.TensorProto.UINT8)
+    assert list(packed.dims) == [OUT, width // 32, 16]
+
+
+def test_an_odd_number_of_4_bits_fills_its_last_byte_with_nothing(tmp_path):
+    odd = np.arange(33 * 33).reshape(33, 33) % 16
+    with Weights(tmp_path / "net.weights") as held:
+        held.add("odd", odd.astype(UINT4))
+        tensor = held.tensor("odd")
+    onnx.external_data_helper.load_external_data_for_tensor(tensor, str(tmp_path))
+    assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(int), odd)
 
 
 class Attention(nn.Module):
