@@ -161,4 +161,4 @@ cities: install
 
 # docs/background/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install
-	$(BIN)/python dev/benchmarks/results.py --hafusion $(HAFUSION) --prompt4re $(PROMPT4RE)
+	$(BIN)/python dev/benchmarks/results.py --data $(DATA)

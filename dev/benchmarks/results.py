@@ -39,18 +39,29 @@ TABLE_1 = ["paper", "paper-no-prompt4re", "paper-no-task-prompt", "paper-no-alig
 EMBEDDINGS = [name for name, entry in METHODS.items() if entry.group == "literature"]
 LITERATURE = [*EMBEDDINGS, "srel"]
 """Methods with an embedding take a minute or more per task and seed, as the paper's do: one repetition."""
+NEW_YORK = [
+    "topt", "topt-no-srel", "topt-no-stages", "topt-no-kernels", "topt-no-networks", "topt-trees", "topt-kernels",
+    "ridge+sqrt+flow", "extra-trees+sqrt+flow", "boosting+sqrt", "boosting+sqrt+flow",
+]  # fmt: skip
+"""The ablations of a city without prompts, and the plain baselines that were the best there in cities.md."""
+CITIES = {
+    "chicago-llama": ["--city", "Chi", "--prompt4re", "Prompt4RE", "--encoder", "llama"],
+    "chicago-qwen": ["--city", "Chi", "--prompt4re", "Prompt4RE", "--encoder", "qwen"],
+    "newyork": ["--city", "NY", "--geometry", "MGFN/Data/mh-180/mh-180.shp", "--geometry-order", "position"],
+}
+"""Options of `topt-deploy import hafusion`; a file or folder is one below the folder of the data."""
 QUICK = [name for name in METHODS if name not in LITERATURE and not name.startswith("paper")]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A folder of results: an encoder's city, a protocol, methods and repetitions."""
+    """A folder of results: a city of :data:`CITIES`, a protocol, methods and repetitions."""
 
     title: str
     protocol: str
     methods: list[str]
     seeds: int
-    encoder: str = "llama"
+    city: str = "chicago-llama"
     coverage: float | None = None
     trials: int = 0  # of the published search; without, none
     tasks: tuple[str, ...] = TASKS
@@ -67,17 +78,18 @@ SUITES = {
         trials=20,
         tasks=("check_in",),
     ),
-    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=10, encoder="qwen"),
+    "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=10, city="chicago-qwen"),
     "paper-literature": Suite("The literature: `paper`", "paper", EMBEDDINGS, seeds=3),
     "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
+    "newyork": Suite("New York, without prompts: `honest`", "honest", NEW_YORK, seeds=3, city="newyork"),
     "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
     "honest-paper": Suite("The paper's models, at their last epoch: `honest`", "honest", TABLE_1, seeds=1),
-    "honest-qwen": Suite(f"{_QWEN_TITLE}: `honest`", "honest", ["topt"], seeds=5, encoder="qwen"),
+    "honest-qwen": Suite(f"{_QWEN_TITLE}: `honest`", "honest", ["topt"], seeds=5, city="chicago-qwen"),
     "coverage": Suite("Intervals: `honest`", "honest", ["topt"], seeds=1, coverage=0.9),
     "spatial": Suite("Areas not seen: `spatial`", "spatial", QUICK, seeds=5),
     "spatial-literature": Suite("The literature: `spatial`", "spatial", LITERATURE, seeds=1),
     "spatial-paper": Suite("The paper's models, at their last epoch: `spatial`", "spatial", TABLE_1, seeds=1),
-    "spatial-qwen": Suite(f"{_QWEN_TITLE}: `spatial`", "spatial", ["topt"], seeds=5, encoder="qwen"),
+    "spatial-qwen": Suite(f"{_QWEN_TITLE}: `spatial`", "spatial", ["topt"], seeds=5, city="chicago-qwen"),
 }
 
 
@@ -100,7 +112,8 @@ PUBLISHED = {
 HEAD = """# Chicago under every protocol
 
 Made by `make results` (results.py), one thread a process. 77 community areas; HAFusion's `data_Chi`, prompts of
-Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. The methods are described in
+Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. One section is of New York's 180 regions, which have no
+prompts. The methods are described in
 [evaluation](evaluation.md) and [literature](literature.md). The [log](../../dev/LOG.md) says where the differences
 come from.
 """
@@ -128,13 +141,13 @@ def page(before: str, folder: Path) -> str:
     return "\n".join([HEAD, *(f"## {title}\n{texts[title].rstrip()}\n" for title in titles)])
 
 
-def import_city(encoder: str, hafusion: Path, prompt4re: Path, folder: Path) -> Path:
-    """Chicago with an encoder's prompts, by the user's own command."""
-    city = folder / f"chicago-{encoder}"
+def import_city(name: str, data: Path, folder: Path) -> Path:
+    """A city of :data:`CITIES`, by the user's own command."""
+    city = folder / name
     if not city.exists():
-        command = ["import", "hafusion", hafusion, "--city", "Chi", "--prompt4re", prompt4re]
-        options = ["--encoder", encoder, "--out", city]
-        subprocess.run([Path(sys.executable).with_name("topt-deploy"), *command, *options], check=True)
+        options = [data / option if (data / option).exists() else option for option in CITIES[name]]
+        command = ["import", "hafusion", data / "HAFusion", *options, "--out", city]
+        subprocess.run([Path(sys.executable).with_name("topt-deploy"), *command], check=True)
     return city
 
 
@@ -176,8 +189,7 @@ def search_suite(
 def main() -> None:
     """Run the chosen suites; write the page when all have their results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hafusion", required=True, type=Path)
-    parser.add_argument("--prompt4re", required=True, type=Path)
+    parser.add_argument("--data", required=True, type=Path, help="Folder with HAFusion, Prompt4RE and MGFN.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "results")
     parser.add_argument("--only", nargs="*", choices=SUITES, default=list(SUITES), help="Suites [default: all].")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, help="Tasks that are searched [the suite's].")
@@ -194,16 +206,16 @@ def main() -> None:
     reporter = Reporter()
     for name in options.only:
         suite = SUITES[name]
-        if suite.encoder not in problems:
-            city = import_city(suite.encoder, options.hafusion, options.prompt4re, options.folder)
+        if suite.city not in problems:
+            city = import_city(suite.city, options.data, options.folder)
             engine = TrainingDevice.choose("cpu", None, None)
-            problems[suite.encoder] = read_problem([city], load_config(tasks=TASKS), engine, reporter)
+            problems[suite.city] = read_problem([city], load_config(tasks=TASKS), engine, reporter)
         reporter.say(f"suite {name}")
         if suite.trials:
-            search_suite(suite, *problems[suite.encoder], options, out=options.folder / name)
+            search_suite(suite, *problems[suite.city], options, out=options.folder / name)
             continue
         evaluate_problem(
-            *problems[suite.encoder],
+            *problems[suite.city],
             {method: methods[method] for method in suite.methods},
             protocol=suite.protocol,
             seeds=range(FIRST_SEED, FIRST_SEED + suite.seeds),
