@@ -41,6 +41,12 @@ class Held:
                 data = stream.readall() if size <= limit else None
                 self.data = data if data is not None and len(data) <= limit else None
 
+    def release(self) -> None:
+        """Let go of the bytes: who reads it once more reads the file."""
+        self.data = None
+        for part in self.parts:
+            part.release()
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of its bytes, in hexadecimal; of parts, that of their hashes' text, one after the other."""
