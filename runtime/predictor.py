@@ -87,9 +87,9 @@ class Predictor:
         self.signed_by: str | None = None
 
     @cached_property
-    def parts(self) -> tuple[bytes, bytes]:
+    def parts(self) -> tuple[bytes, memoryview]:
         """Graph and weights, their hashes checked. Processes forked after this share them."""
-        return self.bundle.read(self.variant["graph"]), self.bundle.read(self.variant["weights"])
+        return self.bundle.read(self.variant["graph"]), self.bundle.weights(self.variant["weights"])
 
     @property
     def session(self) -> "Session | HostSession":

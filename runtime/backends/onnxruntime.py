@@ -56,7 +56,7 @@ class Session:
     def __init__(
         self,
         graph: bytes,
-        weights: bytes,
+        weights: bytes | memoryview,
         initializers: Mapping[str, tuple[int, Sequence[int]]],
         *,
         source: object = None,
@@ -180,7 +180,7 @@ def _empty_weights() -> Iterator[str]:
 
 
 def _values(
-    weights: bytes, initializers: Mapping[str, tuple[int, Sequence[int]]], source: object
+    weights: bytes | memoryview, initializers: Mapping[str, tuple[int, Sequence[int]]], source: object
 ) -> Iterator[tuple[str, ort.OrtValue]]:
     """Every initialiser, as a view of the weights."""
     flat = np.frombuffer(weights, dtype=np.float32, count=len(weights) // 4)
