@@ -177,6 +177,7 @@ def _empty_weights() -> Iterator[str]:
         with writing(file):
             file.touch(exist_ok=False)
         yield str(folder)
+        file.unlink(missing_ok=True)
 
 
 def _values(
