@@ -16,6 +16,8 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 
 OPSET = 20
+FOLDED = 1 << 20
+"""Entries of a constant that is computed from others in advance: more than a kernel head's coefficients have."""
 RULES = (
     rules.add_0_rule, *rules.add_0_rule.commute(), rules.mul_by_1_rule, *rules.mul_by_1_rule.commute(),
     rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule,
@@ -88,7 +90,7 @@ def simplify(model: onnx_ir.Model) -> None:
     inline(model)
     fold_constants(model, onnx_shape_inference=True)
     rewrite(model, RULES)
-    fold_constants(model, onnx_shape_inference=True)
+    fold_constants(model, onnx_shape_inference=True, input_size_limit=FOLDED, output_size_limit=FOLDED)
     onnx_ir.passes.Sequential(
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

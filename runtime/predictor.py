@@ -20,7 +20,7 @@ from topt_deploy.data.features import features
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
 from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
-from topt_deploy.storage.hashed_file import sha256_file
+from topt_deploy.storage.hashed_file import Held, sha256_file
 from topt_deploy.storage.table_parts import home_of
 
 from .backends.onnxruntime import PROVIDERS, Session, check_device
@@ -87,9 +87,9 @@ class Predictor:
         self.signed_by: str | None = None
 
     @cached_property
-    def parts(self) -> tuple[bytes, bytes]:
+    def parts(self) -> tuple[bytes, memoryview]:
         """Graph and weights, their hashes checked. Processes forked after this share them."""
-        return self.bundle.read(self.variant["graph"]), self.bundle.read(self.variant["weights"])
+        return self.bundle.read(self.variant["graph"]), self.bundle.weights(self.variant["weights"])
 
     @property
     def session(self) -> "Session | HostSession":
@@ -214,6 +214,10 @@ class Predictor:
         city, encoded = self._read(sieve, None if file is None else home_of(file), id_col, cache, progress)
         check_prompts(manifest, city, _name(regions))
         arrays = features(city, manifest.inputs)
+        if not sieve.counts():  # else the rows that were set aside are taken from the files' bytes
+            for table in (regions, mobility):
+                if isinstance(table, Held):
+                    table.release()
         if sum(array.nbytes for array in arrays.values()) > WORTH_RELEASING_BYTES:
             pa.default_memory_pool().release_unused()  # what reading took, before the model needs its own
         beside = [name for name in manifest.outputs if name == LEVERAGE or name in {task + FOLDS for task in chosen}]

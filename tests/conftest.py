@@ -244,6 +244,24 @@ def prompted(shared: Path, once: Once, tiny_models: Callable[[str], Path], encod
 
 
 @pytest.fixture(scope="session")
+def default_city(shared: Path, once: Once) -> Path:
+    """A city with ``model.topt``, of the default's structure and size and hardly trained."""
+
+    def make(folder: Path) -> Said:
+        from default_city import make_default_city
+
+        done = make_default_city(folder / "default")
+        if KEEP in os.environ and done.code == 0:
+            shutil.copytree(
+                folder / "default", Path(os.environ[KEEP]) / "default", ignore=shutil.ignore_patterns("runs")
+            )
+        return done
+
+    once("default", make)
+    return shared / "default"
+
+
+@pytest.fixture(scope="session")
 def pictured(shared: Path, once: Once, tiny_models: Callable[[str], Path], encoders: Encoders) -> Path:
     """A small city with images, ``encoder.topt``, and ``prompts.parquet``, what PyTorch makes of it."""
 

@@ -56,7 +56,7 @@ class Session:
     def __init__(
         self,
         graph: bytes,
-        weights: bytes,
+        weights: bytes | memoryview,
         initializers: Mapping[str, tuple[int, Sequence[int]]],
         *,
         source: object = None,
@@ -177,10 +177,11 @@ def _empty_weights() -> Iterator[str]:
         with writing(file):
             file.touch(exist_ok=False)
         yield str(folder)
+        file.unlink(missing_ok=True)
 
 
 def _values(
-    weights: bytes, initializers: Mapping[str, tuple[int, Sequence[int]]], source: object
+    weights: bytes | memoryview, initializers: Mapping[str, tuple[int, Sequence[int]]], source: object
 ) -> Iterator[tuple[str, ort.OrtValue]]:
     """Every initialiser, as a view of the weights."""
     flat = np.frombuffer(weights, dtype=np.float32, count=len(weights) // 4)

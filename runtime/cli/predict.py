@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DEFAULT_BUNDLE = "model.topt"
 BUNDLE_VARIABLE = "TOPT_BUNDLE"
 ROWS_SHOWN = 5
+_LEFT_OPEN: list[object] = []
+"""Kept until the process ends, which is sooner than a session is dismantled."""
 
 
 @click.command("predict")
@@ -175,6 +177,7 @@ def _predict_one(
     watch = Stopwatch()
     with watch.step("open"):
         predictor = setting.open()
+    _LEFT_OPEN.append(predictor)
     with ProgressBar(quiet=log.json) as progress:
         done = predict_city(
             predictor, job, setting.options,

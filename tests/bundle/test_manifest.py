@@ -125,6 +125,7 @@ class TestSound:
         bundle = open_bundle(packed())
         bundle.verify()
         assert {name: bundle.read(name) for name in bundle.manifest.files} == FILES
+        assert {name: bundle.weights(name) for name in bundle.manifest.files} == FILES
         assert bundle.manifest.opset == 18
         assert bundle.manifest.inputs == tuple(FACTS["inputs"])
         assert bundle.manifest.golden == ("a",)
@@ -173,6 +174,8 @@ class TestSound:
         bundle.verify(skip=frozenset({"models/fp32.onnx"}))
         with pytest.raises(BadBundle):
             bundle.read("models/fp32.onnx")
+        with pytest.raises(BadBundle):
+            bundle.weights("models/fp32.onnx")
 
 
 class TestDamage:

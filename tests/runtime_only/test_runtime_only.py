@@ -18,7 +18,9 @@ ABSENT = (
     "torch", "torchvision", "transformers", "safetensors", "onnx", "onnxscript", "sklearn", "scipy", "pandas",
     "geopandas", "shapely", "pyogrio", "pyproj", "rich", "tensorrt",
 )  # fmt: skip
-RATIO = 1.5
+RATIOS = {".": 1.5, "default": 1.8}
+"""The most that is allowed of each city's bundle, in time and in memory. The goal is 1.5 for both; what has all parts
+that the default has took 1.6 and 1.67 on 2026-11-29 (docs/background/benchmarks.md)."""
 RUNS = 7
 ROUNDS = 3
 COMMAND = Path(sys.executable).with_name("topt-run")
@@ -31,7 +33,7 @@ def kept():
     if place is None:
         pytest.skip(f"{PLACE} names no bundle: run `make test`, whose first half makes one")
     folder = Path(place)
-    names = ("model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured")
+    names = ("model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured", "default")
     missing = [name for name in names if not (folder / name).exists()]
     assert not missing, f"{PLACE}={place} lacks {', '.join(missing)}"
     return folder
@@ -174,24 +176,26 @@ def test_the_measure_sees_the_process_alone(tmp_path):
     assert 100 << 10 < measure(python, tmp_path)[1] < 150 << 10
 
 
-def test_a_prediction_takes_little_more_than_importing_its_libraries(city, capsys):
+@pytest.mark.parametrize("place", RATIOS)
+def test_a_prediction_takes_little_more_than_importing_its_libraries(kept, place, tmp_path, capsys):
     """Whole processes, interleaved, the best of several: what else the machine does can only add to processor time."""
-    command = [COMMAND, "predict", "regions.parquet"]
+    regions, bundle = (kept / place / name for name in ("regions.parquet", "model.topt"))
+    command = [COMMAND, "predict", regions, "--bundle", bundle, "--out", tmp_path / "predictions.parquet"]
     for warm_up in (command, FLOOR):
-        measure(warm_up, city)
+        measure(warm_up, tmp_path)
     ours, floor = [], []
     for _ in range(ROUNDS):
         for _ in range(RUNS):
-            ours.append(measure(command, city))
-            floor.append(measure(FLOOR, city))
+            ours.append(measure(command, tmp_path))
+            floor.append(measure(FLOOR, tmp_path))
         best, least = ([min(values) for values in zip(*runs, strict=True)] for runs in (ours, floor))
         ratios = {name: ours / floor for name, ours, floor in zip(("time", "memory"), best, least, strict=True)}
-        if max(ratios.values()) <= RATIO:
+        if max(ratios.values()) <= RATIOS[place]:
             break
     with capsys.disabled():
         print(
-            f"\ntopt-run predict, 77 regions: {best[0]:.3f} s of processor time and {best[1] / 1024:.0f} MiB, "
+            f"\ntopt-run predict {place}, 77 regions: {best[0]:.3f} s of processor time and {best[1] / 1024:.0f} MiB, "
             f"{ratios['time']:.2f} and {ratios['memory']:.2f} of the imports"
         )
-    assert ratios["time"] <= RATIO, ratios
-    assert ratios["memory"] <= RATIO, ratios
+    assert ratios["time"] <= RATIOS[place], ratios
+    assert ratios["memory"] <= RATIOS[place], ratios

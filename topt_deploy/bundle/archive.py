@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import numpy as np
+
 from topt_deploy.errors import BadBundle, BadData
 from topt_deploy.storage.os_errors import reading
 
@@ -103,6 +105,12 @@ class Archive:
         """At most ``limit`` bytes of a file, and one more where it has more."""
         with self._open(name) as stream:
             return stream.read(limit + 1)
+
+    def read_large(self, name: str, limit: int) -> memoryview:
+        """:meth:`read` into memory of numpy's: from 4 MB on that has pages of 2 MB, which come five times as fast."""
+        held = np.empty(limit + 1, np.uint8)
+        with self._open(name) as stream:
+            return held.data[: stream.readinto(held)]  # type: ignore[attr-defined]
 
     def digest(self, name: str, limit: int) -> str:
         """SHA-256 of what :meth:`read` would give, a block at a time."""

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from topt_deploy.errors import BadBundle, BadConfig, BadData, NoInput
 from topt_deploy.hardening.onnx_operators import check_graph
@@ -16,6 +16,7 @@ from topt_deploy.storage.text_files import write_text
 
 from .archive import Archive, unsound
 
+Data = TypeVar("Data", bytes, memoryview)
 MANIFEST = "manifest.json"
 SEAL = "manifest.json.sha256"
 SIGNATURE = "manifest.json.sig"
@@ -66,21 +67,26 @@ class Sealed:
         Raises:
             BadBundle: If they are not.
         """
+        with Archive(self.path, self.inside) as files:
+            return self._read(name, files.read)
+
+    def weights(self, name: str) -> memoryview:
+        """:meth:`read` for a large file."""
+        with Archive(self.path, self.inside) as files:
+            return self._read(name, files.read_large)
+
+    def _read(self, name: str, how: Callable[[str, int], Data]) -> Data:
         if name not in self.record["files"]:
             raise unsound(self.path, f"{name!r} is not among its files")
         facts = self.record["files"][name]
-        with Archive(self.path, self.inside) as files:
-            return self._read(files, name, facts)
-
-    def _read(self, files: "Archive", name: str, facts: Mapping[str, Any]) -> bytes:
         limit = GRAPH_LIMIT_BYTES if name.endswith(GRAPH_SUFFIX) else READ_LIMIT_BYTES
         if facts["size"] > limit:
             raise unsound(self.path, f"{name} is larger than the {limit >> 20:,} MB that such a file may have")
-        data = files.read(name, int(facts["size"]))
+        data = how(name, int(facts["size"]))
         if len(data) != facts["size"] or sha256_bytes(data) != facts["sha256"]:
             raise _changed(self.path, name)
         if name.endswith(GRAPH_SUFFIX):
-            self._check_graph(name, data)
+            self._check_graph(name, bytes(data))
         return data
 
     def _check_graph(self, name: str, data: bytes) -> None:
@@ -109,7 +115,7 @@ class Sealed:
                 if name in skip:
                     continue
                 if name.endswith(GRAPH_SUFFIX):
-                    self._read(files, name, facts)
+                    self._read(name, files.read)
                 elif files.digest(name, facts["size"]) != facts["sha256"]:
                     raise _changed(self.path, name)
 

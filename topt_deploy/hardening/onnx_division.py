@@ -49,6 +49,10 @@ class Value(NamedTuple):
     some: bool = False
 
 
+_ANY = Value()
+"""Nothing is known of it."""
+
+
 class _Node(NamedTuple):
     operator: str
     inputs: list[str]
@@ -73,7 +77,7 @@ def check_divisions(
     Raises:
         ValueError: Naming the operator.
     """
-    parts = list(fields(data, graph))
+    parts = fields(data, graph)
     own: dict[str, Value] = {}
     for number, value in parts:
         if number == _GRAPH_INITIALIZER:
@@ -93,12 +97,12 @@ def check_divisions(
                     _define(own, name, result)
                     scope[name] = result
     outputs = [_declared(data, message(value))[0] for number, value in parts if number == _GRAPH_OUTPUT]
-    return [scope.get(name, Value()) for name in outputs]
+    return [scope.get(name, _ANY) for name in outputs]
 
 
 def _results(data: bytes, node: _Node, scope: Mapping[str, Value]) -> list[Value]:
     """The values that a node gives, one per output."""
-    inputs = [scope.get(name, Value()) for name in node.inputs]
+    inputs = [scope.get(name, _ANY) for name in node.inputs]
     operator = node.operator
     if operator == "Div" and len(inputs) > 1 and inputs[1].kind not in FRACTIONS and not inputs[1].positive:
         raise ValueError(
@@ -160,10 +164,11 @@ def _node(data: bytes, where: Range) -> _Node:
         elif number == _NODE_KIND:
             operator = text(data, value)
         elif number == _NODE_ATTRIBUTE:
-            pairs = list(fields(data, message(value)))
+            pairs = fields(data, message(value))
             found = dict(pairs)
             name = text(data, found.get(_ATTRIBUTE_NAME, (0, 0)))
-            if name in attributes or any(sum(n == part for n, _ in pairs) > 1 for part in _ONCE):
+            numbers = [field for field, _ in pairs]
+            if name in attributes or any(numbers.count(part) > 1 for part in _ONCE):
                 raise ValueError(f"it has the attribute {name!r} twice")
             attributes[name] = found
     return _Node(operator, inputs, outputs, attributes)

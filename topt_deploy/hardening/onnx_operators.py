@@ -4,7 +4,7 @@ Whoever can write a bundle can seal it, so a graph is not believed: numbers are 
 the lists below; the body of a Scan, which ends with its input, is looked through like the graph around it. There is
 no other operator with a body (loops and branches), none that keeps strings or sequences, draws random numbers or
 belongs to a library of its own, and weights come from a file of the bundle. The walk reads protobuf's wire format by
-itself, for the runtime has no onnx: 4 ms for the 400 nodes of the demo's model.
+itself, for the runtime has no onnx: 12 ms for 841 nodes.
 """
 
 from collections.abc import Mapping

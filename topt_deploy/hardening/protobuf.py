@@ -1,13 +1,13 @@
 """Protobuf's wire format, read without the library: where the fields of a message are in its bytes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 Range = tuple[int, int]
 """Where a message's bytes begin and end."""
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 
 
-def fields(data: bytes, where: Range, refused: Mapping[int, str] | None = None) -> Iterator[tuple[int, int | Range]]:
+def fields(data: bytes, where: Range, refused: Mapping[int, str] | None = None) -> list[tuple[int, int | Range]]:
     """Field numbers of a message, each with its number, or where its bytes are.
 
     Args:
@@ -19,26 +19,35 @@ def fields(data: bytes, where: Range, refused: Mapping[int, str] | None = None) 
         ValueError: If it is no message, or has such a field.
     """
     position, end = where
+    found: list[tuple[int, int | Range]] = []
     while position < end:
-        tag, position = _varint(data, position, end)
+        # Nearly all tags and lengths are a single byte: read here, and by _varint where they are not.
+        tag = data[position]
+        position += 1
+        if tag > 0x7F:
+            tag, position = _varint(data, position - 1, end)
         number, kind = tag >> 3, tag & 7
         if refused and number in refused:
             raise ValueError(f"it has {refused[number]}, which no exporter writes")
         if kind == _BYTES:
-            length, position = _varint(data, position, end)
-            value: int | Range = (position, position + length)
+            length = data[position] if position < end else 0x80
+            position += 1
+            if length > 0x7F:
+                length, position = _varint(data, position - 1, end)
+            found.append((number, (position, position + length)))
             position += length
         elif kind == _VARINT:
             value, position = _varint(data, position, end)
+            found.append((number, value))
         elif kind in (_EIGHT, _FOUR):
             size = 8 if kind == _EIGHT else 4
-            value = (position, position + size)
+            found.append((number, (position, position + size)))
             position += size
         else:
             raise ValueError("it is not an ONNX model")
         if position > end:
             raise ValueError("it is cut off")
-        yield number, value
+    return found
 
 
 def packed(data: bytes, where: Range) -> list[int]:
@@ -72,5 +81,6 @@ def message(value: int | Range) -> Range:
 
 def text(data: bytes, value: int | Range) -> str:
     """A field's value as text."""
-    start, end = message(value)
-    return data[start:end].decode()
+    if isinstance(value, int):
+        raise ValueError("it is not an ONNX model")
+    return data[value[0] : value[1]].decode()

@@ -84,12 +84,28 @@ class ViewKernels(nn.Module):
         ]
         self.frequencies.copy_(torch.cat(drawn, dim=1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z, and what its waves are the cosines and sines of: every length's (N, L·features)."""
         z = x if self.standardize is None else self.standardize(x)
         # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
-        angles = torch.mm(z, self.frequencies).unflatten(1, (len(self.lengths), self.features))
+        return z, torch.mm(z, self.frequencies)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, angles = self.angles(x)
+        angles = angles.unflatten(1, (len(self.lengths), self.features))
         waves = torch.cat([angles.cos(), angles.sin()], dim=2).flatten(1) / math.sqrt(self.features)
         return torch.cat([z / math.sqrt(z.shape[1]), waves], dim=1) if self.linear else waves
+
+    def divisors(self) -> list[float]:
+        """The number that the features of each kernel are divided by."""
+        linear = [math.sqrt(self.frequencies.shape[0])] if self.linear else []
+        return linear + [math.sqrt(self.features)] * len(self.lengths)
+
+    def by_kind(self, columns: Tensor) -> list[Tensor]:
+        """Of the features' numbers (K,) those of z, of the cosines and of the sines."""
+        linear, waves = columns.split([self.linear * self.frequencies.shape[0], 2 * self.frequencies.shape[1]])
+        cosines, sines = waves.view(len(self.lengths), 2, self.features).unbind(dim=1)
+        return [linear, cosines.flatten(), sines.flatten()]
 
 
 def orthogonal_frequencies(width: int, count: int, generator: torch.Generator) -> Tensor:
@@ -115,6 +131,8 @@ class KernelHead(nn.Module):
     """
 
     coefficients: Tensor
+    divisors: Tensor
+    order: Tensor
 
     def __init__(self, widths: Mapping[str, int], config: EnsembleConfig, rows: int = 1) -> None:
         super().__init__()
@@ -135,6 +153,12 @@ class KernelHead(nn.Module):
             }
         )
         self.register_buffer("coefficients", torch.zeros(rows, len(self.regressions()), sum(self.sizes)))
+        views = [view for _, view in self.views.items() if isinstance(view, ViewKernels)]
+        divisors = torch.tensor([divisor for view in views for divisor in view.divisors()])
+        self.register_buffer("divisors", repeated(divisors, self.sizes, dim=0), persistent=False)
+        columns = torch.arange(sum(self.sizes)).split([sum(view.sizes) for view in views])
+        kinds = zip(*(view.by_kind(own) for view, own in zip(views, columns, strict=True)), strict=True)
+        self.register_buffer("order", torch.cat([part for kind in kinds for part in kind]), persistent=False)
 
     @property
     def sizes(self) -> list[int]:
@@ -180,8 +204,13 @@ class KernelHead(nn.Module):
         return torch.cat([self.views[view](inputs[view]) for view in self.views], dim=1)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        # All views' waves at once, and the coefficients in that order: the fewer nodes, the sooner a graph starts.
+        views = [(view, *view.angles(inputs[name])) for name, view in self.views.items()]  # type: ignore[operator]
+        angles = torch.cat([own for *_, own in views], dim=1)
+        features = torch.cat([*(z for view, z, _ in views if view.linear), angles.cos(), angles.sin()], dim=1)
+        coefficients = (self.coefficients / self.divisors).index_select(2, self.order)
         # mm, which half leaves alone (.half_precision); the features are the large side, and are not transposed.
-        out = torch.mm(self.features(inputs), self.coefficients.flatten(0, 1).t())  # (N, R·P)
+        out = torch.mm(features, coefficients.flatten(0, 1).t())  # (N, R·P)
         return out.t().unflatten(0, self.coefficients.shape[:2])
 
 

@@ -270,9 +270,10 @@ class TopT(nn.Module):
             prompts = None if column is None else inputs[column]
             embedding = embeddings[self.spec.config.embedding_of(task)] if settings.embeds else None
             if settings.ensemble.enabled:
-                *folds, predictions[task] = self.heads[task](inputs, prompts, embedding, features, trust).unbind(dim=0)
-                if folds:
-                    others[task + FOLDS] = torch.stack(folds, dim=1)
+                fits = self.heads[task](inputs, prompts, embedding, features, trust)
+                predictions[task] = fits[-1]
+                if len(fits) > 1:
+                    others[task + FOLDS] = fits[:-1].t()
             else:
                 predictions[task] = self.heads[task](embedding, features, prompts).mean(dim=0)
         if self.leverage is not None:

@@ -41,6 +41,13 @@ class Held:
                 data = stream.readall() if size <= limit else None
                 self.data = data if data is not None and len(data) <= limit else None
 
+    def release(self) -> None:
+        """Let go of the bytes, whose hash is known from then on. Who reads the table once more reads the file."""
+        for part in self.parts:
+            part.release()
+        assert self.sha256
+        self.data = None
+
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of its bytes, in hexadecimal; of parts, that of their hashes' text, one after the other."""

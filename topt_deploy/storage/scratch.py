@@ -2,13 +2,11 @@
 
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from topt_deploy.errors import CannotCreate, IOFailure
 
@@ -35,12 +33,24 @@ def scratch_folder() -> Iterator[Path]:
                 facts = entry.stat(follow_symlinks=False)  # another user's could lead elsewhere by now
                 ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
                 if ours and time.time() - facts.st_mtime > SCRATCH_KEPT_S:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    _remove(Path(entry.path))
+    folder = Path(parent, _PREFIX + os.urandom(4).hex()).absolute()
     try:
-        folder = TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
+        folder.mkdir(mode=0o700)
     except OSError as error:
         fix = "set TMPDIR to one that can be written to"
         what = CannotCreate if error.errno in CANNOT_CREATE else IOFailure
         raise what(f"no folder for temporary files ({error.strerror})", file=parent, fix=fix) from error
-    with folder as path:
-        yield Path(path)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # it is not empty
+        import shutil  # which takes 2 ms, for it imports what compresses
+
+        shutil.rmtree(folder, ignore_errors=True)
