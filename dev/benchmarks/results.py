@@ -112,8 +112,8 @@ PUBLISHED = {
 HEAD = """# Chicago under every protocol
 
 Made by `make results` (results.py), one thread a process. 77 community areas; HAFusion's `data_Chi`, prompts of
-Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. One section is of New York's 180 regions, which have no
-prompts. The methods are described in
+Llama-3.2-11B-Vision from Prompt4RE, unless something else is said. One section is of New York's 180 regions, which have
+no prompts. The methods are described in
 [evaluation](evaluation.md) and [literature](literature.md). The [log](../../dev/LOG.md) says where the differences
 come from.
 """
