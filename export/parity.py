@@ -14,7 +14,7 @@ from topt_deploy.bundle.tolerances import PREDICTIONS as TOLERANCES
 from topt_deploy.errors import BadBundle
 from topt_deploy.model.topt import TopT, predict
 from topt_deploy.runtime.backends.onnxruntime import MappedSession
-from topt_deploy.runtime.golden_checks import relative_difference
+from topt_deploy.runtime.golden_checks import relative_difference, size
 from topt_deploy.runtime.predictor import open_predictor
 
 from .golden_cities import SyntheticCity
@@ -68,9 +68,10 @@ def compare(
             continue
         worst = max(worst, relative_difference(a, b))
         tie = max(TIES[precision], OFF_BY_ROUNDING * (rounding or {}).get(task, 0.0))
-        for exact, other in zip(np.atleast_2d(a.T), np.atleast_2d(b.T), strict=True):
-            ranked = exact[np.argsort(other, kind="stable")]  # must not decrease, ties apart
-            swapped += int((ranked[:-1] - ranked[1:] > tie * np.maximum(np.abs(ranked[:-1]), 1.0)).sum())
+        for exact, other, sizes in zip(*(np.atleast_2d(x.T) for x in (a, b, size(a))), strict=True):
+            order = np.argsort(other, kind="stable")
+            ranked = exact[order]  # must not decrease, ties apart
+            swapped += int((ranked[:-1] - ranked[1:] > tie * sizes[order][:-1]).sum())
     return Parity(city=city, regions=len(next(iter(expected.values()))), worst=worst, swapped=swapped)
 
 

@@ -37,6 +37,14 @@ class TestCompare:
         small = {"crime": np.array([0.0, 1e-3], dtype=np.float32)}
         assert compare(small, {"crime": np.array([0.0, 2e-3], dtype=np.float32)}, "x").worst == pytest.approx(1e-3)
 
+    def test_far_below_the_others_a_hundredth_of_their_mean_counts(self):
+        """Check-ins on their own scale: in float32 PyTorch's 11.2278 is itself off by 1e-4 of it."""
+        expected = {"check_in": np.array([3000.0, 3000.0, 6.0, 11.2278])}  # mean 1504.3
+        parity = compare(expected, {"check_in": np.array([3000.0, 3000.0, 6.0, 11.2261])}, "x")
+        assert parity.worst == pytest.approx(0.0017 / 15.043, rel=1e-3)
+        swapped = {"check_in": np.array([3000.0, 3000.0, 11.2278, 6.0])}
+        assert compare(expected, swapped, "x").swapped == 1
+
     def test_swapped_ranks_are_found(self):
         assert self.found(10, 30, 20, 40).swapped == 1
         assert self.found(40, 30, 20, 10).swapped == 3

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PREDICTIONS: Mapping[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "int8": 0.1, "int4": 0.5}
-"""Largest accepted difference of a prediction, relative to itself, or to one count where it is smaller.
+"""Largest accepted difference of a prediction, relative to its size (:func:`topt_deploy.runtime.golden_checks.size`).
 
 Half has 11 bits, 5e-4, and a score is cubed to a count, which trebles what the layers add up to. A weight in 8 bits is
 off by up to 4e-3 of the largest of its output, in 4 bits by 0.06 of that of its block: eight times and a hundred times
