@@ -81,7 +81,7 @@ SUITES = {
     "paper-qwen": Suite(f"{_QWEN_TITLE}: `paper`", "paper", ["paper"], seeds=5, trials=10, city="chicago-qwen"),
     "paper-literature": Suite("The literature: `paper`", "paper", EMBEDDINGS, seeds=3),
     "honest": Suite("Regions not seen: `honest`", "honest", QUICK, seeds=5),
-    "newyork": Suite("New York, without prompts: `honest`", "honest", NEW_YORK, seeds=3, city="newyork"),
+    "newyork": Suite("New York, without prompts: `honest`", "honest", NEW_YORK, seeds=1, city="newyork"),
     "honest-literature": Suite("The literature: `honest`", "honest", LITERATURE, seeds=1),
     "honest-paper": Suite("The paper's models, at their last epoch: `honest`", "honest", TABLE_1, seeds=1),
     "honest-qwen": Suite(f"{_QWEN_TITLE}: `honest`", "honest", ["topt"], seeds=5, city="chicago-qwen"),
