@@ -108,13 +108,13 @@ class TestThreeCommands:
         assert held.keys() == found.keys()
         assert found == pytest.approx(held, rel=1e-4, abs=1e-4)
 
-    @pytest.mark.usefixtures("demo_bundle", "prompted", "pictured")
+    @pytest.mark.usefixtures("demo_bundle", "prompted", "pictured", "default_city")
     def test_the_kept_bundles_are_there_for_the_runtime_only_tests(self):
         place = os.environ.get("TOPT_KEEP_BUNDLE")
         if place is None:
             pytest.skip("TOPT_KEEP_BUNDLE is not set: `make test` sets it")
         kept = {name.name for name in os.scandir(place)}
-        assert kept == {"model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured"}
+        assert kept == {"model.topt", "regions.parquet", "mobility.parquet", "prompted", "pictured", "default"}
 
 
 def train_at(city, config):
