@@ -54,8 +54,7 @@ SEARCHED = (
 )
 NOT_SEARCHED = (
     "Of several methods the first is searched. The others, marked – in the column K, have the runs of its best settings"
-    " alone, and `best` is the best of these runs: one thing differs, and no method had more trials than another in"
-    " what `runs` shows."
+    " alone, which were chosen for the first and favour it; `best` is the best of these runs."
 )
 
 
