@@ -45,7 +45,7 @@ class Held:
         """Let go of the bytes, whose hash is known from then on. Who reads the table once more reads the file."""
         for part in self.parts:
             part.release()
-        assert self.sha256
+        _ = self.sha256  # worked out now, while the bytes are here; it is kept
         self.data = None
 
     @cached_property
