@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -131,9 +132,7 @@ class EmbeddingMethod(ABC):
         """The embedding of ``seed``, float32 (N, D), trained on the first call."""
         trained, key = _embeddings.setdefault(problem, {}), (self.name, self.recipe, seed)
         if key not in trained:
-            problem.engine.seed(seed, self.name)
-            learner = self.build(problem)
-            minimise(learner.module, learner.loss, self.recipe, stage=self.name, problem=problem)
+            learner = self._learn(problem, seed)
             with torch.no_grad():
                 trained[key] = learner.embed()
         return trained[key]
@@ -141,18 +140,24 @@ class EmbeddingMethod(ABC):
     def looks(self, problem: Problem, seed: int, *, every: int) -> Tensor:
         """The embeddings after epochs 1, 1 + ``every``, 1 + 2 ``every`` …, float32 (L, N, D), in training mode: dropout
         is active, as in the authors' code. For the published protocol alone, which chooses among them."""
-        problem.engine.seed(seed, self.name)
-        learner = self.build(problem)
         seen: list[Tensor] = []
 
         @torch.no_grad()
-        def look(epoch: int) -> None:
+        def look(learner: Learner, epoch: int) -> None:
             if (epoch - 1) % every == 0:
                 with without_trace(problem.engine.device):
                     seen.append(learner.embed().clone())
 
-        minimise(learner.module, learner.loss, self.recipe, stage=self.name, problem=problem, observe=look)
+        self._learn(problem, seed, look)
         return torch.stack(seen)
+
+    def _learn(self, problem: Problem, seed: int, look: Callable[[Learner, int], None] | None = None) -> Learner:
+        """Train the embedding of ``seed``; ``look`` is called as ``observe`` of :func:`minimise` is."""
+        problem.engine.seed(seed, self.name)
+        learner = self.build(problem)
+        observe = None if look is None else partial(look, learner)
+        minimise(learner.module, learner.loss, self.recipe, stage=self.name, problem=problem, observe=observe)
+        return learner
 
     def regress(self, problem: Problem, embedding: Tensor, labels: Tensor, known: Tensor, seed: int) -> Tensor:
         """Counts of every region (S, N) from a regression per row: ridge on E, the papers' own protocol.
