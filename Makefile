@@ -157,7 +157,7 @@ instruction-sets: install $(SERVICES)/smollm2/stamp
 
 # docs/background/cities.md: the default against the plain baselines on many cities. Goes on where it was stopped.
 cities: install
-	$(BIN)/python dev/benchmarks/cities.py --data $(DATA) --coverage 0.9
+	$(BIN)/python dev/benchmarks/cities.py --data $(DATA) --coverage
 
 # docs/background/results.md: every protocol, variant and baseline. Hours; goes on where it was stopped.
 results: install

@@ -1,17 +1,17 @@
 """docs/background/cities.md: the default against plain baselines on many cities, ``make cities``; resumable.
 
 Which cities the default was designed on, and which it is reported on, families.py says. Every figure comes from the
-folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate).
+folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate). The figures are kept
+in cities.csv beside the page, one line per city and task: a run of some cities replaces only theirs.
 """
 
 import argparse
+import csv
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,19 @@ from typing import Any
 import numpy as np
 from families import DESIGN, FAMILIES, REPORT, make_family
 
+from topt_deploy.train.evaluation.coverage import SIZES
+
 ROOT = Path(__file__).resolve().parents[2]
 TOPT_DEPLOY = Path(sys.executable).with_name("topt-deploy")
 MAIN = "topt"
 MOST_MAE, LEAST_R2 = 1.02, -0.02
 """How much worse than the best plain baseline the default may be anywhere: times its MAE, and R² below it."""
+NOMINAL, OVERALL, BY_THIRD = 0.9, 0.03, 0.05
+"""How often intervals should hold, and how far off they may be, among all regions and in a third by size."""
+BY_SIZE = tuple(f"inside_{size}" for size in SIZES)
+COLUMNS = (
+    "city", "task", "date", "repetitions", "mae", "r2", "best", "best_mae", "best_r2", "chosen_mae", "inside", *BY_SIZE
+)  # fmt: skip
 
 
 def make_city(name: str, data: Path, folder: Path) -> Path:
@@ -47,7 +55,7 @@ def make_city(name: str, data: Path, folder: Path) -> Path:
     return city
 
 
-def evaluate(city: Path, out: Path, *, seeds: int, variants: str, baselines: str, coverage: float | None) -> None:
+def evaluate(city: Path, out: Path, *, seeds: int, variants: str, baselines: str, coverage: bool) -> None:
     """``topt-deploy evaluate``, which goes on where it stopped.
 
     Coverage costs ten times what errors do, and the page has that of the default alone: it comes of its own.
@@ -55,7 +63,7 @@ def evaluate(city: Path, out: Path, *, seeds: int, variants: str, baselines: str
     command = [TOPT_DEPLOY, "evaluate", city, "--seeds", str(seeds), "--out", out]
     subprocess.run([*command, "--variants", variants, "--baselines", baselines], check=True, stdout=subprocess.DEVNULL)
     if coverage:
-        command += ["--variants", MAIN, "--baselines", "none", "--coverage", str(coverage)]
+        command += ["--variants", MAIN, "--baselines", "none", "--coverage", str(NOMINAL)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -73,82 +81,128 @@ def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         own = methods[MAIN]
         best = min(plain, key=lambda m: plain[m]["mae"]["mean"])
-        r2 = max(r["r2"]["mean"] for r in plain.values())
-        found.append(
-            {
-                "city": name,
-                "task": task,
-                "mae": own["mae"]["mean"],
-                "r2": own["r2"]["mean"],
-                "best": best,
-                "best_mae": plain[best]["mae"]["mean"],
-                "best_r2": r2,
-                "chosen_mae": chosen[task],
-                "coverage": own.get("coverage"),
-            }
-        )
+        row = {
+            "city": name,
+            "task": task,
+            "date": date.today(),
+            "repetitions": len(results["seeds"]),
+            "mae": own["mae"]["mean"],
+            "r2": own["r2"]["mean"],
+            "best": best,
+            "best_mae": plain[best]["mae"]["mean"],
+            "best_r2": max(r["r2"]["mean"] for r in plain.values()),
+            "chosen_mae": chosen[task],
+        }
+        if own["coverage"] is not None:
+            row["inside"] = own["coverage"]["all"]["coverage"]
+            row |= {f"inside_{size}": part["coverage"] for size, part in own["coverage"]["by_size"].items()}
+        found.append({key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()})
     return found
 
 
-def table(found: list[dict[str, Any]]) -> list[str]:
+def read(record: Path) -> list[dict[str, str]]:
+    """The lines of cities.csv; none where there is no such file yet."""
+    if not record.exists():
+        return []
+    with record.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(record: Path, lines: Iterable[Mapping[str, str]]) -> None:
+    """Write cities.csv in the order of families.py."""
+    order = (*REPORT, *DESIGN)
+    with record.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(lines, key=lambda line: order.index(line["city"])))
+
+
+def table(lines: list[dict[str, str]]) -> list[str]:
     """Markdown of one half of the cities."""
-    covered = any(row["coverage"] for row in found)
-    lines = [
+    written = [
         "| city | task | ToPT: MAE / R² | best plain baseline: MAE | highest R² | MAE against it | chosen baseline: MAE"
-        " | MAE against it |" + " inside 90 % |" * covered,
-        "|---|---|---|---|---|---|---|---|" + "---|" * covered,
+        " | MAE against it | inside 90 % | by size | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in found:
-        change, honest = (_change([row], other) for other in ("best_mae", "chosen_mae"))
-        held = "" if row["coverage"] is None else f"{row['coverage']['all']['coverage']:.0%}"
-        lines.append(
-            f"| {row['city']} | {row['task']} | {row['mae']:.1f} / {row['r2']:.3f} | {row['best_mae']:.1f}"
-            f" ({row['best']}) | {row['best_r2']:.3f} | {change:+.1f} % | {row['chosen_mae']:.1f} | {honest:+.1f} % |"
-            + (f" {held} |" if covered else "")
-        )
-    if found:
-        ratio, honest = (_change(found, other) for other in ("best_mae", "chosen_mae"))
-        worse = [f"{r['city']}, {r['task']}" for r in found if r["mae"] > MOST_MAE * r["best_mae"]]
-        below = [f"{r['city']}, {r['task']}" for r in found if r["r2"] - r["best_r2"] < LEAST_R2]
-        lines += [
-            "",
-            f"MAE in the geometric mean: {ratio:+.1f} %, and {honest:+.1f} % against the chosen"
-            " baseline. More than 2 % above the best plain baseline's MAE:"
-            f" {'; '.join(worse) or 'nowhere'}. R² more than 0.02 below the highest: {'; '.join(below) or 'nowhere'}.",
+    for line in lines:
+        change, honest = (_change([line], other) for other in ("best_mae", "chosen_mae"))
+        inside, *by_size = (f"{float(line[key]):.0%}" if line[key] else "–" for key in ("inside", *BY_SIZE))
+        cells = [
+            line["city"],
+            line["task"],
+            f"{float(line['mae']):.1f} / {float(line['r2']):.3f}",
+            f"{float(line['best_mae']):.1f} ({line['best']})",
+            f"{float(line['best_r2']):.3f}",
+            f"{change:+.1f} %",
+            f"{float(line['chosen_mae']):.1f}",
+            f"{honest:+.1f} %",
+            inside,
+            ", ".join(by_size),
+            f"{line['date']}, {line['repetitions']}",
         ]
-    return lines
+        written.append(f"| {' | '.join(cells)} |")
+    if lines:
+        written += ["", summary(lines)]
+    return written
 
 
-def _change(rows: list[dict[str, Any]], other: str) -> float:
+def summary(lines: list[dict[str, str]]) -> str:
+    """Geometric means, and the tasks in which the goals are missed."""
+
+    def where(missed: Iterable[dict[str, str]]) -> str:
+        return "; ".join(f"{line['city']}, {line['task']}" for line in missed) or "nowhere"
+
+    ratio, honest = (_change(lines, other) for other in ("best_mae", "chosen_mae"))
+    above = (line for line in lines if float(line["mae"]) > MOST_MAE * float(line["best_mae"]))
+    below = (line for line in lines if float(line["r2"]) - float(line["best_r2"]) < LEAST_R2)
+    said = (
+        f"MAE in the geometric mean of {len(lines)} tasks: {ratio:+.1f} %, and {honest:+.1f} % against the chosen"
+        f" baseline. More than 2 % above the best plain baseline's MAE: {where(above)}. R² more than 0.02 below the"
+        f" highest: {where(below)}."
+    )
+    covered = [line for line in lines if line["inside"]]
+    if covered:
+        mean = [np.mean([float(line[key]) for line in covered]) for key in ("inside", *BY_SIZE)]
+        off = (line for line in covered if abs(float(line["inside"]) - NOMINAL) > OVERALL)
+        off_by_size = (line for line in covered if max(abs(float(line[key]) - NOMINAL) for key in BY_SIZE) > BY_THIRD)
+        said += (
+            f" Intervals of 90 % hold {mean[0]:.1%} of the labels in the mean of {len(covered)} tasks, by size"
+            f" {', '.join(f'{share:.1%}' for share in mean[1:])}. More than 3 points off: {where(off)}. More than 5"
+            f" points off in a third by size: {where(off_by_size)}."
+        )
+    return said
+
+
+def _change(lines: list[dict[str, str]], other: str) -> float:
     """ToPT's MAE against another one in the geometric mean, in percent."""
-    return float(100 * (np.exp(np.mean([np.log(row["mae"] / row[other]) for row in rows])) - 1))
+    return float(100 * (np.exp(np.mean([np.log(float(line["mae"]) / float(line[other])) for line in lines])) - 1))
 
 
-def page(folder: Path, options: argparse.Namespace) -> str:
-    """docs/background/cities.md from the folders of results."""
-    lines = [
+def page(lines: list[dict[str, str]], baselines: str) -> str:
+    """docs/background/cities.md from the lines of cities.csv."""
+    text = [
         "# Many cities under `honest`",
         "",
-        f"Made by `make cities` (cities.py) on {date.today()}: {os.cpu_count()} cores, one thread, Python"
-        f" {platform.python_version()}, {options.seeds} repetition(s). Baselines: `{options.baselines}`. The best plain"
-        " baseline of a task is chosen by the very figures it is compared by, which favours it. The chosen baseline is,"
-        " in every fold, the one with the lowest MAE on all other folds: what somebody gets who has the same baselines"
-        " and no foresight.",
+        "Made by `make cities` (cities.py) from [cities.csv](cities.csv), one thread. The last column has the day and"
+        f" the number of repetitions. Baselines: `{baselines}`. The best plain baseline of a task is chosen by the very"
+        " figures it is compared by, which favours it. The chosen baseline is, in every fold, the one with the lowest"
+        " MAE on all other folds: what somebody gets who has the same baselines and no foresight.",
+        "",
+        "Inside 90 %: the share of labels in intervals of 90 % that their regions had no part in making, by nested"
+        " folds of the first repetition; then the same for the thirds of the regions with small, medium and large"
+        " predictions.",
         "",
         "A family is the sample city with one property changed (families.py). The [log](../../dev/LOG.md) says which"
         " choices were made on which cities.",
     ]
     for title, names in (("Reported: cities that no choice was made on", REPORT), ("Designed on", DESIGN)):
-        found = []
-        for name in names:
-            file = folder / name / "results.json"
-            found += rows(name, json.loads(file.read_text(encoding="utf-8"))) if file.exists() else []
-        lines += ["", f"## {title}", "", *table(found)]
-    return "\n".join(lines) + "\n"
+        text += ["", f"## {title}", "", *table([line for line in lines if line["city"] in names])]
+    text += ["", "## Both halves", "", summary(lines)]
+    return "\n".join(text) + "\n"
 
 
 def main() -> None:
-    """Evaluate the chosen cities; write the page of all that have results."""
+    """Evaluate the chosen cities; put their lines into cities.csv, and write the page from it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, type=Path, help="Folder with HAFusion, Prompt4RE, MGFN and cities.")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "cities")
@@ -156,8 +210,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=MAIN)
     parser.add_argument("--baselines", default="plain")
-    parser.add_argument("--coverage", type=float)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "background" / "cities.md")
+    parser.add_argument("--coverage", action="store_true", help=f"Also of intervals of {NOMINAL:.0%}.")
+    parser.add_argument("--record", type=Path, default=ROOT / "docs" / "background" / "cities.csv")
     options = parser.parse_args()
     cities, results = options.folder / "cities", options.folder / "results"
     for folder in (cities, results):
@@ -172,7 +226,10 @@ def main() -> None:
             baselines=options.baselines,
             coverage=options.coverage,
         )
-        options.page.write_text(page(results, options), encoding="utf-8")
+        found = rows(name, json.loads((results / name / "results.json").read_text(encoding="utf-8")))
+        lines = [line for line in read(options.record) if line["city"] != name] + found
+        write(options.record, lines)
+        options.record.with_suffix(".md").write_text(page(read(options.record), options.baselines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ SUITES = {
     "honest-qwen": Suite(f"{_QWEN_TITLE}: `honest`", "honest", ["topt"], seeds=5, city="chicago-qwen"),
     "coverage": Suite("Intervals: `honest`", "honest", ["topt"], seeds=1, coverage=0.9),
     "spatial": Suite("Areas not seen: `spatial`", "spatial", QUICK, seeds=5),
+    "spatial-coverage": Suite("Intervals: `spatial`", "spatial", ["topt"], seeds=1, coverage=0.9),
     "spatial-literature": Suite("The literature: `spatial`", "spatial", LITERATURE, seeds=1),
     "spatial-paper": Suite("The paper's models, at their last epoch: `spatial`", "spatial", TABLE_1, seeds=1),
     "spatial-qwen": Suite(f"{_QWEN_TITLE}: `spatial`", "spatial", ["topt"], seeds=5, city="chicago-qwen"),
