@@ -525,6 +525,18 @@ class TestRun:
         assert record["finished"]
         assert record["reports"]["crime"]["held_out"] == asdict(reports["crime"].held_out)
 
+    def test_a_task_with_too_few_labels_for_trees_has_none(self, tmp_path):
+        files = city_folder(tmp_path / "city", calls=[None, *range(1, N)])
+        settings = task_config(ensemble={"enabled": True, "trees": 3, "trees_labels": N}, prompt4re={"enabled": False})
+        run(tmp_path / "run", files, tiny_config({"fires": settings, "calls": settings}))
+        done = open_run(tmp_path / "run")
+        assert done.config.tasks["calls"].ensemble.trees == 3
+        has_trees = {task: "randomised trees" in parts for task, parts in done.facts["parts"].items()}
+        assert has_trees == {"fires": True, "calls": False}
+        heads = load_model(tmp_path / "run" / "model.safetensors").heads
+        assert heads["fires"].trees is not None
+        assert heads["calls"].trees is None
+
     def test_null_labels_stay_null_in_the_record(self, tmp_path):
         labels = [None, *range(1, N)]
         files = city_folder(tmp_path / "city", crime=labels)

@@ -176,8 +176,9 @@ class EnsembleConfig:
         enabled: Off is the paper's form.
         kernel: Use the Gaussian processes. Off is an ablation.
         network: Use the networks. Off is an ablation.
-        trees: Extremely randomised trees, such as 64; 0 leaves them out. They help in some cities, and a bundle takes
-            longer to predict with them (dev/LOG.md).
+        trees: Extremely randomised trees, such as 64; 0 leaves them out. They help in some cities with many labels, and
+            a bundle takes longer to predict with them (dev/LOG.md).
+        trees_labels: Labels of a task from which on it has the trees.
         tree_depth: Their depth, at most.
         radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
             what is counted.
@@ -210,6 +211,7 @@ class EnsembleConfig:
     kernel: bool = True
     network: bool = True
     trees: Annotated[int, Bounds(0)] = 0
+    trees_labels: Annotated[int, Bounds(0)] = 0
     tree_depth: Annotated[int, Bounds(1, 12)] = 6
     radial: bool = False
     topt: bool = False
@@ -264,6 +266,12 @@ class TaskConfig:
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
 
+    def with_labels(self, labels: int) -> "TaskConfig":
+        """The settings for so many labels: without trees where they are too few for them."""
+        if labels >= self.ensemble.trees_labels:
+            return self
+        return dataclasses.replace(self, ensemble=dataclasses.replace(self.ensemble, trees=0))
+
     @property
     def embeds(self) -> bool:
         """True if the task builds on an embedding."""
@@ -312,6 +320,11 @@ class Config:
     def embedding_of(self, task: str) -> str:
         """The name, among :meth:`embeddings`, of the stage-1 model that ``task`` builds on."""
         return next(name for name, srel in self.embeddings().items() if srel == self.tasks[task].srel)
+
+    def with_labels(self, labels: Mapping[str, int]) -> "Config":
+        """:meth:`TaskConfig.with_labels` for every task's number of labels."""
+        tasks = {name: task.with_labels(labels[name]) for name, task in self.tasks.items()}
+        return dataclasses.replace(self, tasks=tasks)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -93,21 +93,24 @@ class Topt:
 
     def _fused(self, problem: Problem, task: str, labels: Array, seed: int) -> TopT:
         """The model that a run on these labels (N,) would leave."""
-        (result,), (config,) = self._train(problem, task, [labels[None]], [seed]), self._configs(problem, task, [seed])
+        (result,) = self._train(problem, task, [labels[None]], [seed])
+        (config,) = self._configs(problem, task, [labels[None]], [seed])
         settings, srels = config.tasks[task], dict[str, Srel]()
         if settings.embeds:
             srels = {task: _embeddings[problem][settings.srel, seed][0]}
         leverage, _ = fit_leverage(problem.schema, problem.inputs, [~np.isnan(labels)] * settings.ensemble.enabled)
         return fused(config, problem.schema, srels, {task: result}, leverage)
 
-    def _configs(self, problem: Problem, task: str, seeds: Sequence[int]) -> list[Config]:
-        """Of every seed, without prompts where the city has none and the variant is not about them."""
+    def _configs(self, problem: Problem, task: str, labels: Sequence[Array], seeds: Sequence[int]) -> list[Config]:
+        """Of every seed, without prompts where the city has none and the variant is not about them, and without what
+        the largest training set has too few labels for."""
         adapted = () if problem.schema.prompts or not self.adapts else ("prompt4re.enabled=false",)
-        return [self.config(task, seed, *adapted) for seed in seeds]
+        most = max(int((~np.isnan(rows)).sum(axis=1).max()) for rows in labels)
+        return [self.config(task, seed, *adapted).with_labels({task: most}) for seed in seeds]
 
     def _train(self, problem: Problem, task: str, labels: Sequence[Array], seeds: Sequence[int]) -> list[HeadResult]:
         """Heads of every seed's rows of labels; of one seed where there is an embedding, which is the seed's own."""
-        configs = self._configs(problem, task, seeds)
+        configs = self._configs(problem, task, labels, seeds)
         config = configs[0]
         settings = config.tasks[task]
         column = settings.prompt_column(task)
@@ -150,7 +153,8 @@ VARIANTS: Mapping[str, Topt] = {
     "topt-no-stages": Topt("default", "ensemble.topt=false"),
     "topt-no-kernels": Topt("default", "ensemble.kernel=false"),
     "topt-no-networks": Topt("default", "ensemble.network=false"),
-    "topt-trees": Topt("default", "ensemble.trees=64"),
+    "topt-trees": Topt("default", "ensemble.trees_labels=0"),
+    "topt-no-trees": Topt("default", "ensemble.trees=0"),
     "topt-equal": Topt("default", "ensemble.inner_folds=0"),
     "topt-kernels": Topt("kernels"),
     "srel": Topt("srel"),

@@ -9,6 +9,7 @@ from builders import quiet, tiny_city, tiny_city_tables
 
 from topt_deploy.data.city import infer_schema
 from topt_deploy.errors import BadData
+from topt_deploy.train import stacking
 from topt_deploy.train.ensemble import train_ensemble
 from topt_deploy.train.evaluation import topt_variants
 from topt_deploy.train.evaluation.problem import Problem
@@ -80,6 +81,19 @@ def test_every_other_variant_goes_without_them():
     np.testing.assert_array_equal(found, without.predict(problem, "crime", rows(0), [0]))
 
 
+def test_trees_take_part_from_so_many_labels_in_a_training_set(problem, monkeypatch):
+    monkeypatch.setattr(stacking, "ENOUGH", 1)  # they have the weight that they earn on inner folds
+    settings = ("ensemble.features=8", "ensemble.inner_folds=2")
+    few, enough, always, never = (
+        Topt("kernels", *settings, f"ensemble.trees={trees}", f"ensemble.trees_labels={labels}")
+        for trees, labels in ((3, N), (3, N - 1), (3, 0), (0, 0))
+    )
+    found = [method.predict(problem, "crime", rows(0, 5), [0, 0]) for method in (few, never, enough, always)]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[2], found[3])
+    assert (found[1] != found[2]).any()
+
+
 def test_a_city_without_the_tasks_prompts_but_with_others_is_refused():
     problem = Problem.of(CITY, SCHEMA, CPU, quiet())
     with pytest.raises(BadData, match="no such prompts"):
@@ -101,6 +115,8 @@ def test_every_variant_differs_from_its_preset_in_what_its_name_says():
         "topt-no-kernels": {"kernel": False},
         "topt-no-networks": {"network": False},
         "topt-equal": {"inner_folds": 0},
+        "topt-trees": {"trees_labels": 0},
+        "topt-no-trees": {"trees": 0},
     }.items():
         assert settings[name] == replace(base, ensemble=replace(base.ensemble, **changed))
     assert len({method.settings for method in VARIANTS.values()}) == len(VARIANTS)
