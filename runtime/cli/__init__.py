@@ -11,9 +11,11 @@ def main() -> None:
     # Arrow's own allocator keeps what it has freed; at this size the system's costs nothing and halves the memory.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from topt_deploy.console import run
+    from topt_deploy.lean_numpy import lean_numpy
     from topt_deploy.pandas_blocker import without_pandas
 
     from .group import cli
 
+    lean_numpy()
     without_pandas()
     run(cli, teardown=False)
