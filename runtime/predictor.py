@@ -12,10 +12,8 @@ import pyarrow as pa
 
 from topt_deploy.arguments import several
 from topt_deploy.bundle.manifest import ENCODER, Bundle, open_bundle
-from topt_deploy.bundle.signature import check_signature
 from topt_deploy.data.city import City, hive_city
 from topt_deploy.data.columns import REGION_ID, Given, file_of
-from topt_deploy.data.dataframes import as_given
 from topt_deploy.data.features import features
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
@@ -175,6 +173,8 @@ class Predictor:
             BadData, NoInput: If the input is not what the bundle reads.
             UsageError: If the bundle lacks a task, or has too few scores for the coverage.
         """
+        from topt_deploy.data.dataframes import as_given
+
         flows = None if mobility is None else as_given(mobility, BadRows.MOBILITY)
         given = as_given(regions, BadRows.REGIONS)
         predictions = self.predictions(given, flows, tasks=several(tasks), id_col=id_col, coverage=coverage)
@@ -351,7 +351,10 @@ def open_predictor(
 ) -> Predictor:
     """Open a bundle and check every byte of it; its model is prepared, and its encoder checked, when first used."""
     opened = open_bundle(bundle)
-    check_signature(opened, key)
+    if key is not None:
+        from topt_deploy.bundle.signature import check_signature
+
+        check_signature(opened, key)
     predictor = Predictor(opened, device=device, threads=threads, encoder=encoder, engine=engine)
     predictor.signed_by = None if key is None else sha256_file(key)
     later = {str(predictor.variant[part]) for part in ("graph", "weights")}  # checked as they are read

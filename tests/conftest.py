@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from topt_deploy.cli import cli
 from topt_deploy.console import run
-from topt_deploy.runtime.cli import cli as runtime_cli
+from topt_deploy.runtime.cli.group import cli as runtime_cli
 
 if TYPE_CHECKING:
     from topt_deploy.export.onnx_graph import Graph

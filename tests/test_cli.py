@@ -13,7 +13,7 @@ from commands import environment, shell
 from topt_deploy.cli import cli as topt_deploy
 from topt_deploy.console import run
 from topt_deploy.errors import BadData, Exit
-from topt_deploy.runtime.cli import cli as topt_run
+from topt_deploy.runtime.cli.group import cli as topt_run
 
 
 def commands(command, path):

@@ -1,12 +1,11 @@
 """``topt-deploy``: commands by name. A stage is imported when its command is called, and not before."""
 
-import importlib
 import sys
 
 import click
 
 from . import __version__
-from .console import run
+from .console import LazyGroup, run
 from .pandas_blocker import without_pandas
 
 _COMMANDS = {
@@ -29,23 +28,17 @@ _COMMANDS = {
 """The module and the short help of each command, as text: listing commands must not import PyTorch."""
 
 
-class _Lazy(click.Group):
-    def list_commands(self, context: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _COMMANDS:
-            return None
-        module, attribute = _COMMANDS[name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
+class _Listed(LazyGroup):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Listed,
+    places={name: place for name, (place, _) in _COMMANDS.items()},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="topt-deploy")
 def cli() -> None:
     """Train ToPT on a city and export it; topt-run then predicts without PyTorch."""

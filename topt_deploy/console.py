@@ -1,5 +1,6 @@
 """Shared by both programs: errors as the user sees them, and exit codes for the batch system."""
 
+import importlib
 import io
 import json
 import os
@@ -7,9 +8,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -49,6 +50,30 @@ class Log:
         ours = logging.getLogger("topt_deploy")
         ours.handlers = [Said()]
         ours.setLevel(logging.INFO)
+
+
+class LazyGroup(click.Group):
+    """Commands that are imported when they are called, or listed.
+
+    Args:
+        places: ``module:attribute`` of every command, by its name, in order.
+    """
+
+    def __init__(self, *arguments: Any, places: Mapping[str, str], **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.places = places
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(self.places)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """A command; None where there is none of the name."""
+        if name not in self.places:
+            return None
+        module, attribute = self.places[name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
 
 
 def say(text: str, *, err: bool = False) -> None:

@@ -90,3 +90,13 @@ def test_a_constant_that_whoever_runs_it_may_replace_is_none():
     model.graph.input.append(helper.make_tensor_value_info("d", TensorProto.INT64, []))
     with pytest.raises(ValueError, match="divide whole numbers"):
         check_graph(model.SerializeToString(), {})
+
+
+def test_a_number_in_an_encoding_that_runtimes_do_not_read_is_none():
+    """They take Shape's ``end`` for absent then, and divide by all sizes: those of an empty input among them."""
+    shape = node("Shape", "x", outputs=["d"], start=0)
+    end = shape.attribute.add(name="end", type=onnx.AttributeProto.INT)
+    end.MergeFromString(b"\x1a\x01\x01")  # the field of a number, as a field of bytes
+    assert end.i == 0
+    with pytest.raises(ValueError, match="divide whole numbers"):
+        check_graph(quotient(shape), {})

@@ -228,3 +228,20 @@ def pandas_comes_with_arrow():
         [sys.executable, "-c", "import sys, pyarrow; print(*sys.modules)"], capture_output=True, text=True, check=True
     )
     return "pandas" in done.stdout.split()
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 4096), list_of(pa.float64()), pa.large_list(pa.int16())])
+def test_vectors_that_are_read_in_pieces_are_those_of_the_file(kind, tmp_path):
+    """In the file's order, between other columns, over row groups and with nulls among them."""
+    numbers = np.random.default_rng(0)
+    vectors = [None if row % 9 == 4 else numbers.integers(0, 99, 4096).tolist() for row in range(100)]
+    table = pa.table({
+        "first": [str(row) for row in range(100)], "vector": pa.array(vectors, kind), "last": range(100),
+        "short": pa.array([[row, None] for row in range(100)], pa.list_(pa.int64())),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=70)
+    found = ParquetFile(tmp_path / "t.parquet").read()
+    assert found.column("vector").num_chunks > 2
+    assert found.equals(pq.read_table(tmp_path / "t.parquet"), check_metadata=True)
+    assert ParquetFile(tmp_path / "t.parquet").read(["vector", "last"]).column_names == ["vector", "last"]
+    assert ParquetFile(tmp_path / "t.parquet").read(["vector"]).num_rows == 100

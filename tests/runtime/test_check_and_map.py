@@ -11,7 +11,7 @@ import pytest
 
 from topt_deploy.errors import BadData, NoInput
 from topt_deploy.runtime.check_predictions import binomial_below, check_predictions
-from topt_deploy.runtime.cli import cli
+from topt_deploy.runtime.cli.group import cli
 from topt_deploy.runtime.map_page import write_map
 
 IDS = [f"R{number}" for number in range(1, 21)]

@@ -19,7 +19,8 @@ from commands import environment
 
 LIBRARY = Path(__file__).with_name("failing_malloc.c")
 PRELOADED = (
-    "topt_deploy.runtime.cli", "topt_deploy.runtime.predict_city", "topt_deploy.runtime.settings",
+    "topt_deploy.runtime.cli.group", "topt_deploy.runtime.cli.predict", "topt_deploy.runtime.cli.encode",
+    "topt_deploy.runtime.predict_city", "topt_deploy.runtime.settings",
     "topt_deploy.runtime.summary", "topt_deploy.runtime.prompt_encoder", "topt_deploy.runtime.missing_prompts",
     "topt_deploy.runtime.encoder_bundles", "topt_deploy.prompts.encode_job", "tokenizers", "PIL.Image",
 )  # fmt: skip
@@ -121,7 +122,7 @@ def _forked(shim: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _command(shim: Any, arguments: list[str], fail_at: int) -> int:
     from topt_deploy.console import run
-    from topt_deploy.runtime.cli import cli
+    from topt_deploy.runtime.cli.group import cli
 
     shim.oom_arm(fail_at)
     try:

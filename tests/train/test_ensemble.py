@@ -244,7 +244,7 @@ def test_a_region_unlike_the_others_is_predicted_by_radial_kernels():
     trust = trusted(far)
     assert trust.max() < 0.5
     outputs = head.outputs(head.views(far, far["prompt_crime"]), embedding_of(far), all_features(far, SCHEMA))
-    radial = head.target.bounded(dict(outputs)["radial kernels"])
+    radial = head.target.bounded(outputs[:, head.regressions().index("radial kernels")])
     alone = head.combined(outputs, torch.zeros(2))
     torch.testing.assert_close(alone, radial)
     between = head.combined(outputs, trust)

@@ -25,7 +25,7 @@ UNPACKED_RATIO_LIMIT = 100
 """The limit of a zip's unpacked size, in times its size. Weights shrink by a tenth, tables and texts to a fifth."""
 DIRECTORY_LIMIT_BYTES = 4 << 20
 """Of a zip's directory, which Python's reader makes objects of: ten times a directory of as many files as may be."""
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
 
@@ -114,11 +114,11 @@ class Archive:
 
     def digest(self, name: str, limit: int) -> str:
         """SHA-256 of what :meth:`read` would give, a block at a time."""
-        hashed, left = hashlib.sha256(), limit + 1
+        hashed, left, block = hashlib.sha256(), limit + 1, memoryview(bytearray(BLOCK_BYTES))
         with self._open(name) as stream:
-            while left and (block := stream.read(min(left, BLOCK_BYTES))):
-                hashed.update(block)
-                left -= len(block)
+            while size := stream.readinto(block[:left]):  # type: ignore[attr-defined]
+                hashed.update(block[:size])
+                left -= size
         return hashed.hexdigest()
 
     @contextmanager

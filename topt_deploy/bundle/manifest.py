@@ -15,8 +15,6 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths
 from topt_deploy.errors import BadBundle
 from topt_deploy.intervals import FOLDS, LEVERAGE
-from topt_deploy.tensorrt.library import FLAVOURS
-from topt_deploy.tensorrt.profile import read_profile
 
 from .archive import FILE_NAME
 from .sealed import GRAPH_SUFFIX, Sealed, open_sealed, require, well_formed
@@ -229,6 +227,9 @@ def check_engines(record: Mapping[str, Any], files: Mapping[str, Any], key: str)
     Raises:
         TypeError: Naming the key.
     """
+    from topt_deploy.tensorrt.library import FLAVOURS
+    from topt_deploy.tensorrt.profile import read_profile
+
     require(record.get("flavour") in FLAVOURS, key)
     require(isinstance(record.get("profile"), dict) and bool(read_profile(record["profile"])), key)
     require(record.get("library") is None or isinstance(record["library"], str), key)

@@ -195,7 +195,7 @@ def read_city(
         lonlat=read_lonlat(source, ids)[order],
         views={view: read_view(source, ids, view, names)[order] for view, names in schema.views.items()},
         flows=flows,
-        prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
+        prompts=_prompts(source, ids, order, schema),
         encoders=_made_with(source, schema, b"encoder"),
         templates=_made_with(source, schema, b"template"),
         precisions=_made_with(source, schema, b"precision"),
@@ -221,11 +221,21 @@ def add_prompts(city: City, regions: Given, schema: Schema) -> City:
     ids[order] = city.region_id
     return replace(
         city,
-        prompts={c: lists(source, ids, c, width).astype(np.float32)[order] for c, width in schema.prompts.items()},
+        prompts=_prompts(source, ids, order, schema),
         encoders=_made_with(source, schema, b"encoder"),
         templates=_made_with(source, schema, b"template"),
         precisions=_made_with(source, schema, b"precision"),
     )
+
+
+def _prompts(source: TableReader, ids: Array, order: Array, schema: Schema) -> dict[str, Array]:
+    """The prompt columns, float32 (N, H) each, the regions in this order; not copied where they are in it already."""
+    sorted_already = bool((order == np.arange(len(order))).all())
+    found = {}
+    for column, width in schema.prompts.items():
+        vectors = lists(source, ids, column, width).astype(np.float32, copy=False)
+        found[column] = vectors if sorted_already else vectors[order]
+    return found
 
 
 def _wanted(schema: Schema, labels: Iterable[str], id_col: str) -> Callable[[str], bool]:

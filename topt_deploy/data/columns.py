@@ -341,7 +341,7 @@ def lists(source: TableReader, ids: Array, column: str, width: int) -> Array:
             "list entries are NaN or infinite", infinite, "not_finite", fill=[column], column=column, ids=ids[infinite],
             expected="finite numbers", fix="compute them again",
         )  # fmt: skip
-    return values if values.dtype == np.float32 else values.astype(np.float64)
+    return values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
 
 
 def _entries(chunk: pa.Array, width: int) -> pa.Array:

@@ -9,7 +9,8 @@ that are tested.
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ FOOTER_LIMIT_BYTES = 8 << 20
 """Of what describes the columns: a hundred times that of a wide table."""
 MEMORY_FREE_BYTES = 1 << 30
 WRITTEN_AT_ONCE_BYTES = 1 << 18
+PIECE_ENTRIES, PIECE_ROWS = 1 << 16, 16
+"""Of vectors that are read at once: so many numbers, or rows if these are more."""
 MEMORY_RATIO = 200
 """A file may take so much memory, or so many times its size, whichever is more: vectors take as much as they are, an
 honest table of flows up to a hundred times (an id in the memory has 70 bytes, and less than one in a sorted file)."""
@@ -104,12 +107,44 @@ class ParquetFile:
         if not checked:
             self.check_memory(chosen, memory_limit(self.size))
         with self._errors():
-            indices = [i for i, name in enumerate(self._leaves) if name in chosen]
-            table = self._reader.read_all(column_indices=indices, use_threads=False)
+            vectors = {name: leaf for name, leaf in self._vectors().items() if name in chosen}
+            others = [i for i, name in enumerate(self._leaves) if name in chosen and name not in vectors]
+            table = self._reader.read_all(column_indices=others, use_threads=False)
+            if vectors:
+                table = self._with_vectors(table, vectors)
             for column in table.itercolumns():
                 if "dictionary<" in str(column.type):  # whose codes Arrow takes as they are, wherever they lead
                     column.validate(full=True)
             return table
+
+    def _vectors(self) -> dict[str, int]:
+        """The columns of lists of numbers, each with the number of its leaf."""
+        leaves = {name: i for i, name in enumerate(self._leaves)}
+        times = Counter(self.names)
+        return {f.name: leaves[f.name] for f in self.schema if times[f.name] == 1 and _is_vector(f.type)}
+
+    def _with_vectors(self, table: pa.Table, vectors: Mapping[str, int]) -> pa.Table:
+        """The table with its columns of vectors, in the file's order."""
+        others = list(zip(table.schema, table.itercolumns(), strict=True))[::-1]
+        fields, columns = [], []
+        for field in self.schema:
+            if field.name in vectors:
+                fields.append(field)
+                columns.append(pa.chunked_array(self._in_pieces(vectors[field.name]), field.type))
+            elif others and others[-1][0].name == field.name:
+                fields.append(others[-1][0])
+                columns.append(others.pop()[1])
+        return pa.table(columns, schema=pa.schema(fields, table.schema.metadata))
+
+    def _in_pieces(self, leaf: int) -> list[pa.Array]:
+        """A column of vectors, some rows at a time: all at once take five times what they are."""
+        groups = (self._footer or read_footer(self._file))[0]
+        width = sum(group[leaf].values for group in groups if leaf < len(group)) // max(1, self.rows)
+        pieces = self._reader.iter_batches(
+            max(PIECE_ROWS, PIECE_ENTRIES // max(1, width)), row_groups=range(self._reader.num_row_groups),
+            column_indices=[leaf], use_threads=False,
+        )  # fmt: skip
+        return [piece.column(0) for piece in pieces]
 
     def _open(self, **more: Any) -> None:
         self._reader.open(self._file, pre_buffer=False, page_checksum_verification=True, **more)
@@ -206,6 +241,11 @@ class ParquetFile:
                 expected="Parquet",
                 fix="write it again; a download or copy may have been cut off",
             ) from error
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return listed and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
 
 
 def memory_limit(size: int) -> int:

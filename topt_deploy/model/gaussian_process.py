@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import EnsembleConfig
 from topt_deploy.data.features import POSITION
 
-from .layers import ByName, Standardize, drawn, repeated
+from .layers import ByName, Standardize, drawn, repeated, standardized
 
 PROMPT = "prompt"
 """The view that a task's prompt coordinates are. They share one scale (PromptBasis): principal directions count by
@@ -84,15 +84,9 @@ class ViewKernels(nn.Module):
         ]
         self.frequencies.copy_(torch.cat(drawn, dim=1))
 
-    def angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z, and what its waves are the cosines and sines of: every length's (N, L·features)."""
-        z = x if self.standardize is None else self.standardize(x)
-        # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
-        return z, torch.mm(z, self.frequencies)
-
     def forward(self, x: Tensor) -> Tensor:
-        z, angles = self.angles(x)
-        angles = angles.unflatten(1, (len(self.lengths), self.features))
+        z = x if self.standardize is None else self.standardize(x)
+        angles = torch.mm(z, self.frequencies).unflatten(1, (len(self.lengths), self.features))
         waves = torch.cat([angles.cos(), angles.sin()], dim=2).flatten(1) / math.sqrt(self.features)
         return torch.cat([z / math.sqrt(z.shape[1]), waves], dim=1) if self.linear else waves
 
@@ -136,7 +130,7 @@ class KernelHead(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], config: EnsembleConfig, rows: int = 1) -> None:
         super().__init__()
-        self.steps, self.lengths = config.steps, sorted(config.lengths)
+        self.steps, self.lengths, self.limit = config.steps, sorted(config.lengths), config.clip
         self.nests, self.radial = config.kernel, config.radial
         lengths = {POSITION: config.position_lengths, LOCAL: config.local_lengths}
         self.views = ByName(
@@ -205,9 +199,13 @@ class KernelHead(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         # All views' waves at once, and the coefficients in that order: the fewer nodes, the sooner a graph starts.
-        views = [(view, *view.angles(inputs[name])) for name, view in self.views.items()]  # type: ignore[operator]
-        angles = torch.cat([own for *_, own in views], dim=1)
-        features = torch.cat([*(z for view, z, _ in views if view.linear), angles.cos(), angles.sin()], dim=1)
+        views = {name: view for name, view in self.views.items() if isinstance(view, ViewKernels)}
+        own = {name: (view.standardize, inputs[name]) for name, view in views.items() if view.standardize is not None}
+        z = {**inputs, **standardized(own, self.limit)}
+        # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
+        angles = torch.cat([torch.mm(z[name], view.frequencies) for name, view in views.items()], dim=1)
+        linear = [z[name] for name, view in views.items() if view.linear]
+        features = torch.cat([*linear, angles.cos(), angles.sin()], dim=1)
         coefficients = (self.coefficients / self.divisors).index_select(2, self.order)
         # mm, which half leaves alone (.half_precision); the features are the large side, and are not transposed.
         out = torch.mm(features, coefficients.flatten(0, 1).t())  # (N, R·P)

@@ -89,9 +89,10 @@ class Target(nn.Module):
         """No further beyond the training labels than their spread supports (:data:`BEYOND`), unless the settings say
         ``extrapolate``.
 
-        *Shape:* (M, N) → (M, N), on the standardised scale
+        *Shape:* (M, N) or (M, Q, N) → the same, on the standardised scale
         """
-        return torch.maximum(torch.minimum(output, self.high), self.low)
+        low, high = (end.view(-1, *(1,) * (output.dim() - 1)) for end in (self.low, self.high))
+        return torch.maximum(torch.minimum(output, high), low)
 
     def scaled(self, counts: Tensor) -> Tensor:
         """*Shape:* (N,) → (M, N)"""

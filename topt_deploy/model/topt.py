@@ -1,6 +1,6 @@
 """The fused model: a city's features in, every task's predicted counts out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -148,7 +148,11 @@ class EnsembleHead(nn.Module):
 
     def parts(self) -> list[str]:
         """Names of the regressions that are weighed, in order."""
-        kernels = [] if self.kernel is None else [name for name in self.kernel.regressions() if name != RADIAL]
+        return [name for name in self.regressions() if name != RADIAL]
+
+    def regressions(self) -> list[str]:
+        """Names of all regressions, in order."""
+        kernels = [] if self.kernel is None else list(self.kernel.regressions())
         others = {TREES: self.trees, NETWORKS: self.network, TOPT: self.topt}
         return kernels + [name for name, part in others.items() if part is not None]
 
@@ -163,30 +167,32 @@ class EnsembleHead(nn.Module):
         """The input of trees and networks, (N, ΣF_v)."""
         return torch.cat([views[name] for name in self.names], dim=1)
 
-    def outputs(
-        self, views: Mapping[str, Tensor], embedding: Tensor | None, features: Tensor | None
-    ) -> list[tuple[str, Tensor]]:
-        """Outputs of every regression, by name, (R, N) each on the standardised target scale.
+    def outputs(self, views: Mapping[str, Tensor], embedding: Tensor | None, features: Tensor | None) -> Tensor:
+        """Outputs of every regression (R, Q, N) on the standardised target scale, in the order of :meth:`regressions`.
 
         Args:
             views: :meth:`views`.
             embedding: E (N, D); None without SREL.
             features: F (N, F), which Prompt4RE's head sees beside it.
         """
-        found: list[tuple[str, Tensor]] = []
+        found: list[Tensor] = []
         if self.kernel is not None:
-            found += list(zip(self.kernel.regressions(), self.kernel(views).unbind(dim=1), strict=True))
+            found.append(self.kernel(views))
         if self.trees is not None:
-            found.append((TREES, self.trees(self.side_by_side(views))))
+            found.append(self.trees(self.side_by_side(views))[:, None])
         if self.network is not None:
-            output = self.network(self.side_by_side(views))
-            found.append((NETWORKS, output.unflatten(0, (self.rows, -1)).mean(dim=1)))
+            found.append(self._member_mean(self.network(self.side_by_side(views))))
         if self.topt is not None:
             assert features is not None
             coordinates = views[PROMPT] if self.basis is not None else None
-            output = self.topt.output(embedding, features, coordinates)
-            found.append((TOPT, output.unflatten(0, (self.rows, -1)).mean(dim=1)))
-        return found
+            found.append(self._member_mean(self.topt.output(embedding, features, coordinates)))
+        return torch.cat(found, dim=1)
+
+    def _member_mean(self, output: Tensor) -> Tensor:
+        """*Shape:* (R·M, N) → (R, 1, N)"""
+        if len(output) == self.rows:
+            return output[:, None]
+        return output.unflatten(0, (self.rows, -1)).mean(dim=1, keepdim=True)
 
     def forward(
         self,
@@ -199,18 +205,20 @@ class EnsembleHead(nn.Module):
         outputs = self.outputs(self.views(inputs, prompts), embedding, features)
         return self.target.counts(self.combined(outputs, trust))
 
-    def combined(self, outputs: Sequence[tuple[str, Tensor]], trust: Tensor | None) -> Tensor:
+    def combined(self, outputs: Tensor, trust: Tensor | None) -> Tensor:
         """All regressions together (R, N), on the standardised target scale.
 
         Args:
             outputs: :meth:`outputs`.
             trust: How far each region is trusted (N,) (:meth:`.leverage.Leverage.trust`); None trusts all.
         """
-        bounded = {name: self.target.bounded(output) for name, output in outputs}
-        mixed = torch.stack([bounded[name] for name in self.parts()])  # (P, R, N)
-        together = (self.weights.t()[..., None] * mixed).sum(dim=0)
-        if RADIAL in bounded and trust is not None:
-            together = together + (trust - 1) * (together - bounded[RADIAL])
+        names = self.regressions()
+        bounded = self.target.bounded(outputs)  # all at once: the fewer nodes, the sooner a graph starts
+        weighed = dict(zip(self.parts(), self.weights.unbind(dim=1), strict=True))
+        weights = torch.stack([weighed.get(name, torch.zeros_like(self.weights[:, 0])) for name in names], dim=1)
+        together = (weights[..., None] * bounded).sum(dim=1)
+        if RADIAL in names and trust is not None:
+            together = together + (trust - 1) * (together - bounded[:, names.index(RADIAL)])
         return together
 
 

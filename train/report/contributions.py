@@ -85,7 +85,7 @@ def contributions(
     mean, scale = float(head.target.mean[-1]), float(head.target.scale[-1])
     weights = dict(zip(head.parts(), head.weights[-1].tolist(), strict=True))
     outputs = head.outputs(views, embedding, features)
-    said = {name: output[-1].double().numpy() for name, output in outputs}
+    said = dict(zip(head.regressions(), outputs[-1].double().numpy(), strict=True))
     others = {name: weights[name] * said[name] for name in (TREES, NETWORKS, TOPT) if name in weights}
     parts = {} if head.kernel is None else _by_view(head.kernel, views, weights)
     whole = sum(others.values()) + sum(parts.values())
