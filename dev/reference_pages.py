@@ -34,7 +34,11 @@ PUBLIC = ("topt_deploy", "topt_deploy.errors")
 def programs() -> dict[str, click.Group]:
     """The programs that pyproject.toml installs, by name."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    return {name: importlib.import_module(entry.partition(":")[0]).cli for name, entry in scripts.items()}
+    modules = {name: importlib.import_module(entry.partition(":")[0]) for name, entry in scripts.items()}
+    for name, module in modules.items():
+        if not hasattr(module, "cli"):  # a package, which has its group beside the entry point
+            modules[name] = importlib.import_module(f"{module.__name__}.group")
+    return {name: module.cli for name, module in modules.items()}
 
 
 def commands(

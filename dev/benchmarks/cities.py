@@ -28,6 +28,7 @@ MOST_MAE, LEAST_R2 = 1.02, -0.02
 """How much worse than the best plain baseline the default may be anywhere: times its MAE, and R² below it."""
 NOMINAL, OVERALL, BY_THIRD = 0.9, 0.03, 0.05
 """How often intervals should hold, and how far off they may be, among all regions and in a third by size."""
+AGAINST = ("best_mae", "chosen_mae")
 BY_SIZE = tuple(f"inside_{size}" for size in SIZES)
 COLUMNS = (
     "city", "task", "date", "repetitions", "mae", "r2", "best", "best_mae", "best_r2", "chosen_mae", "inside", *BY_SIZE
@@ -125,7 +126,7 @@ def table(lines: list[dict[str, str]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
-        change, honest = (_change([line], other) for other in ("best_mae", "chosen_mae"))
+        change, honest = (f"{_change([line], other):+.1f} %" if line[other] else "–" for other in AGAINST)
         inside, *by_size = (f"{float(line[key]):.0%}" if line[key] else "–" for key in ("inside", *BY_SIZE))
         cells = [
             line["city"],
@@ -133,9 +134,9 @@ def table(lines: list[dict[str, str]]) -> list[str]:
             f"{float(line['mae']):.1f} / {float(line['r2']):.3f}",
             f"{float(line['best_mae']):.1f} ({line['best']})",
             f"{float(line['best_r2']):.3f}",
-            f"{change:+.1f} %",
-            f"{float(line['chosen_mae']):.1f}",
-            f"{honest:+.1f} %",
+            change,
+            f"{float(line['chosen_mae']):.1f}" if line["chosen_mae"] else "–",
+            honest,
             inside,
             ", ".join(by_size),
             f"{line['date']}, {line['repetitions']}",
@@ -152,13 +153,14 @@ def summary(lines: list[dict[str, str]]) -> str:
     def where(missed: Iterable[dict[str, str]]) -> str:
         return "; ".join(f"{line['city']}, {line['task']}" for line in missed) or "nowhere"
 
-    ratio, honest = (_change(lines, other) for other in ("best_mae", "chosen_mae"))
+    known = [line for line in lines if line["chosen_mae"]]
+    chosen = f", and {_change(known, 'chosen_mae'):+.1f} % of {len(known)} against the chosen one" if known else ""
     above = (line for line in lines if float(line["mae"]) > MOST_MAE * float(line["best_mae"]))
     below = (line for line in lines if float(line["r2"]) - float(line["best_r2"]) < LEAST_R2)
     said = (
-        f"MAE in the geometric mean of {len(lines)} tasks: {ratio:+.1f} %, and {honest:+.1f} % against the chosen"
-        f" baseline. More than 2 % above the best plain baseline's MAE: {where(above)}. R² more than 0.02 below the"
-        f" highest: {where(below)}."
+        f"MAE in the geometric mean of {len(lines)} tasks: {_change(lines, 'best_mae'):+.1f} % against the best"
+        f" baseline{chosen}. More than 2 % above the best plain baseline's MAE: {where(above)}. R² more than 0.02 below"
+        f" the highest: {where(below)}."
     )
     covered = [line for line in lines if line["inside"]]
     if covered:

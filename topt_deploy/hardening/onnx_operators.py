@@ -1,4 +1,4 @@
-"""What an ONNX graph may hold, checked in its bytes before a runtime gets them.
+"""The operators and fields that an ONNX graph may hold, checked in its bytes before a runtime gets them.
 
 Whoever can write a bundle can seal it, so a graph is not believed: numbers are computed from numbers by operators of
 the lists below; the body of a Scan, which ends with its input, is looked through like the graph around it. There is

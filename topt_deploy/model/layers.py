@@ -58,8 +58,7 @@ class Standardize(nn.Module):
 
 
 def standardized(views: Mapping[str, tuple[Standardize, Tensor]], limit: float) -> dict[str, Tensor]:
-    """What each module makes of its own (N, F_v), by view, computed side by side: the fewer nodes, the sooner a graph
-    starts."""
+    """Standardise every view (N, F_v) by its own module, side by side: the fewer nodes, the sooner a graph starts."""
     joint = Standardize(0, limit)
     joint.mean, joint.scale = (torch.cat([getattr(own, end) for own, _ in views.values()]) for end in ("mean", "scale"))
     parts = joint(torch.cat([x for _, x in views.values()], dim=1)).split(
