@@ -6,13 +6,13 @@ from topt_deploy import __version__
 from topt_deploy.console import LazyGroup
 
 PLACES = {
+    "predict": "topt_deploy.runtime.cli.predict:predict",
+    "map": "topt_deploy.runtime.cli.map:map_command",
+    "check": "topt_deploy.runtime.cli.check:check",
     "info": "topt_deploy.runtime.cli.info:info",
     "selftest": "topt_deploy.runtime.cli.selftest:selftest",
-    "cache": "topt_deploy.runtime.cli.cache:cache",
-    "predict": "topt_deploy.runtime.cli.predict:predict",
-    "check": "topt_deploy.runtime.cli.check:check",
-    "map": "topt_deploy.runtime.cli.map:map_command",
     "encode": "topt_deploy.runtime.cli.encode:encode",
+    "cache": "topt_deploy.runtime.cli.cache:cache",
 }
 """The module and the name in it of each command."""
 
