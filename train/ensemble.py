@@ -215,21 +215,23 @@ def _begin(
     device: torch.device,
     rows: int,
 ) -> _Begun:
-    settings, labels = config.tasks[task].ensemble, split.labels
-    basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), config.tasks[task].prompt4re.components)
+    labels = split.labels
+    known = torch.tensor(~np.isnan(labels), device=device)
+    whole = config.tasks[task].with_labels(int(known[: split.outer].sum(dim=1).min()))
+    settings = whole.ensemble
+    basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), whole.prompt4re.components)
     head = EnsembleHead(
         widths=all_widths(schema),
         features=sum(feature_widths(schema).values()),
         prompt_width=0 if basis is None else basis.basis.shape[0],
         rank=0 if basis is None else basis.basis.shape[1],
-        settings=config.tasks[task],
+        settings=whole,
         rows=rows,
     )
     if basis is not None:
         head.basis = basis
     head.to(device)
-    target = Target(members=len(labels), config=config.tasks[task].target).to(device)
-    known = torch.tensor(~np.isnan(labels), device=device)
+    target = Target(members=len(labels), config=whole.target).to(device)
     with torch.no_grad():
         views = head.views(inputs, prompts)
         x = head.side_by_side(views)

@@ -1,7 +1,7 @@
 """A run's trained parts as one model, and how far regions lie from those that it was fitted on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.srel import Srel
-from topt_deploy.model.topt import ModelSpec, TopT
+from topt_deploy.model.topt import EnsembleHead, ModelSpec, TopT
 
 from .prompt4re import HeadResult
 
@@ -36,7 +36,9 @@ def fused(
     ranks = {
         task: result.head.basis.basis.shape[1] for task, result in results.items() if result.head.basis is not None
     }
-    rows = {task: len(results[task].predicted) for task in ensembles(config)}
+    heads = {task: result.head for task, result in results.items() if isinstance(result.head, EnsembleHead)}
+    config = replace(config, tasks={**config.tasks, **{task: head.settings for task, head in heads.items()}})
+    rows = {task: len(results[task].predicted) for task in heads}
     rank = 0 if leverage is None else leverage.factor.shape[1]
     model = TopT(ModelSpec(config=config, schema=schema, ranks=ranks, rows=rows, leverage=rank))
     if leverage is not None and model.leverage is not None:

@@ -155,9 +155,9 @@ def train_run(
         BadConfig: If the input has changed since the run was started.
     """
     began = time.monotonic()
+    config = run.config
     first = CityFiles(folder=run.city_dir, regions=regions, mobility=mobility)
     city, schema = _read(run, [first, *others], reporter)
-    config = run.config.with_labels({task: int((~np.isnan(city.labels[task])).sum()) for task in run.config.tasks})
     # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
     inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
     place = _workplace(run, engine, reporter)

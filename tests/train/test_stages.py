@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -526,8 +527,11 @@ class TestRun:
         assert record["reports"]["crime"]["held_out"] == asdict(reports["crime"].held_out)
 
     def test_a_task_with_too_few_labels_for_trees_has_none(self, tmp_path):
-        files = city_folder(tmp_path / "city", calls=[None, *range(1, N)])
-        settings = task_config(ensemble={"enabled": True, "trees": 3, "trees_labels": N}, prompt4re={"enabled": False})
+        files = city_folder(tmp_path / "city", calls=[None] * 4 + [*range(4, N)])
+        smallest = N - math.ceil(N / task_config().prompt4re.folds)
+        settings = task_config(
+            ensemble={"enabled": True, "trees": 3, "trees_labels": smallest}, prompt4re={"enabled": False}
+        )
         run(tmp_path / "run", files, tiny_config({"fires": settings, "calls": settings}))
         done = open_run(tmp_path / "run")
         assert done.config.tasks["calls"].ensemble.trees == 3

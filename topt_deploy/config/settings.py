@@ -178,7 +178,7 @@ class EnsembleConfig:
         network: Use the networks. Off is an ablation.
         trees: Extremely randomised trees, such as 64; 0 leaves them out. They help in some cities with many labels, and
             a bundle takes longer to predict with them (dev/LOG.md).
-        trees_labels: Labels of a task from which on it has the trees.
+        trees_labels: Labels that the smallest training set of a task needs for the trees.
         tree_depth: Their depth, at most.
         radial: Predict regions unlike the labelled ones by one more Gaussian process, which has no linear kernels of
             what is counted.
@@ -267,8 +267,9 @@ class TaskConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
 
     def with_labels(self, labels: int) -> "TaskConfig":
-        """The settings for so many labels: without trees where they are too few for them."""
-        if labels >= self.ensemble.trees_labels:
+        """The settings for so many labels: without trees where these are too few, and something else is there."""
+        own = self.ensemble
+        if labels >= own.trees_labels or not (own.kernel or own.network or own.topt):
             return self
         return dataclasses.replace(self, ensemble=dataclasses.replace(self.ensemble, trees=0))
 
@@ -320,11 +321,6 @@ class Config:
     def embedding_of(self, task: str) -> str:
         """The name, among :meth:`embeddings`, of the stage-1 model that ``task`` builds on."""
         return next(name for name, srel in self.embeddings().items() if srel == self.tasks[task].srel)
-
-    def with_labels(self, labels: Mapping[str, int]) -> "Config":
-        """:meth:`TaskConfig.with_labels` for every task's number of labels."""
-        tasks = {name: task.with_labels(labels[name]) for name, task in self.tasks.items()}
-        return dataclasses.replace(self, tasks=tasks)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

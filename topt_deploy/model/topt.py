@@ -126,7 +126,7 @@ class EnsembleHead(nn.Module):
     ) -> None:
         super().__init__()
         config = settings.ensemble
-        self.names, self.rows = tuple(widths), rows
+        self.names, self.rows, self.settings = tuple(widths), rows, settings
         self.basis = PromptBasis(prompt_width=prompt_width, rank=rank) if rank else None
         self.local = bool(config.local_lengths) and POSITION in widths
         more = ({LOCAL: widths[POSITION]} if self.local else {}) | ({PROMPT: rank} if rank else {})

@@ -93,24 +93,21 @@ class Topt:
 
     def _fused(self, problem: Problem, task: str, labels: Array, seed: int) -> TopT:
         """The model that a run on these labels (N,) would leave."""
-        (result,) = self._train(problem, task, [labels[None]], [seed])
-        (config,) = self._configs(problem, task, [labels[None]], [seed])
+        (result,), (config,) = self._train(problem, task, [labels[None]], [seed]), self._configs(problem, task, [seed])
         settings, srels = config.tasks[task], dict[str, Srel]()
         if settings.embeds:
             srels = {task: _embeddings[problem][settings.srel, seed][0]}
         leverage, _ = fit_leverage(problem.schema, problem.inputs, [~np.isnan(labels)] * settings.ensemble.enabled)
         return fused(config, problem.schema, srels, {task: result}, leverage)
 
-    def _configs(self, problem: Problem, task: str, labels: Sequence[Array], seeds: Sequence[int]) -> list[Config]:
-        """Of every seed, without prompts where the city has none and the variant is not about them, and without what
-        the largest training set has too few labels for."""
+    def _configs(self, problem: Problem, task: str, seeds: Sequence[int]) -> list[Config]:
+        """Of every seed, without prompts where the city has none and the variant is not about them."""
         adapted = () if problem.schema.prompts or not self.adapts else ("prompt4re.enabled=false",)
-        most = max(int((~np.isnan(rows)).sum(axis=1).max()) for rows in labels)
-        return [self.config(task, seed, *adapted).with_labels({task: most}) for seed in seeds]
+        return [self.config(task, seed, *adapted) for seed in seeds]
 
     def _train(self, problem: Problem, task: str, labels: Sequence[Array], seeds: Sequence[int]) -> list[HeadResult]:
         """Heads of every seed's rows of labels; of one seed where there is an embedding, which is the seed's own."""
-        configs = self._configs(problem, task, labels, seeds)
+        configs = self._configs(problem, task, seeds)
         config = configs[0]
         settings = config.tasks[task]
         column = settings.prompt_column(task)
