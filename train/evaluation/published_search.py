@@ -33,7 +33,7 @@ from .published_protocol import (
     published_folds,
     selected_embedding,
 )
-from .results import Store
+from .results import Store, differing
 from .tables import FIGURES, Spread, table
 from .topt_variants import Topt
 
@@ -158,7 +158,7 @@ class Search:
 
     def _outcome(self, trial: Trial, name: str, *, last: bool) -> Outcome:
         file, own = self.folder / name, trial.settings(self.settings)
-        depends_on = {"trial": asdict(trial), "settings": str(own)}
+        depends_on = json.loads(json.dumps({"trial": asdict(trial), "settings": asdict(own)}))
         if not file.exists():
             selected, at_last = self._figures(trial, own, last=last)
             record = {"selected": asdict(selected), "last": None if at_last is None else asdict(at_last)}
@@ -167,10 +167,11 @@ class Search:
             write_json(file, depends_on | record)
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
-        if any(record[key] != value for key, value in depends_on.items()):
+        theirs = {key: record[key] for key in depends_on}
+        if theirs != depends_on:
+            expected, found = differing(json.dumps(depends_on), json.dumps(theirs))
             raise BadConfig(
-                "this trial's results are of other settings", file=file, expected=str(depends_on),
-                found=str({key: record[key] for key in depends_on}),
+                "this trial's results are of other settings", file=file, expected=expected, found=found,
                 fix="name another folder with --out, or remove this one",
             )  # fmt: skip
         at_last = None if record["last"] is None else Metrics(**record["last"])

@@ -95,11 +95,12 @@ class Store:
         if not file.exists() or (record := _read(file))["reason"] is not None:
             return None
         if record["settings"] != settings:
+            theirs, ours = differing(record["settings"], settings)
             raise BadConfig(
                 f"these results of {method!r} are of other settings",
                 file=file,
-                expected=record["settings"],
-                found=settings,
+                expected=theirs,
+                found=ours,
                 fix="name another folder with --out, or remove this file",
             )
         return self._read_held_out(method, task)
@@ -169,6 +170,26 @@ class Store:
         shape = (-1, len(self.region_id))
         fold, label, prediction = (table[name].to_numpy().reshape(shape) for name in ("fold", "label", "prediction"))
         return HeldOut(labels=label[0], fold=fold, prediction=prediction)
+
+
+def differing(*settings: str) -> tuple[str, ...]:
+    """Of several settings as JSON, those that are not the same in all, each as ``ensemble.trees 64, seed 1``; other
+    texts as they are."""
+    try:
+        flat = [dict(_leaves(json.loads(text))) for text in settings]
+    except json.JSONDecodeError:
+        return settings
+    names = [name for name in {**flat[0], **flat[-1]} if len({json.dumps(one.get(name)) for one in flat}) > 1]
+    return tuple(", ".join(f"{name} {json.dumps(one.get(name))}" for name in names) for one in flat)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting that has no settings within, by its full name."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else key)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from topt_deploy.train.evaluation.plain_baselines import Mean
 from topt_deploy.train.evaluation.problem import Problem
 from topt_deploy.train.evaluation.protocols import PROTOCOLS, Protocol, fit_and_hold_out
 from topt_deploy.train.evaluation.registry import METHODS, Entry
-from topt_deploy.train.evaluation.results import Store
+from topt_deploy.train.evaluation.results import Store, differing
 from topt_deploy.train.evaluation.splits import Splits
 from topt_deploy.train.loop import TrainingDevice
 
@@ -260,6 +260,16 @@ def test_other_settings_of_a_method_are_refused(tmp_path):
     evaluation(tmp_path).run(entries(a=Constant(1)))
     with pytest.raises(BadConfig, match=r"(?s)'a' are of other settings.*value=1.*value=2"):
         evaluation(tmp_path).run(entries(a=Constant(2)))
+
+
+def test_of_other_settings_the_error_names_those_alone():
+    first = {"seed": 1, "tasks": {"any": {"target": {"transform": "cbrt"}, "ensemble": {"trees": 64}}}}
+    second = {"seed": 1, "tasks": {"any": {"target": {"transform": "cbrt"}, "ensemble": {"trees": 0, "clip": [4.0]}}}}
+    assert differing(json.dumps(first), json.dumps(second)) == (
+        "tasks.any.ensemble.trees 64, tasks.any.ensemble.clip null",
+        "tasks.any.ensemble.trees 0, tasks.any.ensemble.clip [4.0]",
+    )
+    assert differing("value=1", "value=2") == ("value=1", "value=2")
 
 
 def test_a_method_that_cannot_run_is_listed_and_tried_again(tmp_path):
