@@ -1,10 +1,12 @@
-"""Time and peak memory from 100 to 100,000 regions: writes docs/background/large-n.md and docs/background/large-n.png.
+"""Processor time and peak memory from 100 to 100,000 regions: writes docs/background/large-n.md and large-n.png.
 
-    python dev/benchmarks/large_n.py           # 5 minutes on a quiet machine; goes on where it was stopped
-    python dev/benchmarks/large_n.py --all     # two hours: preset `srel` to 100,000 regions, its training to 30,000
+    python dev/benchmarks/large_n.py           # 10 minutes on a quiet machine; goes on where it was stopped
+    python dev/benchmarks/large_n.py --all     # two hours: also training on 5,000 regions, and 100,000 predicted
+    python dev/benchmarks/large_n.py --page    # measures nothing: the page of what has been measured so far
 
 Every figure is of a process of its own on one thread: peak memory is all that it ever held (VmHWM), Python, libraries
-and the input's tables among it. The cities are synthetic: the model's own ranges of counts, 20 flows a region, prompts.
+and the input's tables among it. The cities are synthetic: to predict, the model's own ranges of counts, 20 flows a
+region, prompts; to train on, those of ``topt-deploy sample``.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,21 +26,45 @@ from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "large-n"
+FOUND = WORK / "found.json"
 PAGE = ROOT / "docs/background/large-n.md"
 BIN = Path(sys.executable).parent
-SIZES = (100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+SIZES = (100, 300, 1_000, 3_000, 5_000, 10_000, 30_000, 100_000)
 FLOWS_PER_REGION = 20
-SHORT = ("srel.epochs=30", "prompt4re.epochs=10", "prompt4re.folds=3", "ensemble.epochs=20", "ensemble.steps=10")
-"""Training that is soon over: what a prediction takes does not depend on it."""
-TRAIN = "train, `srel`"
-WAYS = {"predict, `default`": "default", "predict, `srel`": "srel", TRAIN: "srel"}
-"""The measurements, each with its preset."""
-LIMITS = dict(zip(WAYS, (100_000, 10_000, 3_000), strict=True))
-"""Up to which size."""
-ALL_LIMITS = dict(zip(WAYS, (100_000, 100_000, 30_000), strict=True))
-"""With ``--all``. An epoch at 100,000 regions would take five hours, and 13 GB."""
-Found = dict[str, dict[str, dict[str, float]]]
-"""Seconds and peak memory by way and size."""
+TRAINED_ON = 400
+"""Regions of the city that bundles are trained on: enough for its prompts' basis to have all of its directions."""
+DIRECTIONS = 39
+"""Of its prompts."""
+SHORT = ("srel.epochs=5", "prompt4re.epochs=5", "ensemble.epochs=5", "ensemble.steps=5")
+"""Training that is soon over: what a prediction takes does not depend on it. It does on the number of folds, whose fits
+are in the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One of the measurements.
+
+    Attributes:
+        preset: Settings.
+        trains: True to train on a city, else to predict it.
+        sizes: Numbers of regions.
+        more: Those that ``--all`` adds.
+    """
+
+    preset: str
+    trains: bool = False
+    sizes: tuple[int, ...]
+    more: tuple[int, ...] = ()
+
+
+PREDICTED = tuple(size for size in SIZES if size != 5_000)
+WAYS = {
+    "predict, `kernels`": Way(preset="kernels", sizes=PREDICTED),
+    "predict, `default`": Way(preset="default", sizes=PREDICTED[:-2], more=PREDICTED[-2:]),
+    "train, `default`": Way(preset="default", trains=True, sizes=(100, 300, 1_000), more=(5_000,)),
+}
+Found = dict[str, dict[str, dict[str, Any]]]
+"""Processor seconds, peak memory and the day, by way and size."""
 
 
 def make_city(run: Path, regions: int, folder: Path) -> None:
@@ -70,36 +97,22 @@ def make_city(run: Path, regions: int, folder: Path) -> None:
 
 
 def predict(bundle: Path, city: Path) -> float:
-    """Seconds of one prediction, from the files to the table."""
+    """Processor seconds of one prediction, from the files to the table."""
     from topt_deploy.runtime import load
 
     predictor = load(bundle, threads=1)
-    began = time.perf_counter()
+    began = time.process_time()
     predictor.predict(city / "regions.parquet", city / "mobility.parquet")
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
-def train(city: Path) -> float:
-    """Seconds of stage 1 with a single epoch, from features in memory to trained weights."""
-    import torch
+def train(preset: str, city: Path) -> float:
+    """Processor seconds of a whole training of one task, in the shipped settings."""
+    from topt_deploy.train.trained_run import train
 
-    from topt_deploy.config.load import load_config
-    from topt_deploy.data.city import infer_schema, read_city
-    from topt_deploy.data.features import features
-    from topt_deploy.train.loop import TrainingDevice, Workplace
-    from topt_deploy.train.progress import Reporter
-    from topt_deploy.train.srel import train_embedding
-
-    torch.set_num_threads(1)
-    files = city / "regions.parquet", city / "mobility.parquet"
-    config = load_config(preset="srel", tasks=("crime",), overrides=["srel.epochs=1"])
-    schema = infer_schema(files[0], views=config.views, mobility=True, prompts=())
-    read = read_city(*files, schema)
-    inputs = {name: torch.tensor(array) for name, array in features(read).items()}
-    place = Workplace(engine=TrainingDevice(device=torch.device("cpu")), reporter=Reporter(quiet=True))
-    began = time.perf_counter()
-    train_embedding(read, inputs, schema, config, "crime", place)
-    return time.perf_counter() - began
+    began = time.process_time()
+    train(city, out=city / "run", preset=preset, tasks="crime", threads=1)
+    return time.process_time() - began
 
 
 def peak_mb() -> float:
@@ -120,98 +133,121 @@ def apart(*call: object) -> dict[str, Any]:
 CALLS: dict[str, Callable[..., Any]] = {
     "make_city": lambda run, regions, folder: make_city(Path(run), int(regions), Path(folder)),
     "predict": lambda bundle, city: predict(Path(bundle), Path(city)),
-    "train": lambda city: train(Path(city)),
+    "train": lambda preset, city: train(preset, Path(city)),
 }
 
 
 def command(*words: object) -> None:
     """Run one of the project's commands."""
-    subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([str(word) for word in words], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_bundles() -> None:
-    """Train and export both presets on the demo city, once."""
+    """Train and export both presets on a synthetic city, once."""
     source = WORK / "source"
     if not source.exists():
-        command(BIN / "topt-deploy", "sample", "--out", source)
-    for preset in ("default", "srel"):
+        command(BIN / "topt-deploy", "sample", "--regions", TRAINED_ON, "--out", source)
+    for preset in dict.fromkeys(way.preset for way in WAYS.values()):
         if not (WORK / f"{preset}.topt").exists():
             settings = [word for setting in SHORT for word in ("--set", setting)]
             command(BIN / "topt-deploy", "train", source, "--preset", preset, "--out", WORK / preset, *settings)
             command(BIN / "topt-deploy", "export", WORK / preset, "--out", WORK / f"{preset}.topt")
 
 
-def measure(limits: dict[str, int]) -> Found:
-    """Seconds and peak memory of every way and size; what has been measured before is not measured again."""
+def measured() -> Found:
+    """What has been measured so far."""
+    found: Found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
+    return found
+
+
+def measure(everything: bool) -> Found:
+    """Every way and size; what has been measured before is not measured again."""
     make_bundles()
-    file = WORK / "found.json"
-    found: Found = json.loads(file.read_text()) if file.exists() else {way: {} for way in WAYS}
+    found = measured()
     for size in SIZES:
-        missing = [way for way in WAYS if size <= limits[way] and str(size) not in found[way]]
-        if not missing:
-            continue
-        with tempfile.TemporaryDirectory(dir=WORK) as city:
-            apart("make_city", WORK / "srel", size, city)
-            for way in missing:
-                call = ("train", city) if way == TRAIN else ("predict", WORK / f"{WAYS[way]}.topt", city)
-                found[way][str(size)] = apart(*call)
-                file.write_text(json.dumps(found, indent=1))
-                print(way, size, found[way][str(size)], flush=True)
+        for name, way in WAYS.items():
+            by_size = found.setdefault(name, {})
+            if str(size) in by_size or size not in way.sizes + way.more * everything:
+                continue
+            with tempfile.TemporaryDirectory(dir=WORK) as folder:
+                city = Path(folder) / "city"
+                if way.trains:
+                    command(BIN / "topt-deploy", "sample", "--regions", size, "--out", city)
+                    figures = apart("train", way.preset, city)
+                else:
+                    city.mkdir()
+                    apart("make_city", WORK / "default", size, city)
+                    figures = apart("predict", WORK / f"{way.preset}.topt", city)
+            by_size[str(size)] = figures | {"day": str(date.today())}
+            FOUND.write_text(json.dumps(found, indent=1))
+            print(name, size, by_size[str(size)], flush=True)
     return found
 
 
 def picture(found: Found, out: Path) -> None:
-    """Seconds and peak memory against the number of regions, both axes logarithmic."""
+    """Processor seconds and peak memory against the number of regions, both axes logarithmic."""
     import matplotlib.pyplot as plt
 
     figure, (seconds, memory) = plt.subplots(1, 2, figsize=(10, 4))
-    for way, by_size in found.items():
+    for way in WAYS:
+        by_size = {int(size): one for size, one in found.get(way, {}).items()}
         for axes, key in ((seconds, "seconds"), (memory, "peak_mb")):
-            axes.plot(
-                [int(size) for size in by_size],
-                [one[key] for one in by_size.values()],
-                marker="o",
-                label=way.replace("`", ""),
-            )
+            heights = [by_size[size][key] for size in sorted(by_size)]
+            axes.plot(sorted(by_size), heights, marker="o", label=way.replace("`", ""))
     memory.axhline(8192, color="grey", lw=1, ls="--")
     memory.plot(SIZES, [4 * n * n / 2**20 for n in SIZES], color="grey", lw=1, ls=":", label="one N × N matrix")
     memory.set_ylim(50, 60_000)
-    for axes, label in ((seconds, "seconds"), (memory, "peak memory, MB")):
+    for axes, label in ((seconds, "processor seconds"), (memory, "peak memory, MB")):
         axes.set(xscale="log", yscale="log", xlabel="regions", ylabel=label)
     memory.legend()
     figure.tight_layout()
     figure.savefig(out, dpi=90)
 
 
-def page(found: Found, command: str) -> str:
+def page(found: Found) -> str:
     """The page's text."""
 
     def cell(way: str, size: int) -> str:
-        one = found[way].get(str(size))
-        return "not run" if one is None else f"{one['seconds']:.2f} s, {one['peak_mb']:,.0f} MB"
+        one = found.get(way, {}).get(str(size))
+        if one is None:
+            return "not run" if size in WAYS[way].sizes + WAYS[way].more else "–"
+        return f"{one['seconds']:,.{int(one['seconds'] < 10)}f} s, {one['peak_mb']:,.0f} MB"
 
     rows = [f"| {size:,} | {' | '.join(cell(way, size) for way in WAYS)} |" for size in SIZES]
+    days = sorted({one["day"] for by_size in found.values() for one in by_size.values()})
     return f"""# Large cities
 
-`{command}`, {date.today()}, {processor_name()}, one thread, one process per figure. The machine is shared with other
-work, and seconds vary by a factor of two. The cities are synthetic: counts within the model's ranges,
-{FLOWS_PER_REGION} flows a region, and prompts of 576 numbers for each of three tasks. Peak memory is the most that
-the process ever held, with Python and its libraries.
+`python dev/benchmarks/large_n.py --all`, {" to ".join(dict.fromkeys((days[0], days[-1])))},
+{processor_name()}, one thread, one process per figure. Seconds are the
+processor's: the machine is shared with other work. Peak memory is the most that the process ever held, with Python and
+its libraries.
 
-- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. Preset
-  `default` sees only a region's own features. Preset `srel` runs attention over all pairs of regions, five times and
-  once per task: its time grows with N², its memory with N.
-- *train*: one epoch of stage 1 of preset `srel`, forward and backward. Preset `default` has no such stage.
+- *predict*: from the Parquet files to the table of predictions of three tasks, with an exported bundle. The cities are
+  synthetic: counts within the model's ranges, {FLOWS_PER_REGION} flows a region, and prompts of 256 numbers for each
+  task, which lie in {DIRECTIONS} directions; those of a language model lie in more, and take more memory. Preset
+  `kernels` sees a region's own features and what flows lead to. Preset `default` also runs attention over all pairs of
+  regions: SREL's once, and Prompt4RE's for each of three tasks and eleven fits (ten folds and the final one). So its
+  time grows with N², its memory with N.
+- *train*: `topt-deploy train --task crime` from beginning to end, in the shipped settings, on a city of
+  `topt-deploy sample`. The attention is trained on 400 regions an epoch (`srel.regions`, `prompt4re.regions`), so that
+  its time does not grow; that of the networks and of the Gaussian processes grows with N.
 
 | regions | {" | ".join(WAYS)} |
 |---|{"---|" * len(WAYS)}
 {chr(10).join(rows)}
 
-![Seconds and peak memory against the number of regions](large-n.png)
+![Processor seconds and peak memory against the number of regions](large-n.png)
 
 The dotted line is what a single N × N matrix of float32 would take. The dashed line is 8 GB. Attention, distances,
 similarities and flows are computed one tile of rows at a time: in training, in prediction with PyTorch, and, as an ONNX
-Scan, in the exported graph. Up to {_one_tile():,} regions are one tile.
+Scan, in the exported graph. Up to {_one_tile():,} regions are one tile. Most of a large prediction's memory are the
+cosines and sines of the Gaussian processes, 3,000 of each a region, which both presets have.
+
+*Not run* are sizes that the machine had no time for. With `default` the time of attention grows with N².
+
+Presets `srel` and `paper` train the attention on all regions in every epoch. An epoch of `srel` took 3.3 s at 1,000
+regions, 22 s at 3,000 and 247 s at 10,000 (2026-11-27, AMD EPYC). `srel.regions=400` ends that.
 
 Two things still hold N × N numbers in memory: the other methods of `topt-deploy evaluate`, which reproduce published
 code, and the attention and Moran's I in `topt-deploy report`, which are about pairs of regions.
@@ -228,6 +264,7 @@ def main() -> None:
     """Measure, then write the page and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="also what takes longer")
+    parser.add_argument("--page", action="store_true", help="write the page of what has been measured so far")
     parser.add_argument("--call", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.call:
@@ -235,9 +272,9 @@ def main() -> None:
         seconds = CALLS[name](*arguments)
         print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
         return
-    found = measure(ALL_LIMITS if options.all else LIMITS)
+    found = measured() if options.page else measure(options.all)
     picture(found, PAGE.with_suffix(".png"))
-    PAGE.write_text(page(found, "python dev/benchmarks/large_n.py" + " --all" * options.all), encoding="utf-8")
+    PAGE.write_text(page(found), encoding="utf-8")
     print(PAGE.read_text(encoding="utf-8"))
 
 

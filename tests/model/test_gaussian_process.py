@@ -13,6 +13,7 @@ from sklearn.gaussian_process.kernels import DotProduct
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.preprocessing import StandardScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from topt_deploy.config.settings import EnsembleConfig
 from topt_deploy.data.features import POSITION
@@ -185,6 +186,23 @@ class TestKernelHead:
         np.testing.assert_allclose(out, expected, atol=1e-4)
         alone = made({name: x[-1:] for name, x in inputs.items()})
         torch.testing.assert_close(alone[..., 0], out[..., -1], rtol=1e-5, atol=1e-5)
+
+    def test_cosines_and_sines_are_never_side_by_side(self):
+        """Of a large city they are most of what a prediction holds in memory."""
+
+        class Watch(TorchDispatchMode):
+            widest = 0
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                out = function(*args, **(kwargs or {}))
+                if isinstance(out, torch.Tensor) and out.dim() == 2 and len(out) == 50:
+                    self.widest = max(self.widest, out.shape[1])
+                return out
+
+        made = head()
+        with Watch() as watch:
+            made(city(50))
+        assert watch.widest == sum(made.views[view].frequencies.shape[1] for view in made.views)
 
     def test_a_feature_counts_no_further_than_the_limit(self):
         made = KernelHead(WIDTHS, replace(CONFIG, clip=2.0))
