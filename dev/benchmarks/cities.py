@@ -138,7 +138,7 @@ def table(lines: list[dict[str, str]]) -> list[str]:
             f"{float(line['chosen_mae']):.1f}" if line["chosen_mae"] else "–",
             honest,
             inside,
-            ", ".join(by_size),
+            ", ".join(by_size) if line["inside"] else "–",
             f"{line['date']}, {line['repetitions']}",
         ]
         written.append(f"| {' | '.join(cells)} |")
