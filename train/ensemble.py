@@ -216,8 +216,7 @@ def _begin(
     rows: int,
 ) -> _Begun:
     labels = split.labels
-    known = torch.tensor(~np.isnan(labels), device=device)
-    whole = config.tasks[task].with_labels(int(known[: split.outer].sum(dim=1).min()))
+    whole = config.tasks[task].with_labels(int((~np.isnan(labels[: split.outer])).sum(axis=1).min()))
     settings = whole.ensemble
     basis = None if prompts is None else PromptBasis.fit(prompts.cpu(), whole.prompt4re.components)
     head = EnsembleHead(
@@ -232,6 +231,7 @@ def _begin(
         head.basis = basis
     head.to(device)
     target = Target(members=len(labels), config=whole.target).to(device)
+    known = torch.tensor(~np.isnan(labels), device=device)
     with torch.no_grad():
         views = head.views(inputs, prompts)
         x = head.side_by_side(views)

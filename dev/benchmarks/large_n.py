@@ -156,7 +156,7 @@ def make_bundles() -> None:
 
 
 def measured() -> Found:
-    """What has been measured so far."""
+    """The figures measured so far."""
     found: Found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     return found
 
