@@ -18,9 +18,9 @@ ABSENT = (
     "torch", "torchvision", "transformers", "safetensors", "onnx", "onnxscript", "sklearn", "scipy", "pandas",
     "geopandas", "shapely", "pyogrio", "pyproj", "rich", "tensorrt",
 )  # fmt: skip
-RATIOS = {".": {"time": 1.5, "memory": 1.5}, "default": {"time": 1.6, "memory": 1.75}}
+RATIOS = {".": {"time": 1.5, "memory": 1.5}, "default": {"time": 1.7, "memory": 1.75}}
 """The most that is allowed of each city's bundle. The goal is 1.5 for both; what has all parts that the default has
-took 1.42 to 1.50 and 1.62 to 1.67 on 2026-11-30 (docs/background/benchmarks.md)."""
+took 1.42 to 1.54 and 1.62 to 1.68 on 2026-11-30 (docs/background/benchmarks.md)."""
 RUNS = 7
 ROUNDS = 3
 COMMAND = Path(sys.executable).with_name("topt-run")
