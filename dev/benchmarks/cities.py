@@ -8,10 +8,12 @@ in cities.csv beside the page, one line per city and task: a run of some cities 
 import argparse
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -56,19 +58,24 @@ def make_city(name: str, data: Path, folder: Path) -> Path:
     return city
 
 
-def evaluate(city: Path, out: Path, *, seeds: int, variants: str, baselines: str, coverage: bool) -> None:
-    """``topt-deploy evaluate``, which goes on where it stopped.
+def evaluate(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
+    """``topt-deploy evaluate`` on a city, which goes on where it stopped; :func:`rows` of what it found.
 
-    Coverage costs ten times what errors do, and the page has that of the default alone: it comes of its own.
+    Coverage costs several times what errors do, and the page has that of the default alone: it comes of its own.
     """
-    command = [TOPT_DEPLOY, "evaluate", city, "--seeds", str(seeds), "--out", out]
-    subprocess.run([*command, "--variants", variants, "--baselines", baselines], check=True, stdout=subprocess.DEVNULL)
-    if coverage:
-        command += ["--variants", MAIN, "--baselines", "none", "--coverage", str(NOMINAL)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    city = make_city(name, options.data, options.folder / "cities")
+    out = options.folder / "results" / name
+    command = [TOPT_DEPLOY, "evaluate", city, "--seeds", str(options.seeds), "--out", out]
+    commands = [[*command, "--variants", options.variants, "--baselines", options.baselines]]
+    if options.coverage:
+        commands.append([*command, "--variants", MAIN, "--baselines", "none", "--coverage", str(NOMINAL)])
+    for one in commands:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([str(word) for word in one], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return rows(name, json.loads((out / "results.json").read_text(encoding="utf-8")))
 
 
-def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Per task, the default's figures beside those of the plain baselines with the lowest MAE and the highest R²."""
     found = []
     of_task: dict[str, dict[str, Any]] = {}
@@ -214,24 +221,17 @@ def main() -> None:
     parser.add_argument("--baselines", default="plain")
     parser.add_argument("--coverage", action="store_true", help=f"Also of intervals of {NOMINAL:.0%}.")
     parser.add_argument("--record", type=Path, default=ROOT / "docs" / "background" / "cities.csv")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Cities at once.")
     options = parser.parse_args()
-    cities, results = options.folder / "cities", options.folder / "results"
-    for folder in (cities, results):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name in options.only:
-        city = make_city(name, options.data, cities)
-        evaluate(
-            city,
-            results / name,
-            seeds=options.seeds,
-            variants=options.variants,
-            baselines=options.baselines,
-            coverage=options.coverage,
-        )
-        found = rows(name, json.loads((results / name / "results.json").read_text(encoding="utf-8")))
-        lines = [line for line in read(options.record) if line["city"] != name] + found
-        write(options.record, lines)
-        options.record.with_suffix(".md").write_text(page(read(options.record), options.baselines), encoding="utf-8")
+    for folder in ("cities", "results"):
+        (options.folder / folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.workers) as pool:
+        running = {pool.submit(evaluate, name, options): name for name in options.only}
+        for done in as_completed(running):
+            lines = [line for line in read(options.record) if line["city"] != running[done]] + done.result()
+            write(options.record, lines)
+            text = page(read(options.record), options.baselines)
+            options.record.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
