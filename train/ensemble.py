@@ -141,12 +141,6 @@ class _Begun:
     random: torch.Generator
 
     @property
-    def names(self) -> list[str]:
-        """Of the parts, in their order."""
-        kernels = [] if self.head.kernel is None else list(self.head.kernel.regressions())
-        return kernels + [name for name in self.head.parts() if name not in kernels]
-
-    @property
     def kept(self) -> slice:
         """The rows that the head holds the fits of."""
         return self.rows.kept(self.head.rows)
@@ -177,7 +171,8 @@ class _Begun:
     @torch.no_grad()
     def result(self) -> HeadResult:
         """Of all regressions: what they weigh, and what they say together."""
-        everything = {name: self.target.bounded(part) for name, part in zip(self.names, self.parts, strict=True)}
+        names = self.head.regressions()
+        everything = {name: self.target.bounded(part) for name, part in zip(names, self.parts, strict=True)}
         bounded = torch.stack([everything[name] for name in self.head.parts()])  # (P, S, N)
         outer = self.rows.outer
         named = self.head.parts()

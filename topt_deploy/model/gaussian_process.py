@@ -131,7 +131,7 @@ class KernelHead(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], config: EnsembleConfig, rows: int = 1) -> None:
         super().__init__()
-        self.steps, self.lengths, self.limit = config.steps, sorted(config.lengths), config.clip
+        self.steps, self.lengths = config.steps, sorted(config.lengths)
         self.nests, self.radial = config.kernel, config.radial
         lengths = {POSITION: config.position_lengths, LOCAL: config.local_lengths}
         self.views = ByName(
@@ -203,7 +203,7 @@ class KernelHead(nn.Module):
         # features are never side by side, which took 3.4 GB more at 100,000 regions.
         views = {name: view for name, view in self.views.items() if isinstance(view, ViewKernels)}
         own = {name: (view.standardize, inputs[name]) for name, view in views.items() if view.standardize is not None}
-        z = {**inputs, **standardized(own, self.limit)}
+        z = {**inputs, **standardized(own)}
         # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
         angles = torch.cat([torch.mm(z[name], view.frequencies) for name, view in views.items()], dim=1)
         linear = [z[name] for name, view in views.items() if view.linear]

@@ -57,8 +57,12 @@ class Standardize(nn.Module):
         return z.clamp(-self.limit, self.limit) if self.limit else z
 
 
-def standardized(views: Mapping[str, tuple[Standardize, Tensor]], limit: float) -> dict[str, Tensor]:
-    """Standardise every view (N, F_v) by its own module, side by side: the fewer nodes, the sooner a graph starts."""
+def standardized(views: Mapping[str, tuple[Standardize, Tensor]]) -> dict[str, Tensor]:
+    """Standardise every view (N, F_v) by its own module, side by side: the fewer nodes, the sooner a graph starts.
+
+    The modules have one limit.
+    """
+    (limit,) = {own.limit for own, _ in views.values()}
     joint = Standardize(0, limit)
     joint.mean, joint.scale = (torch.cat([getattr(own, end) for own, _ in views.values()]) for end in ("mean", "scale"))
     parts = joint(torch.cat([x for _, x in views.values()], dim=1)).split(

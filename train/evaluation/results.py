@@ -74,13 +74,13 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts)
         recorded = _read(file)
-        differing = [key for key in {**recorded, **facts} if recorded.get(key) != facts.get(key)]
-        if differing:
+        others = [key for key in {**recorded, **facts} if recorded.get(key) != facts.get(key)]
+        if others:
             raise BadConfig(
                 "this folder's results are of another evaluation",
                 file=file,
-                expected=", ".join(f"{key} {recorded.get(key)}" for key in differing),
-                found=", ".join(f"{key} {facts.get(key)}" for key in differing),
+                expected=", ".join(f"{key} {recorded.get(key)}" for key in others),
+                found=", ".join(f"{key} {facts.get(key)}" for key in others),
                 fix="name another folder with --out, or remove this one",
             )
         return cls(folder=folder, region_id=region_id)
