@@ -184,11 +184,18 @@ def test_tiles_give_what_the_whole_gives(regions, tiled, attentive):
     assert np.unique(whole["sqrt"]).size > 1, "a constant would prove nothing"
 
 
+def scans(graph):
+    return [node for node in graph.node if node.op_type == "Scan"]
+
+
 def test_tiles_are_of_the_standards_operators(tiled):
     proto = onnx.ModelProto.FromString(tiled.model)
-    inside = [node for node in proto.graph.node if node.op_type == "Scan"]
-    assert len(inside) == 5, "centrality, two views, a Graphormer layer, an alignment"
-    assert all(not node.domain for scan in inside for node in scan.attribute[0].g.node)
+    outer = scans(proto.graph)
+    assert len(outer) == 5, "centrality, two views, a Graphormer layer, an alignment"
+    inner = [scan for one in outer for scan in scans(one.attribute[0].g)]
+    assert len(inner) == 1, "an alignment's fits, one after the other"
+    assert len(inner[0].input) == 3, "queries, keys, values"
+    assert all(not node.domain for scan in outer + inner for node in scan.attribute[0].g.node)
     assert [o.domain for o in proto.opset_import] == [""]
     assert b"/work/" not in tiled.model, "no path of the exporting machine"
 

@@ -108,7 +108,7 @@ class TestStage1:
         config = tiny_config({"crime": task_config(srel={"dropout": 0.0})})
         srel, expected = train_srel(tiny_city(N), config=config)
         monkeypatch.setattr(row_tiles, "ENTRIES", 1)
-        monkeypatch.setattr(row_tiles, "LEAST_KEPT", 5)
+        monkeypatch.setattr(row_tiles, "LEAST", 5)
         tiled, found = train_srel(tiny_city(N), config=config)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
         assert tiled.adjacency.length_m == srel.adjacency.length_m

@@ -155,10 +155,10 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         n, width = x.shape
         q, k, v = self.qkv(x).view(n, 3 * self.heads, -1).transpose(0, 1).chunk(3)  # (heads, N, d)
-        to = k.transpose(-1, -2)  # once, and not for every tile
+        q, to = q / math.sqrt(width // self.heads), k.transpose(-1, -2)  # once, and not for every tile
 
         def tile(rows: Rows) -> tuple[Tensor, ...]:
-            scores = take(q, rows, 1) @ to / math.sqrt(width // self.heads)  # (heads, t, N)
+            scores = take(q, rows, 1) @ to  # (heads, t, N)
             if bias is not None:
                 scores = scores + bias[rows]
             weights = scores.softmax(dim=-1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from topt_deploy.config.settings import Prompt4ReConfig
 
 from .layers import Dropout
-from .row_tiles import Rows, in_tiles, take
+from .row_tiles import Rows, for_each, in_tiles, take
 
 
 class PromptBasis(nn.Module):
@@ -124,12 +124,13 @@ class Alignment(nn.Module):
             self._split(self.key(prompts)),
             self._split(self.value(prompts)),
         )
+        q, to = q / math.sqrt(q.shape[-1]), k.transpose(-1, -2)  # once, and not for every tile
 
-        to = k.transpose(-1, -2)  # once, and not for every tile
+        def attend(q: Tensor, to: Tensor, v: Tensor) -> Tensor:
+            return self.dropout((q @ to).softmax(dim=-1)) @ v  # (…, heads, t, W / heads), from (…, heads, t, N)
 
         def tile(rows: Rows) -> tuple[Tensor]:
-            scores = take(q, rows, 2) @ to / math.sqrt(q.shape[-1])  # (M, heads, t, N)
-            mixed = self.dropout(scores.softmax(dim=-1)) @ v
+            mixed = for_each(attend, take(q, rows, 2), to, v)
             return (mixed.transpose(1, 2).flatten(-2),)  # (M, t, W)
 
         (mixed,) = in_tiles(q.shape[2], tile, axis=1)

@@ -23,17 +23,16 @@ ENTRIES = 1 << 18
 leave the processor's cache, and are slower."""
 CUDA_ENTRIES = 1 << 22
 """Likewise on CUDA, where a tile costs launches and no cache is to be kept: N to 2,048 is one tile. Not measured."""
-LEAST = 4
-"""Rows of a tile, whatever N is."""
-LEAST_KEPT = 32
-"""Rows of a tile in training, likewise: of every tile 0.3 MB are kept for the gradient, its operations and the state of
-the random numbers, so that the tiles have to be O(N)."""
+LEAST = 32
+"""Rows of a tile, whatever N is. A product with fewer spends its time on laying out the other matrix for the processor.
+In training 0.3 MB of every tile are kept for the gradient, its operations and the state of the random numbers, so that
+the tiles have to be O(N)."""
 BLOCK_BYTES = 1 << 18
 """From this size on a block of memory is given back as soon as it is free, while there are several tiles."""
 ALL = slice(None)
-ROWS_OF_TILE, STACK = "topt::RowsOfTile", "topt::Stack"
-"""Operators of a traced model around what is computed for one tile: from all tiles (T, t) to the rows of one, (t,), and
-from what is made of these, (…), to what is made of all tiles, (T, …) (export/tile_scans.py)."""
+EACH, STACK = "topt::Each", "topt::Stack"
+"""Operators of a traced model around what is computed for each of several things: from all of them, (T, …), to one,
+(…), and from what is made of one to what is made of all, (T, …) (export/tile_scans.py)."""
 
 Rows = slice | Tensor
 """Rows, given as a slice or by their numbers."""
@@ -147,6 +146,22 @@ def in_tiles(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int = 0) 
     return looped(n, tile, axis)
 
 
+def for_each(part: Callable[..., Tensor], *of: Tensor) -> Tensor:
+    """Compute ``part`` for each entry of the first axis, and stack the results.
+
+    An exported graph does so within a tile, one entry after the other: what is computed for one stays in the
+    processor's cache. Elsewhere it is one computation, which has to allow for a first axis.
+
+    Args:
+        part: Makes a tensor (…) of tensors (…).
+        of: Tensors (M, …).
+    """
+    if _plan() is None:
+        return part(*of)
+    (one,) = _stacked(of[0].shape[0], (part(*_each(*of)),))
+    return one
+
+
 def _plan() -> Tensor | None:
     return _PLAN.get()
 
@@ -184,7 +199,7 @@ def _looped(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int) -> tu
     _give_back_at_once()
     trained = torch.is_grad_enabled()
     run = partial(checkpoint, tile, use_reentrant=False) if trained else tile
-    height = max(LEAST_KEPT if trained else LEAST, int(_entries() // n))
+    height = max(LEAST, int(_entries() // n))
     parts = [run(slice(start, min(start + height, n))) for start in range(0, n, height)]
     return tuple(torch.cat(part, dim=axis) for part in zip(*parts, strict=True))
 
@@ -196,12 +211,16 @@ def _give_back_at_once() -> None:
 
 
 def _traced(n: int, tile: Callable[[Rows], tuple[Tensor, ...]], axis: int, plan: Tensor) -> tuple[Tensor, ...]:
-    count, height = plan.shape
-    rows = torch.onnx.ops.symbolic(ROWS_OF_TILE, (plan,), dtype=plan.dtype, shape=(height,), version=1)
-    parts = tile(rows)
-    shapes = [(count, *part.shape) for part in parts]
-    stacked = torch.onnx.ops.symbolic_multi_out(
-        STACK, parts, dtypes=[part.dtype for part in parts], shapes=shapes, version=1
-    )
-    joined = (part.transpose(0, axis).flatten(axis, axis + 1) for part in stacked)  # (T, …, t, …) to (…, T·t, …)
-    return tuple(part.index_select(axis, torch.arange(n)) for part in joined)
+    (rows,) = _each(plan)
+    joined = (part.transpose(0, axis).flatten(axis, axis + 1) for part in _stacked(plan.shape[0], tile(rows)))
+    return tuple(part.index_select(axis, torch.arange(n)) for part in joined)  # from (…, T·t, …)
+
+
+def _each(*of: Tensor) -> tuple[Tensor, ...]:
+    dtypes, shapes = [tensor.dtype for tensor in of], [tensor.shape[1:] for tensor in of]
+    return tuple(torch.onnx.ops.symbolic_multi_out(EACH, of, dtypes=dtypes, shapes=shapes, version=1))
+
+
+def _stacked(count: int, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtypes, shapes = [part.dtype for part in parts], [(count, *part.shape) for part in parts]
+    return tuple(torch.onnx.ops.symbolic_multi_out(STACK, parts, dtypes=dtypes, shapes=shapes, version=1))
