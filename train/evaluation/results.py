@@ -73,14 +73,13 @@ class Store:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts)
-        recorded = _read(file)
-        others = [key for key in {**recorded, **facts} if recorded.get(key) != facts.get(key)]
-        if others:
+        expected, found = differing(json.dumps(facts), json.dumps(_read(file)))
+        if expected:
             raise BadConfig(
                 "this folder's results are of another evaluation",
                 file=file,
-                expected=", ".join(f"{key} {recorded.get(key)}" for key in others),
-                found=", ".join(f"{key} {facts.get(key)}" for key in others),
+                expected=expected,
+                found=found,
                 fix="name another folder with --out, or remove this one",
             )
         return cls(folder=folder, region_id=region_id)
@@ -95,12 +94,12 @@ class Store:
         if not file.exists() or (record := _read(file))["reason"] is not None:
             return None
         if record["settings"] != settings:
-            theirs, ours = differing(record["settings"], settings)
+            expected, found = differing(settings, record["settings"])
             raise BadConfig(
                 f"these results of {method!r} are of other settings",
                 file=file,
-                expected=theirs,
-                found=ours,
+                expected=expected,
+                found=found,
                 fix="name another folder with --out, or remove this file",
             )
         return self._read_held_out(method, task)

@@ -249,7 +249,7 @@ def test_stopped_and_called_again_it_goes_on(tmp_path):
 def test_other_facts_are_refused_by_name(tmp_path):
     evaluation(tmp_path).run(entries(a=Constant(1)))
     with pytest.raises(
-        BadConfig, match=r"(?s)another evaluation.*expected: seeds \[0, 1\]\n.*seeds \[0, 1, 2\].*--out"
+        BadConfig, match=r"(?s)another evaluation.*expected: seeds \[0, 1, 2\]\n *found: *seeds \[0, 1\]\n.*--out"
     ):
         evaluation(tmp_path, facts=FACTS | {"seeds": [0, 1, 2]})
     with pytest.raises(BadConfig, match="mobility_sha256"):
@@ -258,7 +258,7 @@ def test_other_facts_are_refused_by_name(tmp_path):
 
 def test_other_settings_of_a_method_are_refused(tmp_path):
     evaluation(tmp_path).run(entries(a=Constant(1)))
-    with pytest.raises(BadConfig, match=r"(?s)'a' are of other settings.*value=1.*value=2"):
+    with pytest.raises(BadConfig, match=r"(?s)'a' are of other settings.*expected: .*value=2.*found: .*value=1"):
         evaluation(tmp_path).run(entries(a=Constant(2)))
 
 
