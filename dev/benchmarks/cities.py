@@ -2,7 +2,8 @@
 
 Which cities the default was designed on, and which it is reported on, families.py says. Every figure comes from the
 folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate). The figures are kept
-in cities.csv beside the page, one line per city and task: a run of some cities replaces only theirs.
+in cities.csv beside the page, one line per city and task: a run of some cities replaces only theirs, and one with
+``--coverage --baselines none --seeds 1`` adds the coverage to lines that stand.
 """
 
 import argparse
@@ -76,7 +77,10 @@ def evaluate(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Per task, the default's figures beside those of the plain baselines with the lowest MAE and the highest R²."""
+    """Per task, the default's figures beside those of the plain baselines with the lowest MAE and the highest R².
+
+    Without baselines these are left out: lines that stand in cities.csv keep theirs, and get the coverage alone.
+    """
     found = []
     of_task: dict[str, dict[str, Any]] = {}
     chosen = {verdict["task"]: verdict["chosen_mae"] for verdict in results["verdicts"]}
@@ -85,22 +89,22 @@ def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
             of_task.setdefault(result["task"], {})[result["method"]] = result | result["figures"]
     for task, methods in of_task.items():
         plain = {m: r for m, r in methods.items() if r["group"] == "plain"}
-        if MAIN not in methods or len(plain) < 2:
+        if MAIN not in methods:
             continue
         own = methods[MAIN]
-        best = min(plain, key=lambda m: plain[m]["mae"]["mean"])
-        row = {
-            "city": name,
-            "task": task,
-            "date": date.today(),
-            "repetitions": len(results["seeds"]),
-            "mae": own["mae"]["mean"],
-            "r2": own["r2"]["mean"],
-            "best": best,
-            "best_mae": plain[best]["mae"]["mean"],
-            "best_r2": max(r["r2"]["mean"] for r in plain.values()),
-            "chosen_mae": chosen[task],
-        }
+        row: dict[str, Any] = {"city": name, "task": task}
+        if len(plain) > 1:
+            best = min(plain, key=lambda m: plain[m]["mae"]["mean"])
+            row |= {
+                "date": date.today(),
+                "repetitions": len(results["seeds"]),
+                "mae": own["mae"]["mean"],
+                "r2": own["r2"]["mean"],
+                "best": best,
+                "best_mae": plain[best]["mae"]["mean"],
+                "best_r2": max(r["r2"]["mean"] for r in plain.values()),
+                "chosen_mae": chosen[task],
+            }
         if own["coverage"] is not None:
             row["inside"] = own["coverage"]["all"]["coverage"]
             row |= {f"inside_{size}": part["coverage"] for size, part in own["coverage"]["by_size"].items()}
@@ -114,6 +118,16 @@ def read(record: Path) -> list[dict[str, str]]:
         return []
     with record.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def merged(lines: Iterable[dict[str, str]], found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """The lines of cities.csv with what was found in their places. Coverage alone is added to a line, if there is one."""
+    by_task = {(line["city"], line["task"]): line for line in lines}
+    for line in found:
+        place = line["city"], line["task"]
+        if "mae" in line or place in by_task:
+            by_task[place] = line if "mae" in line else by_task[place] | line
+    return list(by_task.values())
 
 
 def write(record: Path, lines: Iterable[Mapping[str, str]]) -> None:
@@ -228,8 +242,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.workers) as pool:
         running = {pool.submit(evaluate, name, options): name for name in options.only}
         for done in as_completed(running):
-            lines = [line for line in read(options.record) if line["city"] != running[done]] + done.result()
-            write(options.record, lines)
+            write(options.record, merged(read(options.record), done.result()))
             text = page(read(options.record), options.baselines)
             options.record.with_suffix(".md").write_text(text, encoding="utf-8")
 

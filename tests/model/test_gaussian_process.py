@@ -339,6 +339,24 @@ class TestEvidence:
         moved = solve((other, targets[:1], known[:1]))
         torch.testing.assert_close(moved.coefficients[0], clean.coefficients[row], rtol=1e-9, atol=1e-12)
 
+    def test_many_regions_that_no_label_is_known_of_change_nothing(self):
+        """Nor does a training set beside it that holds them all."""
+        phi, targets, known = regression()
+        torch.manual_seed(5)
+        more = torch.randn(60, phi.shape[1], dtype=phi.dtype)
+        everything = torch.ones(1, 80, dtype=torch.bool)
+        found = solve(
+            (
+                torch.cat([phi, more]),
+                torch.cat([torch.nn.functional.pad(targets, (0, 60)), torch.randn(1, 80, dtype=targets.dtype)]),
+                torch.cat([torch.nn.functional.pad(known, (0, 60)), everything]),
+            )
+        )
+        expected = solve((phi, targets, known))
+        for name in ("coefficients", "weights", "noise"):
+            torch.testing.assert_close(getattr(found, name)[:4], getattr(expected, name), rtol=1e-9, atol=1e-12)
+        assert (found.weights[4] > 0).all()
+
     def test_a_part_of_a_training_set_takes_its_kernels_weights(self):
         phi, targets, known = regression()
         part = known[:1] & (torch.arange(20) % 3 != 0)

@@ -258,13 +258,16 @@ def maximise_evidence(
     everything = known, torch.where(known, targets.double(), 0.0)
     y, known = everything[1][own_rows], known[own_rows]
     m = known.double()
-    if len(phi) <= EVIDENCE_REGIONS:
-        chunk = max(1, BATCH // len(phi) ** 2)
-        turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
-    else:  # every training set draws from its own regions: what another one knows makes no difference
-        some = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
-        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(some, y, strict=True))]
-    logs = torch.cat([_with_local(*turn, sizes, steps, local) for turn in turns])
+    # A training set of a large city, or of few of the regions, is computed on its own: what another one knows makes no
+    # difference to it. The others are as fast side by side, on all regions.
+    apart = (2 * known.sum(dim=1) < len(phi)) | torch.tensor(len(phi) > EVIDENCE_REGIONS, device=known.device)
+    logs = torch.empty(len(known), len(sizes) + 1, dtype=phi.dtype, device=phi.device)
+    for rows in apart.nonzero():
+        own = draw_regions(known[rows[0]], EVIDENCE_REGIONS)
+        logs[rows] = _with_local(phi[own], y[rows][:, own], m[rows][:, own], sizes, steps, local)
+    if not apart.all():
+        for rows in (~apart).nonzero()[:, 0].split(max(1, BATCH // len(phi) ** 2)):
+            logs[rows] = _with_local(phi, y[rows], m[rows], sizes, steps, local)
     taken = [own_rows.index(row) for row in like]
     weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
     known, y = everything
