@@ -121,7 +121,7 @@ def read(record: Path) -> list[dict[str, str]]:
 
 
 def merged(lines: Iterable[dict[str, str]], found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """The lines of cities.csv with what was found in their places. Coverage alone is added to a line, if there is one."""
+    """The lines of cities.csv with what was found in their places. Coverage alone is added to a line that stands."""
     by_task = {(line["city"], line["task"]): line for line in lines}
     for line in found:
         place = line["city"], line["task"]
