@@ -8,7 +8,7 @@ A family is the sample city (``topt-deploy sample``) with one property changed t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,24 @@ FAMILIES: Mapping[str, Family] = {
 """By name."""
 
 
-def make_family(name: str, out: Path) -> None:
+FIRST_DRAW = 20
+"""The seed of a family's first further city: no choice was made on any of these."""
+
+
+def draws(name: str, count: int) -> list[str]:
+    """The names of so many further cities of a family, such as ``sample-small@20``."""
+    return [f"{name}@{seed}" for seed in range(FIRST_DRAW, FIRST_DRAW + count)]
+
+
+def family_of(name: str) -> Family | None:
+    """The family of a city's name, with the seed that it names; None for a real city."""
+    name, _, seed = name.partition("@")
+    family = FAMILIES.get(name)
+    return replace(family, seed=int(seed)) if family and seed else family
+
+
+def make_family(family: Family, out: Path) -> None:
     """Write a family's city to ``out``, with its topt.toml."""
-    family = FAMILIES[name]
     make_sample(out, regions=family.regions, seed=family.seed)
     if family.change is not None:
         regions, flows = pq.read_table(out / "regions.parquet"), pq.read_table(out / "mobility.parquet")
