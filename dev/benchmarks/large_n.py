@@ -244,7 +244,7 @@ similarities and flows are computed one tile of rows at a time: in training, in 
 Scan, in the exported graph. Up to {_one_tile():,} regions are one tile. Most of a large prediction's memory are the
 cosines and sines of the Gaussian processes, 3,000 of each a region, which both presets have.
 
-*Not run* are sizes that the machine had no time for. With `default` the time of attention grows with N².
+{_not_run(rows)}With `default` the time of attention grows with N².
 
 Presets `srel` and `paper` train the attention on all regions in every epoch. An epoch of `srel` took 3.3 s at 1,000
 regions, 22 s at 3,000 and 247 s at 10,000 (2026-11-27, AMD EPYC). `srel.regions=400` ends that.
@@ -252,6 +252,10 @@ regions, 22 s at 3,000 and 247 s at 10,000 (2026-11-27, AMD EPYC). `srel.regions
 Two things still hold N × N numbers in memory: the other methods of `topt-deploy evaluate`, which reproduce published
 code, and the attention and Moran's I in `topt-deploy report`, which are about pairs of regions.
 """
+
+
+def _not_run(rows: list[str]) -> str:
+    return "*Not run* are sizes that the machine had no time for. " if any("not run" in row for row in rows) else ""
 
 
 def _one_tile() -> int:
