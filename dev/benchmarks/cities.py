@@ -246,8 +246,8 @@ def page(lines: list[dict[str, str]], baselines: str) -> str:
             "",
             "One city says little of a family of small cities, nor does the best of 37 baselines in it: among so few"
             " labels one of them is always lucky. So further cities of these families were drawn, with other random"
-            " numbers, which no choice was made on: `make cities` with `--draws`, one repetition each. Means are"
-            " geometric ones over these cities.",
+            " numbers, which no choice was made on: `cities.py --draws 4 --seeds 1`. Means are geometric ones over"
+            " these cities.",
             "",
             *of_draws(further),
         ]
