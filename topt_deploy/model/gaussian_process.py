@@ -40,6 +40,8 @@ EVIDENCE_REGIONS = 400
 VERY_STRONG = 10.0
 """Local kernels are taken by the training sets whose log evidence they raise by more than this, twice what Kass &
 Raftery (JASA 1995) call very strong: so few steps find either maximum only roughly. Most cities do without."""
+BATCH = 1 << 22
+"""Entries of kernel matrices that are held at once: training sets beyond it come in turns."""
 
 
 class ViewKernels(nn.Module):
@@ -244,7 +246,7 @@ def maximise_evidence(
     """Gaussian process regression whose kernel weights and noise maximise the evidence (type II, MacKay 1992).
 
     −log p(y) = ½ yᵀC⁻¹y + ½ log|C| + const with C = Σ_q w_q K_q + σ²I, over a training set's regions; a log-normal
-    prior of deviation :data:`PRIOR_DEVIATION` keeps every w_q near 1/Q. All in float64.
+    prior of deviation :data:`PRIOR_DEVIATION` keeps every w_q near 1/Q. All in float64, training sets side by side.
 
     Args:
         features: (N, ΣK), of all regions.
@@ -258,13 +260,20 @@ def maximise_evidence(
     """
     phi = features.double()
     like = list(range(len(known))) if like is None else list(like)
-    y = torch.where(known, targets.double(), 0.0)
-    logs = {}
-    for row in set(like):  # on its own regions: what another set knows makes no difference, not even to rounding
-        seen = draw_regions(known[row], EVIDENCE_REGIONS)
-        logs[row] = _with_local(phi[seen], y[row, seen], sizes, steps, local)
-    found = torch.stack([logs[row] for row in like])
-    weights, noise = found[:, :-1].exp(), found[:, -1].exp()
+    own_rows = sorted(set(like))
+    everything = known, torch.where(known, targets.double(), 0.0)
+    y, known = everything[1][own_rows], known[own_rows]
+    m = known.double()
+    if len(phi) <= EVIDENCE_REGIONS and 2 * int(known.any(dim=0).sum()) >= len(phi):
+        chunk = max(1, BATCH // len(phi) ** 2)
+        turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
+    else:  # every training set draws from its own regions, few as labels may be: another's make no difference
+        some = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
+        turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(some, y, strict=True))]
+    logs = torch.cat([_with_local(*turn, sizes, steps, local) for turn in turns])
+    taken = [own_rows.index(row) for row in like]
+    weights, noise = logs[taken, :-1].exp(), logs[taken, -1].exp()
+    known, y = everything
     per_feature = repeated(weights, sizes, dim=1)  # (S, ΣK)
     coefficients = torch.stack([_solve(phi, *row) for row in zip(y, known, per_feature, noise, strict=True)])
     return KernelFit(coefficients=coefficients, weights=weights, noise=noise)
@@ -279,49 +288,54 @@ def draw_regions(known: Tensor, most: int) -> Tensor:
     return drawn(known.nonzero()[:, 0], most, torch.Generator().manual_seed(0))
 
 
-def _with_local(phi: Tensor, y: Tensor, sizes: Sequence[int], steps: int, local: Sequence[int]) -> Tensor:
+def _with_local(
+    phi: Tensor, y: Tensor, known: Tensor, sizes: Sequence[int], steps: int, local: Sequence[int]
+) -> Tensor:
     """Of :func:`_maximise`, with the weight 0 for local kernels where the evidence for them is not very strong."""
     kernels = torch.stack([(part @ part.T).flatten() for part in phi.split(list(sizes), dim=1)])  # (Q, n²)
-    logs, evidence = _maximise(kernels, y, steps)
+    logs, evidence = _maximise(kernels, y, known, steps)
     if not local:
         return logs
     kept = [q for q in range(len(sizes)) if q not in local]
-    fewer, without = _maximise(kernels[kept], y, steps)
+    fewer, without = _maximise(kernels[kept], y, known, steps)
     padded = torch.full_like(logs, -math.inf)
-    padded[[*kept, len(sizes)]] = fewer
-    return torch.where(evidence > without + VERY_STRONG, logs, padded)
+    padded[:, [*kept, len(sizes)]] = fewer
+    return torch.where((evidence > without + VERY_STRONG)[:, None], logs, padded)
 
 
-def _maximise(kernels: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Logarithms of the kernels' weights and, last, of the noise (Q + 1); the log evidence there, up to a constant."""
+def _maximise(kernels: Tensor, y: Tensor, known: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Logarithms of the kernels' weights and, last, of the noise (S, Q + 1); the log evidence there, up to a constant
+    (S,)."""
     q = len(kernels)
-    start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device)
+    start = torch.tensor([-math.log(q)] * q + [math.log(NOISE)], dtype=y.dtype, device=y.device).repeat(len(y), 1)
     logs = start.clone()
     adam = torch.optim.Adam([logs], lr=RATE)
     for _ in range(steps):
-        _, gradient = log_evidence(logs, kernels, y)
+        _, gradient = log_evidence(logs, kernels, y, known)
         logs.grad = (logs - start) / PRIOR_DEVIATION**2 - gradient
         adam.step()
-    return logs, log_evidence(logs, kernels, y)[0]
+    return logs, log_evidence(logs, kernels, y, known)[0]
 
 
-def log_evidence(logs: Tensor, kernels: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The log evidence of a training set up to a constant, −½ yᵀα − ½ log|C| with α = C⁻¹y, and its gradient by the
+def log_evidence(logs: Tensor, kernels: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The log evidence of S training sets up to a constant, −½ yᵀα − ½ log|C| with α = C⁻¹y, and its gradient by the
     logarithms: ½ w_q tr((ααᵀ − C⁻¹) K_q), and σ² in place of w_q and K_q (Rasmussen & Williams 2006, equation 5.9).
 
     By formula it takes a half to a third of the time of PyTorch's gradient of a Cholesky factor.
 
-    *Shape:* logs (Q + 1), kernels (Q, n²), y (n) → (), (Q + 1)
+    *Shape:* logs (S, Q + 1), kernels (Q, n²), y and known (S, n) → (S,), (S, Q + 1)
     """
-    weights, noise = logs[:-1].exp(), logs[-1].exp()
-    covariance = (weights @ kernels).view(len(y), len(y))
-    covariance.diagonal().add_(noise)
+    weights, noise = logs[:, :-1].exp(), logs[:, -1:].exp()
+    pairs = known[:, :, None] * known[:, None, :]
+    covariance = (weights @ kernels).view_as(pairs) * pairs
+    # What is not known is alone, with variance 1 and target 0: a factor 1 of the evidence.
+    covariance.diagonal(dim1=1, dim2=2).add_(known * noise + (1 - known))
     factor = torch.linalg.cholesky(covariance)
-    alpha = torch.cholesky_solve(y[:, None], factor)  # (n, 1)
-    evidence = -0.5 * (y @ alpha[:, 0]) - factor.diagonal().log().sum()
-    rest = alpha @ alpha.T - torch.cholesky_inverse(factor)
-    by_noise = rest.diagonal().sum()[None]
-    return evidence, 0.5 * torch.cat([weights * (kernels @ rest.flatten()), noise * by_noise])
+    alpha = torch.cholesky_solve(y[..., None], factor)  # (S, n, 1)
+    evidence = -0.5 * (y * alpha[..., 0]).sum(dim=1) - factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+    rest = (alpha @ alpha.mT - torch.cholesky_inverse(factor)) * pairs
+    by_noise = rest.diagonal(dim1=1, dim2=2).sum(dim=1, keepdim=True)
+    return evidence, 0.5 * torch.cat([weights * (rest.flatten(1) @ kernels.T), noise * by_noise], dim=1)
 
 
 def _solve(phi: Tensor, y: Tensor, known: Tensor, weights: Tensor, noise: Tensor) -> Tensor:
