@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from families import DESIGN, FAMILIES, REPORT, draws, family_of, make_family
+from families import DESIGN, FAMILIES, REPORT, draws, family_of, make_family, undrawn
 
 from topt_deploy.train.evaluation.coverage import SIZES
 
@@ -125,8 +125,10 @@ def merged(lines: Iterable[dict[str, str]], found: Iterable[dict[str, str]]) -> 
     by_task = {(line["city"], line["task"]): line for line in lines}
     for line in found:
         place = line["city"], line["task"]
-        if "mae" in line or place in by_task:
-            by_task[place] = line if "mae" in line else by_task[place] | line
+        if "mae" in line:
+            by_task[place] = line
+        elif place in by_task:
+            by_task[place] |= line
     return list(by_task.values())
 
 
@@ -136,7 +138,7 @@ def write(record: Path, lines: Iterable[Mapping[str, str]]) -> None:
     with record.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(lines, key=lambda line: order.index(line["city"].partition("@")[0])))
+        writer.writerows(sorted(lines, key=lambda line: order.index(undrawn(line["city"]))))
 
 
 def of_draws(lines: list[dict[str, str]]) -> list[str]:
@@ -148,7 +150,7 @@ def of_draws(lines: list[dict[str, str]]) -> list[str]:
     ]
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for line in lines:
-        groups.setdefault((line["city"].partition("@")[0], line["task"]), []).append(line)
+        groups.setdefault((undrawn(line["city"]), line["task"]), []).append(line)
     for (family, task), own in groups.items():
         ahead = sum(float(line["mae"]) < float(line["chosen_mae"]) for line in own)
         changes = " | ".join(f"{_change(own, other):+.1f} %" for other in AGAINST)
@@ -238,8 +240,9 @@ def page(lines: list[dict[str, str]], baselines: str) -> str:
     ]
     for title, names in (("Reported: cities that no choice was made on", REPORT), ("Designed on", DESIGN)):
         text += ["", f"## {title}", "", *table([line for line in lines if line["city"] in names])]
-    text += ["", "## Both halves", "", summary([line for line in lines if "@" not in line["city"]])]
-    if further := [line for line in lines if "@" in line["city"]]:
+    further = [line for line in lines if undrawn(line["city"]) != line["city"]]
+    text += ["", "## Both halves", "", summary([line for line in lines if line not in further])]
+    if further:
         text += [
             "",
             "## Families drawn anew",

@@ -145,10 +145,14 @@ def draws(name: str, count: int) -> list[str]:
     return [f"{name}@{seed}" for seed in range(FIRST_DRAW, FIRST_DRAW + count)]
 
 
+def undrawn(name: str) -> str:
+    """The name of the city that one of :func:`draws` is a further one of; any other name as it is."""
+    return name.partition("@")[0]
+
+
 def family_of(name: str) -> Family | None:
     """The family of a city's name, with the seed that it names; None for a real city."""
-    name, _, seed = name.partition("@")
-    family = FAMILIES.get(name)
+    family, seed = FAMILIES.get(undrawn(name)), name.partition("@")[2]
     return replace(family, seed=int(seed)) if family and seed else family
 
 

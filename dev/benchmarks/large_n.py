@@ -241,9 +241,9 @@ its libraries.
 
 The dotted line is what a single N × N matrix of float32 would take. The dashed line is 8 GB. Attention, distances,
 similarities and flows are computed one tile of rows at a time: in training, in prediction with PyTorch, and, as an ONNX
-Scan, in the exported graph. Up to {_one_tile():,} regions are one tile. So are the features of the Gaussian processes,
-6,000 numbers a region, and the trees' nodes. Most of what is left of a large prediction's memory are the prompts and,
-with `default`, what the attention of eleven fits reads and gives.
+Scan, in the exported graph. Up to {_one_tile():,} regions are one tile. The features of the Gaussian processes, 6,000
+numbers a region, and the trees' nodes are computed in tiles as well. Most of what is left of a large prediction's
+memory are the prompts and, with `default`, what the attention of eleven fits reads and gives.
 
 {_not_run(rows)}With `default` the time of attention grows with N².
 

@@ -207,10 +207,10 @@ class KernelHead(nn.Module):
         coefficients = (self.coefficients / self.divisors).index_select(2, self.order).flatten(0, 1).t()
 
         def tile(rows: Rows) -> tuple[Tensor]:  # 6,000 numbers a region: 2.4 GB at 100,000 regions
-            own = {name: take(z[name], rows) for name in views}
+            seen = {name: take(z[name], rows) for name in views}
             # In half, or with frequencies of few bits, these would be the features of another kernel (.precision).
-            angles = torch.cat([torch.mm(own[name], view.frequencies) for name, view in views.items()], dim=1)
-            linear = [own[name] for name, view in views.items() if view.linear]
+            angles = torch.cat([torch.mm(seen[name], view.frequencies) for name, view in views.items()], dim=1)
+            linear = [seen[name] for name, view in views.items() if view.linear]
             kinds = [*([torch.cat(linear, dim=1)] if linear else []), angles.cos(), angles.sin()]
             ends = list(accumulate(kind.shape[1] for kind in kinds))
             # Slices and no split, which is not computed in advance. mm, which half leaves alone (.half_precision); the
@@ -267,7 +267,9 @@ def maximise_evidence(
     if len(phi) <= EVIDENCE_REGIONS and 2 * int(known.any(dim=0).sum()) >= len(phi):
         chunk = max(1, BATCH // len(phi) ** 2)
         turns = [(phi, *turn) for turn in zip(y.split(chunk), m.split(chunk), strict=True)]
-    else:  # every training set draws from its own regions, few as labels may be: another's make no difference
+    else:
+        # Of a large city, or of one with few labels, each on its own regions, or as many of them as are drawn: what
+        # another training set knows makes no difference.
         some = [draw_regions(row, EVIDENCE_REGIONS) for row in known]
         turns = [(phi[i], own[None, i], m[r, None, i]) for r, (i, own) in enumerate(zip(some, y, strict=True))]
     logs = torch.cat([_with_local(*turn, sizes, steps, local) for turn in turns])
