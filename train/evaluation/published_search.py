@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from topt_deploy.config.settings import TaskConfig
-from topt_deploy.errors import BadConfig, UsageError
+from topt_deploy.errors import UsageError
 from topt_deploy.storage.os_errors import reading, writing
 from topt_deploy.storage.text_files import write_json, write_text
 
@@ -33,7 +33,7 @@ from .published_protocol import (
     published_folds,
     selected_embedding,
 )
-from .results import Store, differing
+from .results import Store, require_same
 from .tables import FIGURES, Spread, table
 from .topt_variants import Topt
 
@@ -167,13 +167,8 @@ class Search:
             write_json(file, depends_on | record)
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
-        theirs = {key: record[key] for key in depends_on}
-        if theirs != depends_on:
-            expected, found = differing(json.dumps(depends_on), json.dumps(theirs))
-            raise BadConfig(
-                "this trial's results are of other settings", file=file, expected=expected, found=found,
-                fix="name another folder with --out, or remove this one",
-            )  # fmt: skip
+        theirs = json.dumps({key: record[key] for key in depends_on})
+        require_same(json.dumps(depends_on), theirs, "this trial's results are of other settings", file)
         at_last = None if record["last"] is None else Metrics(**record["last"])
         return Outcome(trial=trial, selected=Metrics(**record["selected"]), last=at_last)
 

@@ -73,15 +73,10 @@ class Store:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts)
-        expected, found = differing(json.dumps(facts), json.dumps(_read(file)))
-        if expected:
-            raise BadConfig(
-                "this folder's results are of another evaluation",
-                file=file,
-                expected=expected,
-                found=found,
-                fix="name another folder with --out, or remove this one",
-            )
+        theirs = json.dumps(_read(file))
+        require_same(
+            json.dumps(facts), theirs, "this folder's results are of another evaluation", file, remove="this folder"
+        )
         return cls(folder=folder, region_id=region_id)
 
     def held_out(self, method: str, task: str, settings: str) -> HeldOut | None:
@@ -93,15 +88,7 @@ class Store:
         file = self._file(method, task)
         if not file.exists() or (record := _read(file))["reason"] is not None:
             return None
-        if record["settings"] != settings:
-            expected, found = differing(settings, record["settings"])
-            raise BadConfig(
-                f"these results of {method!r} are of other settings",
-                file=file,
-                expected=expected,
-                found=found,
-                fix="name another folder with --out, or remove this file",
-            )
+        require_same(settings, record["settings"], f"these results of {method!r} are of other settings", file)
         return self._read_held_out(method, task)
 
     def save(self, method: str, task: str, settings: str, held_out: HeldOut, seconds: float) -> None:
@@ -169,6 +156,22 @@ class Store:
         shape = (-1, len(self.region_id))
         fold, label, prediction = (table[name].to_numpy().reshape(shape) for name in ("fold", "label", "prediction"))
         return HeldOut(labels=label[0], fold=fold, prediction=prediction)
+
+
+def require_same(expected: str, found: str, message: str, file: Path, *, remove: str = "this file") -> None:
+    """Refuse results that depend on something else.
+
+    Args:
+        expected, found: What they should depend on and what they do, as JSON or another text.
+        remove: What to remove to have them made anew.
+
+    Raises:
+        BadConfig: If the two differ. It names the settings that do.
+    """
+    should, do = differing(expected, found)
+    if should != do:
+        fix = f"name another folder with --out, or remove {remove}"
+        raise BadConfig(message, file=file, expected=should, found=do, fix=fix)
 
 
 def differing(*settings: str) -> tuple[str, ...]:
