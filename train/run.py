@@ -19,7 +19,7 @@ from topt_deploy.config.settings import Config
 from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import write_parquet
-from topt_deploy.errors import BadConfig, UsageError
+from topt_deploy.errors import BadConfig, BadData, UsageError
 from topt_deploy.intervals import coverage_by_size, fold_scores, nonconformity_scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
@@ -158,6 +158,7 @@ def train_run(
     config = run.config
     first = CityFiles(folder=run.city_dir, regions=regions, mobility=mobility)
     city, schema = _read(run, [first, *others], reporter)
+    folds = _folds(city, config, None if others else held(first.regions).path)
     # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
     inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
     place = _workplace(run, engine, reporter)
@@ -169,8 +170,9 @@ def train_run(
     results: dict[str, HeadResult] = {}
     outcomes: dict[str, TaskOutcome] = {}
     for task in config.tasks:
-        results[task], fold = _train_task(city, inputs, embeddings, schema, config, task, place)
-        outcomes[task] = TaskOutcome.of(results[task], fold)
+        labels = training_sets(city.labels[task], folds[task])
+        results[task] = _train_task(city, inputs, embeddings, schema, config, task, labels, place)
+        outcomes[task] = TaskOutcome.of(results[task], folds[task])
     tasks = ensembles(config)
     leverage, far = fit_leverage(schema, inputs, [outcomes[task].fold >= 0 for task in tasks])
     made_with = {what: dict(getattr(city, what)) for what in ("encoders", "templates", "precisions")}
@@ -209,6 +211,23 @@ def _read(run: Run, cities: Sequence[CityFiles], reporter: Reporter) -> tuple[Ci
     return read_cities(kept, views=config.views, prompts=prompts, labels=config.tasks, say=reporter.say)
 
 
+def _folds(city: City, config: Config, file: Path | None) -> dict[str, Array]:
+    """The fold that each region is held out in, int64 (N,) per task: all are known before anything is trained."""
+    folds = {}
+    for task, settings in config.tasks.items():
+        head, drop_zeros = settings.prompt4re, settings.target.drop_zeros
+        try:
+            folds[task] = fold_of(
+                city.labels[task], folds=head.folds, seed=head.fold_seed, drop_zeros=drop_zeros, part=city.part
+            )
+        except BadData as error:
+            fix = "label more regions, or leave this task out: name the others with --task"
+            raise BadData(
+                error.message, file=file, column=task, expected=error.expected, found=error.found, fix=fix
+            ) from None
+    return folds
+
+
 def _workplace(run: Run, engine: TrainingDevice, reporter: Reporter) -> Workplace:
     """The folder of checkpoints; what killed processes left there is removed."""
     config = run.config
@@ -229,27 +248,20 @@ def _train_task(
     schema: Schema,
     config: Config,
     task: str,
+    labels: Array,
     place: Workplace,
-) -> tuple[HeadResult, Array]:
-    """A task's head, and the fold that each region was held out in."""
+) -> HeadResult:
+    """A task's head, trained on :func:`topt_deploy.train.prompt4re.training_sets`."""
     settings = config.tasks[task]
     column = settings.prompt_column(task)
     prompts = None if column is None else inputs[column]
-    fold = fold_of(
-        city.labels[task],
-        folds=settings.prompt4re.folds,
-        seed=settings.prompt4re.fold_seed,
-        drop_zeros=settings.target.drop_zeros,
-        part=city.part,
-    )
-    labels = training_sets(city.labels[task], fold)
     if not settings.ensemble.enabled:
         embedding, all_ = embeddings[config.embedding_of(task)], all_features(inputs, schema)
-        return train_head(embedding, all_, prompts, labels, config, task, place, part=city.part), fold
+        return train_head(embedding, all_, prompts, labels, config, task, place, part=city.part)
     extra, rows = embeddings[config.embedding_of(task)] if settings.embeds else None, len(labels)
     return train_ensemble(
         inputs, schema, prompts, labels, config, task, place, embedding=extra, rows=rows, part=city.part
-    ), fold
+    )
 
 
 def _by_city(city: City, outcomes: Mapping[str, TaskOutcome], trees: Mapping[str, Array]) -> list[dict[str, Any]]:

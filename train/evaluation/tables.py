@@ -166,9 +166,26 @@ def markdown(facts: Mapping[str, Any], results: Sequence[MethodResult]) -> str:
         blocks += [ORDER_AND_LEVEL, _order_and_level([r for r in results if r.method in shown])]
     if any(result.coverage for result in results):
         blocks += ["Share of held-out labels inside their intervals, first repetition:", _coverage(results)]
-    if reasons := [f"- {r.method}, {r.task}: {' '.join(r.reason.split())}" for r in results if r.reason]:
+    if reasons := _reasons(results):
         blocks += ["Not run:", "\n".join(reasons)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _reasons(results: Sequence[MethodResult]) -> list[str]:
+    """Why methods could not run: a line for each reason, with the methods and tasks that it holds for."""
+    methods: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        if result.reason is not None:
+            methods.setdefault((result.task, result.reason), []).append(result.method)
+    tasks: dict[tuple[str, str], list[str]] = {}
+    everything = len({result.method for result in results})
+    for (task, reason), names in methods.items():
+        whose = "every method" if len(names) == everything > 1 else ", ".join(names)
+        tasks.setdefault((whose, reason), []).append(task)
+    return [
+        f"- {whose} ({', '.join(names)}): {'; '.join(' '.join(line.split()) for line in reason.splitlines())}"
+        for (whose, reason), names in tasks.items()
+    ]
 
 
 def as_json(facts: Mapping[str, Any], results: Sequence[MethodResult]) -> dict[str, Any]:

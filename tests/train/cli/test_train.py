@@ -1,4 +1,8 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from builders import replaced, tiny_city_tables
 
 from topt_deploy.train.cli.train import REGIONS_SHOWN, made_of, summary, verdict
 from topt_deploy.train.metrics import Metrics, TaskReport
@@ -77,3 +81,16 @@ def test_a_run_shows_all_of_it(demo_trained):
         assert part in demo_trained.out
     assert "\ncrime: what its parts weigh, and the held-out MAE without each\n" in demo_trained.out
     assert "\n  intervals of 90% hold on " in demo_trained.out
+
+
+def test_a_task_with_too_few_labels_is_named_before_anything_is_trained(tmp_path, topt_deploy):
+    regions, mobility = tiny_city_tables(20)
+    few = np.where(np.arange(20) < 2, regions["calls"].to_numpy(), np.nan)
+    pq.write_table(replaced(regions, calls=pa.array(few, from_pandas=True)), tmp_path / "regions.parquet")
+    pq.write_table(mobility, tmp_path / "mobility.parquet")
+    said = topt_deploy("train", tmp_path, "--task", "crime", "--task", "calls", "--out", tmp_path / "run")
+    assert said.code == 65
+    assert f"{tmp_path / 'regions.parquet'}, column 'calls': too few labelled regions" in said.err
+    for line in ("expected: at least 3", "found:    2", "to do:    label more regions, or leave this task out"):
+        assert line in said.err
+    assert "epochs" not in said.err

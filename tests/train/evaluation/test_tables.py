@@ -113,8 +113,16 @@ def test_what_did_not_run_is_listed_with_its_reason():
     failed = result("MGFN", "literature", 1, held_out=None, reason="needs hours\n  to do: give them")
     page = markdown(FACTS, [result("ridge", "plain", 5), failed])
     assert row(page, "MGFN")[2] == "–"
-    assert "- MGFN, crime: needs hours to do: give them" in page
+    assert "- MGFN (crime): needs hours; to do: give them" in page
     assert as_json(FACTS, [failed])["results"][0]["reason"].startswith("needs hours")
+
+
+def test_a_reason_is_written_once_for_all_that_it_holds_for():
+    few = {"held_out": None, "reason": "too few labels\n  found:    2"}
+    results = [result(method, "plain", 1, task=task, **few) for method in ("mean", "ridge") for task in ("a", "b")]
+    results += [result("mean", "plain", 5), result("ridge", "plain", 5, held_out=None, reason="no flows")]
+    lines = [line for line in markdown(FACTS, results).splitlines() if line.startswith("- ")]
+    assert lines == ["- every method (a, b): too few labels; found: 2", "- ridge (crime): no flows"]
 
 
 def test_coverage_is_shown_with_its_weakest_block():
