@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from families import DESIGN, FAMILIES, REPORT, draws, family_of, make_family, undrawn
+from scipy.stats import binomtest
 
 from topt_deploy.train.evaluation.coverage import SIZES
 
@@ -31,10 +32,13 @@ MOST_MAE, LEAST_R2 = 1.02, -0.02
 """How much worse than the best plain baseline the default may be anywhere: times its MAE, and R² below it."""
 NOMINAL, OVERALL, BY_THIRD = 0.9, 0.03, 0.05
 """How often intervals should hold, and how far off they may be, among all regions and in a third by size."""
+UNLIKELY = 0.05
+"""Probability below which a share of labels is not explained by chance."""
 AGAINST = ("best_mae", "chosen_mae")
 BY_SIZE = tuple(f"inside_{size}" for size in SIZES)
 COLUMNS = (
-    "city", "task", "date", "repetitions", "mae", "r2", "best", "best_mae", "best_r2", "chosen_mae", "inside", *BY_SIZE
+    "city", "task", "date", "repetitions", "mae", "r2", "best", "best_mae", "best_r2", "chosen_mae", "labels", "inside",
+    *BY_SIZE,
 )  # fmt: skip
 
 
@@ -106,7 +110,8 @@ def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
                 "chosen_mae": chosen[task],
             }
         if own["coverage"] is not None:
-            row["inside"] = own["coverage"]["all"]["coverage"]
+            everywhere = own["coverage"]["all"]
+            row |= {"labels": everywhere["regions"], "inside": everywhere["coverage"]}
             row |= {f"inside_{size}": part["coverage"] for size, part in own["coverage"]["by_size"].items()}
         found.append({key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in row.items()})
     return found
@@ -211,9 +216,24 @@ def summary(lines: list[dict[str, str]]) -> str:
         said += (
             f" Intervals of 90 % hold {mean[0]:.1%} of the labels in the mean of {len(covered)} tasks, by size"
             f" {', '.join(f'{share:.1%}' for share in mean[1:])}. More than 3 points off: {where(off)}. More than 5"
-            f" points off in a third by size: {where(off_by_size)}."
+            f" points off in a third by size: {where(off_by_size)}. {by_chance(covered)}"
         )
     return said
+
+
+def by_chance(covered: Sequence[dict[str, str]]) -> str:
+    """How many thirds miss the goal, and how many of all are further off than chance explains: in a third of 26 regions
+    each one counts 4 points."""
+    unlikely, strays = 0, 0
+    for line in covered:
+        for share, regions in zip(BY_SIZE, np.array_split(np.arange(int(line["labels"])), len(BY_SIZE)), strict=True):
+            inside = round(float(line[share]) * len(regions))
+            strays += abs(inside / len(regions) - NOMINAL) > BY_THIRD
+            unlikely += binomtest(inside, len(regions), NOMINAL).pvalue < UNLIKELY
+    return (
+        f"These are {strays} of {len(BY_SIZE) * len(covered)} thirds. Further from {NOMINAL:.0%} than chance explains"
+        f" (binomial test, p < {UNLIKELY}): {unlikely} of all."
+    )
 
 
 def _change(lines: list[dict[str, str]], other: str) -> float:
