@@ -2,8 +2,9 @@
 
 Which cities the default was designed on, and which it is reported on, families.py says. Every figure comes from the
 folders of results that this leaves in build/cities/results/, one per city (topt-deploy evaluate). The figures are kept
-in cities.csv beside the page, one line per city and task: a run of some cities replaces only theirs, and one with
-``--coverage --baselines none --seeds 1`` adds the coverage to lines that stand.
+in cities.csv beside the page, one line per city and task: a run of some cities replaces only theirs. One with
+``--baselines none`` measures the default alone, beside baselines that stand; with ``--coverage --seeds 1`` it adds the
+coverage to lines of more repetitions and leaves their errors.
 """
 
 import argparse
@@ -36,9 +37,10 @@ UNLIKELY = 0.05
 """Probability below which a share of labels is not explained by chance."""
 AGAINST = ("best_mae", "chosen_mae")
 BY_SIZE = tuple(f"inside_{size}" for size in SIZES)
+OWN = ("date", "repetitions", "mae", "r2")
+"""Of the default's errors."""
 COLUMNS = (
-    "city", "task", "date", "repetitions", "mae", "r2", "best", "best_mae", "best_r2", "chosen_mae", "labels", "inside",
-    *BY_SIZE,
+    "city", "task", *OWN, "best", "best_mae", "best_r2", "chosen_mae", "labels", "inside", *BY_SIZE
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def evaluate(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
 def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
     """Per task, the default's figures beside those of the plain baselines with the lowest MAE and the highest R².
 
-    Without baselines these are left out: lines that stand in cities.csv keep theirs, and get the coverage alone.
+    Without baselines these are left out: lines that stand in cities.csv keep theirs.
     """
     found = []
     of_task: dict[str, dict[str, Any]] = {}
@@ -96,14 +98,17 @@ def rows(name: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
         if MAIN not in methods:
             continue
         own = methods[MAIN]
-        row: dict[str, Any] = {"city": name, "task": task}
+        row: dict[str, Any] = {
+            "city": name,
+            "task": task,
+            "date": date.today(),
+            "repetitions": len(results["seeds"]),
+            "mae": own["mae"]["mean"],
+            "r2": own["r2"]["mean"],
+        }
         if len(plain) > 1:
             best = min(plain, key=lambda m: plain[m]["mae"]["mean"])
             row |= {
-                "date": date.today(),
-                "repetitions": len(results["seeds"]),
-                "mae": own["mae"]["mean"],
-                "r2": own["r2"]["mean"],
                 "best": best,
                 "best_mae": plain[best]["mae"]["mean"],
                 "best_r2": max(r["r2"]["mean"] for r in plain.values()),
@@ -126,14 +131,16 @@ def read(record: Path) -> list[dict[str, str]]:
 
 
 def merged(lines: Iterable[dict[str, str]], found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    """The lines of cities.csv with what was found in their places. Coverage alone is added to a line that stands."""
+    """The lines of cities.csv with what was found in their places. Without baselines a line that stands keeps its own,
+    and its error too where that is of more repetitions."""
     by_task = {(line["city"], line["task"]): line for line in lines}
     for line in found:
         place = line["city"], line["task"]
-        if "mae" in line:
+        if "best" in line:
             by_task[place] = line
         elif place in by_task:
-            by_task[place] |= line
+            fewer = int(line["repetitions"]) < int(by_task[place]["repetitions"])
+            by_task[place] |= {key: value for key, value in line.items() if key not in OWN or not fewer}
     return list(by_task.values())
 
 
