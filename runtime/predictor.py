@@ -17,7 +17,7 @@ from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.features import features
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
-from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, carries, cv_plus, interval
+from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, SCALE_BY_SIZE, SizeTrend, carries, cv_plus, interval
 from topt_deploy.storage.hashed_file import Held, sha256_file
 from topt_deploy.storage.table_parts import home_of
 
@@ -65,10 +65,10 @@ class Predictor:
             raise BadBundle("has no variant that this version runs", file=bundle.path, expected=PRECISION, found=found)
         self.variant = bundle.manifest.variants[PRECISION]
         for task, facts in bundle.manifest.tasks.items():
-            if facts.get("scale") != SCALE:
+            if facts.get("scale") != (scale := SCALE_BY_SIZE if "fold_scores" in facts else SCALE):
                 raise BadBundle(
                     "intervals are on another scale than this version's", file=bundle.path, column=task,
-                    expected=SCALE, found=facts.get("scale"), fix="export again",
+                    expected=scale, found=facts.get("scale"), fix="train and export again",
                 )  # fmt: skip
         self._threads = threads
         self._lock = threading.Lock()
@@ -237,9 +237,9 @@ class Predictor:
         if coverage is None and (coverage := self.coverage(task)) is None:
             return TaskPrediction(values, None, None)
         if "fold_scores" in facts:
-            return TaskPrediction(
-                values, *cv_plus(values, predicted[task + FOLDS], facts["fold_scores"], predicted[LEVERAGE], coverage)
-            )
+            folds, leverage = predicted[task + FOLDS], predicted[LEVERAGE]
+            trend = SizeTrend(**facts["size_trend"])
+            return TaskPrediction(values, *cv_plus(values, folds, facts["fold_scores"], leverage, trend, coverage))
         return TaskPrediction(values, *interval(values, facts["scores"], coverage))
 
     def coverage(self, task: str, coverage: float = COVERAGE) -> float | None:

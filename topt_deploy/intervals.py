@@ -6,9 +6,10 @@ region's score is the error of the fold that did not train on it.
 **CV+** (Barber, Candès, Ramdas and Tibshirani, Annals of Statistics 2021): the ends of a new region's interval are
 quantiles of μ₋ₖ₍ᵢ₎(x) ± Rᵢ over the labelled regions i, where μ₋ₖ₍ᵢ₎ is the fit that did not see i. For regions
 that are exchangeable with the labelled ones, an interval of nominal coverage 1 − α holds with a probability of at least
-about 1 − 2α, and in practice of about 1 − α. Scores are normalised by √(1 + h), h the region's leverage
-(:mod:`topt_deploy.model.leverage`): far from the labelled regions intervals grow wider. The bundle has scores by fold,
-sorted, and no region's row.
+about 1 − 2α, and in practice of about 1 − α. Scores are normalised twice: by √(1 + h), h the region's leverage
+(:mod:`topt_deploy.model.leverage`), so that far from the labelled regions intervals grow wider; and by how errors grow
+with the prediction itself (:class:`SizeTrend`), so that they hold as often for small counts as for large ones. The
+bundle has scores by fold, sorted, and no region's row.
 
 **Around the final fit** (bundles without fits of the folds): the final prediction ± a quantile of the scores. This has
 no guarantee for finite samples.
@@ -16,6 +17,7 @@ no guarantee for finite samples.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,16 @@ ENTRIES = 1 << 22
 """Of the matrix of regions and scores that is sorted at once."""
 SCALE = "cbrt"
 """The scale of scores, ∛count; a bundle records it beside its scores."""
+SCALE_BY_SIZE = "cbrt by size"
+"""That of scores by fold, which a :class:`SizeTrend` belongs to."""
+FURTHEST = 2.0
+"""Standard deviations of ∛ŷ that a trend reaches to either side."""
+FACTORS = (0.5, 2.0)
+"""The least and the most that a trend multiplies an interval by."""
+SHRINKAGE = 20.0
+"""As many regions without a trend, one standard deviation from the mean, draw a slope towards none."""
+FEWEST = 3
+"""Regions that a slope takes."""
 
 
 def nonconformity_scores(labels: Array, held_out: Array) -> list[float]:
@@ -87,37 +99,97 @@ def spread(leverage: Array) -> Array:
     return root
 
 
-def fold_scores(labels: Array, held_out: Array, fold: Array, leverage: Array) -> list[list[float]]:
-    """Sorted normalised scores |∛y − ∛ŷ| / √(1 + h) of each fold's held-out regions.
+@dataclass(frozen=True, kw_only=True)
+class SizeTrend:
+    """How errors grow with the prediction: by 1 + slope · z, z = (∛ŷ − mean) / deviation.
+
+    z counts up to :data:`FURTHEST`, and the factor stays within :data:`FACTORS`.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+    slope: float = 0.0
+
+    @classmethod
+    def fit(cls, labels: Array, held_out: Array, leverage: Array) -> "SizeTrend":
+        """Least squares of the errors |∛y − ∛ŷ| / √(1 + h) on z, drawn towards no trend; none with too few regions.
+
+        *Shape:* (N,) each, NaN where unknown
+        """
+        root, error = _root(held_out), np.abs(np.cbrt(labels) - _root(held_out)) / spread(leverage)
+        known = ~np.isnan(error)
+        root, error = root[known], error[known]
+        if len(error) < FEWEST or root.std() == 0 or error.mean() == 0:
+            return cls()
+        flat = cls(mean=float(root.mean()), deviation=float(root.std()))
+        z = flat._z(root)
+        z = z - z.mean()
+        slope = (error * z).sum() / (np.square(z).sum() + SHRINKAGE) / error.mean()
+        return cls(mean=flat.mean, deviation=flat.deviation, slope=float(slope))
+
+    def _z(self, root: Array) -> Array:
+        return np.clip((root - self.mean) / self.deviation, -FURTHEST, FURTHEST)
+
+    def factor(self, root: Array) -> Array:
+        """What scores of predictions with these ∛ŷ are divided by, and intervals multiplied by. Of any shape."""
+        return np.clip(1 + self.slope * self._z(root), *FACTORS)
+
+
+def _root(prediction: Array) -> Array:
+    root: Array = np.cbrt(np.maximum(prediction, 0))
+    return root
+
+
+def _normal(labels: Array, held_out: Array, leverage: Array, trend: SizeTrend) -> Array:
+    """Normalised scores (N,), NaN where unknown."""
+    root = _root(held_out)
+    normal: Array = np.abs(np.cbrt(labels) - root) / (spread(leverage) * trend.factor(root))
+    return normal
+
+
+def fold_scores(labels: Array, held_out: Array, fold: Array, leverage: Array, trend: SizeTrend) -> list[list[float]]:
+    """Sorted normalised scores |∛y − ∛ŷ| / √(1 + h) / trend(ŷ) of each fold's held-out regions.
 
     Args:
         labels, held_out: (N,), NaN where unknown.
         fold: int64 (N,), the fold that a region was held out in; -1 for none.
         leverage: (N,), each labelled region's with respect to the others.
+        trend: How errors grow with the prediction.
     """
-    normal = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0))) / spread(leverage)
+    normal = _normal(labels, held_out, leverage, trend)
     own = [normal[(fold == k) & ~np.isnan(normal)] for k in range(int(fold.max()) + 1)]
     return [sorted(float(score) for score in scores) for scores in own]
 
 
 def coverage_by_size(labels: Array, held_out: Array, fold: Array, leverage: Array, coverage: float) -> dict[str, float]:
-    """How often intervals hold around the held-out predictions of labelled regions, each by the scores of the others:
-    of all, and of the thirds by predicted size. Empty with too few labels for such intervals."""
+    """How often intervals hold around the held-out predictions of labelled regions, each by the scores of the others
+    and the trend of the other folds: of all, and of the thirds by predicted size. Empty with too few labels for such
+    intervals."""
     own = np.flatnonzero((fold >= 0) & ~np.isnan(held_out) & ~np.isnan(labels))
-    normal = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0)))[own] / spread(leverage)[own]
+    labels, held_out, fold, leverage = labels[own], held_out[own], fold[own], leverage[own]
+    normal = np.empty(len(own))
+    for k in np.unique(fold):
+        mine = fold == k
+        trend = SizeTrend.fit(labels[~mine], held_out[~mine], leverage[~mine])
+        normal[mine] = _normal(labels[mine], held_out[mine], leverage[mine], trend)
     if not carries(normal[1:], coverage):
         return {}
     ordered, rank = np.sort(normal), _rank(normal[1:], coverage) - 1
     # Without a score below the quantile, the quantile of the others is the next larger one.
     limit = np.where(normal <= ordered[rank], ordered[min(rank + 1, len(ordered) - 1)], ordered[rank])
     inside = normal <= limit
-    thirds = np.array_split(np.argsort(held_out[own], kind="stable"), 3)
+    thirds = np.array_split(np.argsort(held_out, kind="stable"), 3)
     named = zip(("small", "medium", "large"), thirds, strict=True)
     return {"all": float(inside.mean())} | {name: float(inside[part].mean()) for name, part in named if len(part)}
 
 
 def cv_plus(
-    prediction: Array, folds: Array, score: Sequence[Sequence[float]], leverage: Array, coverage: float
+    prediction: Array,
+    folds: Array,
+    score: Sequence[Sequence[float]],
+    leverage: Array,
+    trend: SizeTrend,
+    coverage: float,
 ) -> tuple[Array, Array]:
     """Lower and upper ends for every region, by CV+.
 
@@ -127,6 +199,7 @@ def cv_plus(
         folds: (N, K) counts, as the fits of the K folds predict every region.
         score: :func:`fold_scores` of the training city.
         leverage: (N,), the regions'.
+        trend: Of the training city.
         coverage: How often the interval should hold, in (0, 1).
 
     Raises:
@@ -135,13 +208,14 @@ def cv_plus(
     flat = np.array([s for scores in score for s in scores])
     _check(flat, coverage)
     column = np.repeat(np.arange(len(score)), [len(scores) for scores in score])
-    root, wide = np.cbrt(np.maximum(folds, 0)), spread(leverage)
+    root = _root(folds)
+    wide = spread(leverage)[:, None] * trend.factor(root)
     rank = _rank(flat, coverage) - 1
     ends = np.empty((2, len(folds)))
     step = max(1, ENTRIES // len(flat))
     for start in range(0, len(folds), step):
         part = slice(start, start + step)
-        centre, reach = root[part][:, column], wide[part, None] * flat
+        centre, reach = root[part][:, column], wide[part][:, column] * flat
         # The k-th smallest of all upper ends, and, by symmetry, the k-th largest of all lower ends.
         ends[0, part] = -np.partition(reach - centre, rank, axis=1)[:, rank]
         ends[1, part] = np.partition(centre + reach, rank, axis=1)[:, rank]

@@ -20,7 +20,7 @@ from topt_deploy.data.city import City, Schema
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, BadData, UsageError
-from topt_deploy.intervals import coverage_by_size, fold_scores, nonconformity_scores
+from topt_deploy.intervals import SizeTrend, coverage_by_size, fold_scores, nonconformity_scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.srel import Srel
@@ -289,6 +289,7 @@ def _facts(
     far: Far,
 ) -> dict[str, Any]:
     """The entries of ``run.json`` on a finished run's city and tasks."""
+    trends = {task: SizeTrend.fit(city.labels[task], outcomes[task].held_out, far.left_out) for task in tasks}
     return {
         "regions": len(city),
         "city_id": city.city_id,
@@ -297,9 +298,10 @@ def _facts(
         "scores": {
             task: nonconformity_scores(city.labels[task], outcome.held_out) for task, outcome in outcomes.items()
         },
+        "size_trend": {task: asdict(trend) for task, trend in trends.items()},
         "fold_scores": {
-            task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out)
-            for task in tasks
+            task: fold_scores(city.labels[task], outcomes[task].held_out, outcomes[task].fold, far.left_out, trend)
+            for task, trend in trends.items()
         },
         "coverage": {
             task: coverage_by_size(

@@ -40,7 +40,8 @@ class Manifest:
         version: topt-deploy's, that wrote it.
         source: Its origin: run, city, number of regions, hashes of the tables.
         tasks: By name: the prompt column (or null), the run's figures, its held-out scores, which intervals are made
-            of, with their scale; and ``fold_scores``, the same by fold, where the graph puts out the folds' fits.
+            of, with their scale; and, where the graph puts out the folds' fits, ``fold_scores``, the same by fold, and
+            ``size_trend``, how they grow with the prediction.
         views: Categories of every count view, in order.
         mobility: True if flows are read.
         prompts: By column: ``width``, and ``encoder``, ``template`` (its hash) and ``precision`` where the training
@@ -163,7 +164,9 @@ def _check_form(manifest: Manifest) -> None:
         require(_numbers(scores), "tasks")
         folds = facts.get("fold_scores", [scores])
         require(isinstance(folds, list) and bool(folds) and all(map(_numbers, folds)), "tasks")
-        require("fold_scores" not in facts or manifest.leverage is not None, "leverage")
+        if "fold_scores" in facts:
+            require(manifest.leverage is not None, "leverage")
+            _check_trend(facts.get("size_trend"))
     if manifest.leverage is not None:
         require(isinstance(manifest.leverage, dict), "leverage")
         threshold = manifest.leverage.get("threshold")
@@ -195,6 +198,14 @@ def _check_form(manifest: Manifest) -> None:
         if "flavour" in variant:
             require(isinstance(variant.get("precision"), str), "variants")
             check_engines(variant, manifest.files, "variants")
+
+
+def _check_trend(trend: object) -> None:
+    """Refuse what is no :class:`topt_deploy.intervals.SizeTrend`."""
+    require(isinstance(trend, dict) and trend.keys() == {"mean", "deviation", "slope"}, "size_trend")
+    assert isinstance(trend, dict)
+    require(_numbers(list(trend.values())) and all(map(math.isfinite, trend.values())), "size_trend")
+    require(trend["deviation"] > 0, "size_trend")
 
 
 def _check_enlarged(manifest: Manifest) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from topt_deploy.data.features import POSITION, all_widths
-from topt_deploy.intervals import cv_plus, fold_scores, interval, nonconformity_scores
+from topt_deploy.intervals import SizeTrend, cv_plus, fold_scores, interval, nonconformity_scores
 from topt_deploy.model.leverage import Leverage
 
 from .problem import Method, Problem
@@ -73,9 +73,10 @@ def nested_intervals(
         mine = outer.fold[0] == k
         if fitted is not None:
             own, fold = splits.held_out(prediction)[0], splits.fold[0]
-            by_fold = fold_scores(splits.labels, own, fold, fitted[k])
+            trend = SizeTrend.fit(splits.labels, own, fitted[k])
+            by_fold = fold_scores(splits.labels, own, fold, fitted[k], trend)
             lower[mine], upper[mine] = cv_plus(
-                held_out.prediction[0, mine], prediction[:, mine].T, by_fold, fitted[k][mine], nominal
+                held_out.prediction[0, mine], prediction[:, mine].T, by_fold, fitted[k][mine], trend, nominal
             )
             continue
         pooled = nonconformity_scores(splits.labels, splits.held_out(prediction)[0])
