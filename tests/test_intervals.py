@@ -144,7 +144,7 @@ class TestSizeTrend:
         np.testing.assert_allclose(steep.factor(np.array([0.0, 5.0, 6.0, 1e6])), [0.5, 1, 1.45, 2])
 
     def test_intervals_hold_as_often_for_small_as_for_large_predictions(self) -> None:
-        """Errors grow threefold from the smallest root to the largest: without it large ones fall short by 10 points."""
+        """Errors grow threefold from the smallest to the largest: without it large ones fall short by 10 points."""
         rng, n = np.random.default_rng(5), 4000
         root = rng.uniform(4, 12, n)
         labels = np.maximum(root + rng.normal(size=n) * root / 12, 0) ** 3

@@ -219,6 +219,29 @@ class TestDamage:
             "not the one that was sealed",
         )
 
+    @pytest.mark.parametrize(
+        "trend",
+        [
+            None,
+            [0.0, 1.0, 0.1],
+            {"mean": 5.0, "deviation": 2.0},
+            {"mean": 5.0, "deviation": 2.0, "slope": 0.1, "more": 1.0},
+            {"mean": 5.0, "deviation": 0.0, "slope": 0.1},
+            {"mean": 5.0, "deviation": -2.0, "slope": 0.1},
+            {"mean": "5", "deviation": 2.0, "slope": 0.1},
+            {"mean": True, "deviation": 2.0, "slope": 0.1},
+        ],
+    )
+    def test_a_trend_of_errors_that_is_none(self, folder, trend):
+        def change(record, trend):
+            record["tasks"]["crime"] |= {"fold_scores": [[0.5], [1.0]], "size_trend": trend}
+            record["leverage"] = {"threshold": 1.0}
+
+        reseal(folder, lambda record: change(record, {"mean": 5.0, "deviation": 2.0, "slope": 0.1}))
+        open_bundle(folder)
+        reseal(folder, lambda record: change(record, trend))
+        refuse(folder, "size_trend")
+
     def test_nothing_there(self, tmp_path):
         with pytest.raises(NoInput, match="no such bundle") as caught:
             open_bundle(tmp_path / "none.topt")

@@ -204,7 +204,7 @@ def _check_trend(trend: object) -> None:
     """Refuse what is no :class:`topt_deploy.intervals.SizeTrend`."""
     require(isinstance(trend, dict) and trend.keys() == {"mean", "deviation", "slope"}, "size_trend")
     assert isinstance(trend, dict)
-    require(_numbers(list(trend.values())) and all(map(math.isfinite, trend.values())), "size_trend")
+    require(_numbers(list(trend.values())), "size_trend")
     require(trend["deviation"] > 0, "size_trend")
 
 
