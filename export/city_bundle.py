@@ -150,7 +150,7 @@ def _cities(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[dict[s
 
 
 def _of_folds(run: Run, task: str) -> dict[str, Any]:
-    """What a manifest says of a task whose bundle has the fits of its folds."""
+    """A manifest's further facts of a task whose bundle has the fits of its folds."""
     if "size_trend" not in run.facts:
         raise BadConfig("this run was trained by an earlier version", file=run.path, fix="train again")
     facts = {name: run.facts[name][task] for name in ("fold_scores", "size_trend", "parts")}

@@ -131,7 +131,7 @@ class SizeTrend:
         return np.clip((root - self.mean) / self.deviation, -FURTHEST, FURTHEST)
 
     def factor(self, root: Array) -> Array:
-        """What scores of predictions with these ∛ŷ are divided by, and intervals multiplied by. Of any shape."""
+        """Divisors of scores, and multipliers of intervals, of predictions with these ∛ŷ. Of any shape."""
         return np.clip(1 + self.slope * self._z(root), *FACTORS)
 
 
