@@ -51,7 +51,7 @@ def nonconformity_scores(labels: Array, held_out: Array) -> list[float]:
 
     *Shape:* (N,), (N,)
     """
-    error = np.abs(np.cbrt(labels) - np.cbrt(np.maximum(held_out, 0)))
+    error = np.abs(np.cbrt(labels) - _root(held_out))
     return sorted(float(e) for e in error[~np.isnan(error)])
 
 
@@ -69,7 +69,7 @@ def interval(prediction: Array, score: Sequence[float], coverage: float) -> tupl
         UsageError: If so few labels cannot carry so high a coverage.
     """
     _check(score, coverage)
-    root, width = np.cbrt(np.maximum(prediction, 0)), score[_rank(score, coverage) - 1]
+    root, width = _root(prediction), score[_rank(score, coverage) - 1]
     return np.maximum(root - width, 0) ** 3, (root + width) ** 3
 
 
@@ -116,7 +116,7 @@ class SizeTrend:
 
         *Shape:* (N,) each, NaN where unknown
         """
-        root, error = _root(held_out), np.abs(np.cbrt(labels) - _root(held_out)) / spread(leverage)
+        root, error = _root(held_out), _normal(labels, held_out, leverage, cls())
         known = ~np.isnan(error)
         root, error = root[known], error[known]
         if len(error) < FEWEST or root.std() == 0 or error.mean() == 0:

@@ -17,6 +17,7 @@ from torch import Tensor
 from topt_deploy import __version__
 from topt_deploy.config.settings import Config
 from topt_deploy.data.city import City, Schema
+from topt_deploy.data.columns import file_of
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, BadData, UsageError
@@ -158,7 +159,7 @@ def train_run(
     config = run.config
     first = CityFiles(folder=run.city_dir, regions=regions, mobility=mobility)
     city, schema = _read(run, [first, *others], reporter)
-    folds = _folds(city, config, None if others else held(first.regions).path)
+    folds = _folds(city, config, None if others else file_of(first.regions))
     # Copied into PyTorch's own memory: MKL's sums depend on how an array is aligned, and numpy's alignment varies.
     inputs = {name: torch.tensor(a, device=engine.device) for name, a in features(city).items()}
     place = _workplace(run, engine, reporter)

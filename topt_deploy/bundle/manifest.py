@@ -7,14 +7,14 @@ opened. Bytes are hashed as they are read, and what was hashed is what is used: 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from topt_deploy.data.city import Schema
 from topt_deploy.data.features import all_widths
 from topt_deploy.errors import BadBundle
-from topt_deploy.intervals import FOLDS, LEVERAGE
+from topt_deploy.intervals import FOLDS, LEVERAGE, SizeTrend
 
 from .archive import FILE_NAME
 from .sealed import GRAPH_SUFFIX, Sealed, open_sealed, require, well_formed
@@ -202,7 +202,7 @@ def _check_form(manifest: Manifest) -> None:
 
 def _check_trend(trend: object) -> None:
     """Refuse what is no :class:`topt_deploy.intervals.SizeTrend`."""
-    require(isinstance(trend, dict) and trend.keys() == {"mean", "deviation", "slope"}, "size_trend")
+    require(isinstance(trend, dict) and trend.keys() == {f.name for f in fields(SizeTrend)}, "size_trend")
     assert isinstance(trend, dict)
     require(_numbers(list(trend.values())), "size_trend")
     require(trend["deviation"] > 0, "size_trend")

@@ -33,7 +33,7 @@ from .published_protocol import (
     published_folds,
     selected_embedding,
 )
-from .results import Store, require_same
+from .results import Store, of_others
 from .tables import FIGURES, Spread, table
 from .topt_variants import Topt
 
@@ -167,8 +167,10 @@ class Search:
             write_json(file, depends_on | record)
         with reading(file):
             record = json.loads(file.read_text(encoding="utf-8"))
-        theirs = json.dumps({key: record[key] for key in depends_on})
-        require_same(json.dumps(depends_on), theirs, "this trial's results are of other settings", file)
+        theirs = {key: record[key] for key in depends_on}
+        if theirs != depends_on:
+            message = "this trial's results are of other settings"
+            raise of_others(message, file, json.dumps(depends_on), json.dumps(theirs))
         at_last = None if record["last"] is None else Metrics(**record["last"])
         return Outcome(trial=trial, selected=Metrics(**record["selected"]), last=at_last)
 

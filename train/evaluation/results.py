@@ -73,10 +73,10 @@ class Store:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             write_json(file, facts)
-        theirs = json.dumps(_read(file))
-        require_same(
-            json.dumps(facts), theirs, "this folder's results are of another evaluation", file, remove="this folder"
-        )
+        expected, found = json.dumps(facts), json.dumps(_read(file))
+        if any(differing(expected, found)):
+            message = "this folder's results are of another evaluation"
+            raise of_others(message, file, expected, found, remove="this folder")
         return cls(folder=folder, region_id=region_id)
 
     def held_out(self, method: str, task: str, settings: str) -> HeldOut | None:
@@ -88,7 +88,9 @@ class Store:
         file = self._file(method, task)
         if not file.exists() or (record := _read(file))["reason"] is not None:
             return None
-        require_same(settings, record["settings"], f"these results of {method!r} are of other settings", file)
+        if record["settings"] != settings:
+            message = f"these results of {method!r} are of other settings"
+            raise of_others(message, file, settings, record["settings"])
         return self._read_held_out(method, task)
 
     def save(self, method: str, task: str, settings: str, held_out: HeldOut, seconds: float) -> None:
@@ -158,20 +160,16 @@ class Store:
         return HeldOut(labels=label[0], fold=fold, prediction=prediction)
 
 
-def require_same(expected: str, found: str, message: str, file: Path, *, remove: str = "this file") -> None:
-    """Refuse results that depend on something else.
+def of_others(message: str, file: Path, expected: str, found: str, *, remove: str = "this file") -> BadConfig:
+    """The error about results that depend on something else, with the settings that differ.
 
     Args:
         expected, found: What they should depend on and what they do, as JSON or another text.
         remove: What to remove to have them made anew.
-
-    Raises:
-        BadConfig: If the two differ. It names the settings that do.
     """
     should, do = differing(expected, found)
-    if should != do:
-        fix = f"name another folder with --out, or remove {remove}"
-        raise BadConfig(message, file=file, expected=should, found=do, fix=fix)
+    fix = f"name another folder with --out, or remove {remove}"
+    return BadConfig(message, file=file, expected=should, found=do, fix=fix)
 
 
 def differing(*settings: str) -> tuple[str, ...]:
