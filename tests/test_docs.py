@@ -330,3 +330,10 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [*EVERY_PAGE, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", ROOT / "dev/LOG.md"]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_lists_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([^)#]+)", readme.partition("## Documentation")[2]))
+    pages = {page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert not pages - {"docs/index.md"} - linked, "## Documentation of README.md leads to every page"
