@@ -21,7 +21,7 @@ from topt_deploy.data.city import read_city
 from topt_deploy.data.columns import PROMPT_PREFIX
 from topt_deploy.data.features import POSITION, features
 from topt_deploy.data.parquet import write_parquet
-from topt_deploy.errors import BadConfig, ToptError, UsageError
+from topt_deploy.errors import ToptError, UsageError
 from topt_deploy.intervals import SCALE, SCALE_BY_SIZE
 from topt_deploy.model.checkpoint import load_model, load_tensors
 from topt_deploy.model.row_tiles import largest
@@ -149,14 +149,6 @@ def _cities(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[dict[s
     return golden, cities
 
 
-def _of_folds(run: Run, task: str) -> dict[str, Any]:
-    """A manifest's further facts of a task whose bundle has the fits of its folds."""
-    if "size_trend" not in run.facts:
-        raise BadConfig("this run was trained by an earlier version", file=run.path, fix="train again")
-    facts = {name: run.facts[name][task] for name in ("fold_scores", "size_trend", "parts")}
-    return facts | {"scale": SCALE_BY_SIZE}
-
-
 def _ranges(run: Run) -> dict[str, tuple[float, float]]:
     return {column: (low, high) for column, (low, high) in run.facts["ranges"].items()}
 
@@ -192,6 +184,10 @@ def _manifest(
 ) -> Manifest:
     """The manifest of the portable variant alone, before the gate; its files are listed when it is sealed."""
     config, schema = run.config, model.spec.schema
+
+    def of_folds(task: str) -> dict[str, Any]:
+        return run.of_folds(task) | {"parts": run.facts["parts"][task], "scale": SCALE_BY_SIZE}
+
     return Manifest(
         schema_version=SCHEMA_VERSION,
         version=__version__,
@@ -214,7 +210,7 @@ def _manifest(
                 "scores": run.facts["scores"][task],
                 "scale": SCALE,
             }
-            | (_of_folds(run, task) if model.spec.rows.get(task, 1) > 1 else {})
+            | (of_folds(task) if model.spec.rows.get(task, 1) > 1 else {})
             for task, settings in config.tasks.items()
         },
         views={view: tuple(names) for view, names in schema.views.items()},

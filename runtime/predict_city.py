@@ -20,6 +20,7 @@ from topt_deploy.data.city import hive_city
 from topt_deploy.data.columns import GEOMETRY, REGION_ID
 from topt_deploy.data.parquet import save_parquet
 from topt_deploy.errors import BadData, BadRows, UsageError
+from topt_deploy.intervals import COVERAGE
 from topt_deploy.storage.atomic import atomic_files, sweep
 from topt_deploy.storage.hashed_file import Held, sha256_file, stamps
 from topt_deploy.storage.locks import locked
@@ -28,7 +29,7 @@ from topt_deploy.storage.outputs import TABLES, check_outputs, check_outside, ch
 from topt_deploy.storage.text_files import json_text
 
 from .predictions import Predictions
-from .predictor import COVERAGE, Predictor
+from .predictor import Predictor
 from .receipt import Stopwatch, aside_path, make_receipt, read_receipt, receipt_path
 from .settings import Options
 

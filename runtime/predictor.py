@@ -17,7 +17,7 @@ from topt_deploy.data.columns import REGION_ID, Given, file_of
 from topt_deploy.data.features import features
 from topt_deploy.data.parquet_parts import open_table
 from topt_deploy.errors import BadBundle, BadData, BadRows, UsageError
-from topt_deploy.intervals import FOLDS, LEVERAGE, SCALE, SCALE_BY_SIZE, SizeTrend, carries, cv_plus, interval
+from topt_deploy.intervals import COVERAGE, FOLDS, LEVERAGE, SCALE, SCALE_BY_SIZE, SizeTrend, carries, cv_plus, interval
 from topt_deploy.storage.hashed_file import Held, sha256_file
 from topt_deploy.storage.table_parts import home_of
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 PRECISION = "fp32"
-COVERAGE = 0.9
 WORTH_RELEASING_BYTES = 2 << 20
 """Size of the model's inputs from which on Arrow gives back, before the model runs, what reading them took. Of small
 cities a batch needs it again at once."""
@@ -164,7 +163,7 @@ class Predictor:
             id_col: The column that holds the region ids.
             wide: One row per region, instead of one per region and task.
             coverage: How often ``lower`` to ``upper`` should hold (:mod:`topt_deploy.intervals`). By default
-                :data:`COVERAGE`, or no interval where the labels are too few for it.
+                :data:`~topt_deploy.intervals.COVERAGE`, or no interval where the labels are too few for it.
 
         Returns:
             The predictions table of the contract, in the order of the input's rows.

@@ -16,7 +16,7 @@ from topt_deploy.intervals import (
     fold_scores,
     interval,
     nonconformity_scores,
-    spread,
+    stretch,
 )
 
 FLAT = SizeTrend()
@@ -87,7 +87,7 @@ class TestCvPlus:
         folds = np.full((2, 3), 1000.0)
         lower, upper = cv_plus(folds[:, 0], folds, [[0.1, 0.2], [0.3], [0.4, 0.5]], np.array([0.1, 8.0]), FLAT, 0.8)
         assert lower[1] < lower[0] < 1000 < upper[0] < upper[1]
-        np.testing.assert_allclose(spread(np.array([8.0])), 3)
+        np.testing.assert_allclose(stretch(folds[:1], np.array([8.0]), FLAT), 3)
 
     def test_holds_as_often_as_promised_on_new_regions(self) -> None:
         rng, inside, trials, n, folds = np.random.default_rng(3), 0, 300, 40, 5

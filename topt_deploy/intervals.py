@@ -26,6 +26,8 @@ from .errors import UsageError
 
 Array = np.ndarray[Any, Any]
 
+COVERAGE = 0.9
+"""Of intervals, where none is asked for."""
 FOLDS = "_folds"
 """After a task's name, the graph's output of the folds' fits (N, K)."""
 LEVERAGE = "leverage"
@@ -55,21 +57,24 @@ def nonconformity_scores(labels: Array, held_out: Array) -> list[float]:
     return sorted(float(e) for e in error[~np.isnan(error)])
 
 
-def interval(prediction: Array, score: Sequence[float], coverage: float) -> tuple[Array, Array]:
+def interval(
+    prediction: Array, score: Sequence[float], coverage: float, stretched: Array | float = 1.0
+) -> tuple[Array, Array]:
     """Lower and upper ends for every prediction.
 
     The quantile is the ⌈(n + 1)·coverage⌉-th smallest of the n scores, as split conformal prediction has it.
 
     Args:
         prediction: (N,) counts.
-        score: :func:`nonconformity_scores` of the training city.
+        score: :func:`nonconformity_scores` of the training city; or its :func:`fold_scores`, in one sorted list.
         coverage: How often the interval should hold, in (0, 1).
+        stretched: :func:`stretch` of the predictions (N,), for normalised scores.
 
     Raises:
         UsageError: If so few labels cannot carry so high a coverage.
     """
     _check(score, coverage)
-    root, width = _root(prediction), score[_rank(score, coverage) - 1]
+    root, width = _root(prediction), score[_rank(score, coverage) - 1] * stretched
     return np.maximum(root - width, 0) ** 3, (root + width) ** 3
 
 
@@ -91,12 +96,6 @@ def carries(score: Sequence[float] | Array, coverage: float) -> bool:
 
 def _rank(score: Sequence[float] | Array, coverage: float) -> int:
     return math.ceil((len(score) + 1) * coverage)
-
-
-def spread(leverage: Array) -> Array:
-    """The factor √(1 + h) (N,) that scores are divided by and intervals multiplied by."""
-    root: Array = np.sqrt(1 + np.maximum(leverage, 0))
-    return root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +134,18 @@ class SizeTrend:
         return np.clip(1 + self.slope * self._z(root), *FACTORS)
 
 
+def stretch(prediction: Array, leverage: Array, trend: SizeTrend) -> Array:
+    """The factor √(1 + h) · trend(ŷ) that scores are divided by and intervals multiplied by.
+
+    Args:
+        prediction: Counts, of any shape.
+        leverage: h of the same regions, of a shape that goes with it.
+        trend: Of the training city.
+    """
+    factor: Array = np.sqrt(1 + np.maximum(leverage, 0)) * trend.factor(_root(prediction))
+    return factor
+
+
 def _root(prediction: Array) -> Array:
     root: Array = np.cbrt(np.maximum(prediction, 0))
     return root
@@ -142,8 +153,7 @@ def _root(prediction: Array) -> Array:
 
 def _normal(labels: Array, held_out: Array, leverage: Array, trend: SizeTrend) -> Array:
     """Normalised scores (N,), NaN where unknown."""
-    root = _root(held_out)
-    normal: Array = np.abs(np.cbrt(labels) - root) / (spread(leverage) * trend.factor(root))
+    normal: Array = np.abs(np.cbrt(labels) - _root(held_out)) / stretch(held_out, leverage, trend)
     return normal
 
 
@@ -208,8 +218,7 @@ def cv_plus(
     flat = np.array([s for scores in score for s in scores])
     _check(flat, coverage)
     column = np.repeat(np.arange(len(score)), [len(scores) for scores in score])
-    root = _root(folds)
-    wide = spread(leverage)[:, None] * trend.factor(root)
+    root, wide = _root(folds), stretch(folds, leverage[:, None], trend)
     rank = _rank(flat, coverage) - 1
     ends = np.empty((2, len(folds)))
     step = max(1, ENTRIES // len(flat))

@@ -60,6 +60,16 @@ class Run:
         )
         return first, *self.others
 
+    def of_folds(self, task: str) -> dict[str, Any]:
+        """A finished run's ``fold_scores`` and ``size_trend`` of a task whose head has the fits of its folds.
+
+        Raises:
+            BadConfig: If an earlier version trained it, which had no trend.
+        """
+        if "size_trend" not in self.facts:
+            raise BadConfig("this run was trained by an earlier version", file=self.path, fix="train again")
+        return {name: self.facts[name][task] for name in ("fold_scores", "size_trend")}
+
     def save(self) -> None:
         """Write ``run.json``."""
         record = {

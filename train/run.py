@@ -21,7 +21,7 @@ from topt_deploy.data.columns import file_of
 from topt_deploy.data.features import features, range_columns
 from topt_deploy.data.parquet import write_parquet
 from topt_deploy.errors import BadConfig, BadData, UsageError
-from topt_deploy.intervals import SizeTrend, coverage_by_size, fold_scores, nonconformity_scores
+from topt_deploy.intervals import COVERAGE, SizeTrend, coverage_by_size, fold_scores, nonconformity_scores
 from topt_deploy.model.checkpoint import save_model, save_tensors
 from topt_deploy.model.leverage import Leverage
 from topt_deploy.model.srel import Srel
@@ -45,8 +45,6 @@ from .trained_run import HELD_OUT_FILE
 Array = np.ndarray[Any, Any]
 
 METRICS_FILE = "metrics.jsonl"
-COVERAGE = 0.9
-"""Of the intervals whose coverage a run tells."""
 PROTOCOL = (
     "held out = every labelled region predicted by the fold that did not train on it (KFold, shuffled, fixed seed),"
     " last epoch, nothing selected; stage 1 and the prompt basis see the features of all regions and no label"

@@ -106,7 +106,7 @@ def scatter(
     held_out: Array,
     *,
     tips: Sequence[str],
-    interval: Callable[[Array], tuple[Array, Array] | None],
+    interval: Callable[[Array], tuple[Array, Array]] | None,
     label: str,
 ) -> Scatter:
     """Reported against held-out counts of the regions that have both.
@@ -114,7 +114,7 @@ def scatter(
     Args:
         reported, held_out: float64 (N,), NaN where there is none.
         tips: Text per region (N).
-        interval: Lower and upper ends around predictions, or None.
+        interval: Gives lower and upper ends around predictions; None without intervals.
         label: A description of the figure.
     """
     both = np.flatnonzero(~np.isnan(reported) & ~np.isnan(held_out))
@@ -126,8 +126,10 @@ def scatter(
         return np.round(SCATTER_SIZE * share, 1)
 
     grid = np.linspace(0, np.sqrt(high), BAND_POINTS) ** 2
-    ends = interval(grid)
-    edges = [] if ends is None else [(ends[0], grid), (ends[1][::-1], grid[::-1])]
+    edges = []
+    if interval is not None:
+        lower, upper = interval(grid)
+        edges = [(lower, grid), (upper[::-1], grid[::-1])]
     return Scatter(
         label=f"{label}: {len(both)} regions, reported count against held-out prediction",
         points=[Point(x=float(along(reported[i])), y=float(along(held_out[i])), tip=tips[int(i)]) for i in both],

@@ -1,5 +1,6 @@
 """The page: what is shown of a run, in words and figures, rendered to one HTML file that needs no other."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from topt_deploy.config.settings import DEFAULT_PRESET
 from topt_deploy.console import decimal
 from topt_deploy.drawing.scales import BLUES, PURPLES, diverging, number, sequential
 from topt_deploy.intended_use import INTENDED_USE
+from topt_deploy.intervals import COVERAGE
 from topt_deploy.later_counts import Check
 from topt_deploy.run_folder import Run
 from topt_deploy.storage.os_errors import check_place
@@ -24,10 +26,19 @@ from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
 from .later_counts import read_later_counts
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
 from .plain_words import sentence_case, title_of, view_name
-from .run_facts import COVERAGE, Facts, TaskFacts, interval_of, read_facts
+from .run_facts import Facts, TaskFacts, read_facts
 
 TEMPLATES = Path(__file__).parent / "templates"
-COVERAGE_TEXT = f"{100 * COVERAGE:.0f}\N{NO-BREAK SPACE}%"
+REGIONS_SHOWN = 20
+"""Of those not to be trusted, at the top of the page."""
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] in per cent."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+COVERAGE_TEXT = percent(COVERAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +113,14 @@ def render(facts: Facts, evaluation: ShownEvaluation | None = None, later: Check
         decimal=_decimal,
         count_or_dash=_count_or_dash,
         part=_part,
+        percent=percent,
         title_of=title_of,
         view_name=view_name,
         sentence_case=sentence_case,
     )
     environment.globals.update(
         coverage_text=COVERAGE_TEXT,
+        regions_shown=REGIONS_SHOWN,
         neighbours=NEIGHBOURS,
         permutations=PERMUTATIONS,
         scatter_size=SCATTER_SIZE,
@@ -127,11 +140,12 @@ def render(facts: Facts, evaluation: ShownEvaluation | None = None, later: Check
 
 def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
     """Figures and sentences of one task."""
-    title, tips, unreported = title_of(name), _tips(task, facts.region_ids), np.isnan(task.reported)
+    title, tips, unreported = title_of(name), _tips(task, facts), np.isnan(task.reported)
     held = ~np.isnan(task.residual)
     moran = morans_i(task.residual[held], nearest(facts.position[held]))
     sentence = verdict(task.report).replace(" %", "\N{NO-BREAK SPACE}%")
-    width = None if task.interval is None else task.interval[1] - task.interval[0]
+    ends = task.intervals
+    width = None if ends is None else ends.upper - ends.lower
     blues, purples = partial(sequential, colours=BLUES), partial(sequential, colours=PURPLES)
     shared: dict[str, Any] = {"unit": "counts", "tips": tips}
     return TaskSection(
@@ -147,7 +161,7 @@ def task_section(name: str, task: TaskFacts, facts: Facts) -> TaskSection:
         else choropleth(width, purples, label=f"{title}, width of the interval", hatched=unreported, **shared),
         residual=choropleth(task.residual, diverging, label=f"{title}, residual", **shared),
         scatter=scatter(
-            task.reported, task.held_out, tips=tips, interval=partial(interval_of, scores=task.scores), label=title
+            task.reported, task.held_out, tips=tips, interval=None if ends is None else ends.around, label=title
         ),
         moran=moran,
         moran_meaning=meaning(moran),
@@ -170,17 +184,18 @@ def _part(value: float, *, signed: bool = False) -> str:
     return f"{value:+.2f}".replace("-", "−") if signed else f"{value:.2f}"
 
 
-def _tips(task: TaskFacts, region_ids: tuple[str, ...]) -> list[str]:
+def _tips(task: TaskFacts, facts: Facts) -> list[str]:
     """The text that is shown when hovering over a region, in lines."""
-    return ["\n".join(_tip(task, i, region_id)) for i, region_id in enumerate(region_ids)]
+    return ["\n".join(_tip(task, i, region_id, facts.far)) for i, region_id in enumerate(facts.region_ids)]
 
 
-def _tip(task: TaskFacts, i: int, region_id: str) -> list[str]:
+def _tip(task: TaskFacts, i: int, region_id: str, far: Container[str]) -> list[str]:
     reported, held_out, residual = task.reported[i], task.held_out[i], task.residual[i]
     lines = [region_id, "no reported count" if np.isnan(reported) else f"reported {number(reported)}"]
     by = "predicted, by the deployed model" if np.isnan(held_out) else "predicted, held out"
     lines += [f"{by}: {number(task.predicted[i])}"]
-    if task.interval is not None:
-        lower, upper = task.interval
-        lines += [f"{COVERAGE_TEXT} interval: {number(lower[i])} to {number(upper[i])}"]
-    return lines if np.isnan(residual) else [*lines, f"residual {number(residual, signed=True)}"]
+    if (ends := task.intervals) is not None:
+        lines += [f"{COVERAGE_TEXT} interval: {number(ends.lower[i])} to {number(ends.upper[i])}"]
+    if not np.isnan(residual):
+        lines += [f"residual {number(residual, signed=True)}"]
+    return [*lines, "unlike the labelled regions: do not trust"] if region_id in far else lines

@@ -5,24 +5,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from topt_deploy.data.features import POSITION
 from topt_deploy.data.parquet import read_parquet
 from topt_deploy.errors import BadData, UsageError
-from topt_deploy.intervals import carries, interval
 from topt_deploy.model.checkpoint import load_model, load_tensors
+from topt_deploy.model.topt import TopT, predict
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 
+from ..fused import ensembles
 from ..metrics import Metrics, TaskReport
 from ..trained_run import HELD_OUT_FILE
 from .attention import Attention, read_attention
 from .contributions import Contributions, read_contributions
 from .geography import Place, read_place
+from .intervals import Intervals, read_intervals
 
 Array = np.ndarray[Any, Any]
-
-COVERAGE = 0.9
-"""The coverage of the report's intervals."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,17 +34,19 @@ class TaskFacts:
         reported: float64 (N,), labels; NaN where unknown.
         held_out: float64 (N,), NaN for regions that took no part in the folds.
         predicted: float64 (N,), the held-out prediction, or the deployed model's where there is none.
-        interval: Lower and upper ends around ``predicted``, each (N,); None with too few labels for them.
-        scores: Held-out scores, which intervals are made of.
+        intervals: Around ``predicted``; None with too few labels for them.
+        scores: How many held-out scores there are to make intervals of.
         report: The run's figures.
+        coverage: How often intervals hold, of all held-out regions and of the thirds by size; empty where unknown.
     """
 
     reported: Array
     held_out: Array
     predicted: Array
-    interval: tuple[Array, Array] | None
-    scores: list[float]
+    intervals: Intervals | None
+    scores: int
     report: TaskReport
+    coverage: Mapping[str, float]
 
     @property
     def residual(self) -> Array:
@@ -60,6 +63,7 @@ class Facts:
         region_ids: The ids, sorted.
         position: float64 (N, 3), metres (:func:`topt_deploy.data.features.local_position_m`).
         tasks: By name.
+        far: Ids of the regions that are too unlike the labelled ones to be trusted.
         encoders: Per prompt column, the encoder that the data named.
         place: Where the regions are and what flows between them.
         attention: Of every stage-1 model; empty where the model has none.
@@ -70,6 +74,7 @@ class Facts:
     region_ids: tuple[str, ...]
     position: Array
     tasks: Mapping[str, TaskFacts]
+    far: frozenset[str]
     encoders: Mapping[str, str]
     place: Place
     attention: list[Attention]
@@ -93,12 +98,13 @@ def read_facts(run: Run) -> Facts:
     model = load_model(run.path / MODEL_FILE)
     inputs, described = load_tensors(run.path / INPUTS_FILE)
     position = inputs[POSITION].double().numpy()
-    region_ids, tasks = _read_tasks(run, regions=len(position))
+    region_ids, tasks = _read_tasks(run, model, inputs)
     return Facts(
         run=run,
         region_ids=region_ids,
         position=position,
         tasks=tasks,
+        far=frozenset(run.facts["far"]),
         encoders=described["encoders"],
         place=read_place(run, position),
         attention=read_attention(model, inputs),
@@ -106,21 +112,16 @@ def read_facts(run: Run) -> Facts:
     )
 
 
-def interval_of(prediction: Array, scores: list[float]) -> tuple[Array, Array] | None:
-    """:func:`topt_deploy.intervals.interval` at the report's coverage; None where there are too few labels for it."""
-    return interval(prediction, scores, COVERAGE) if carries(scores, COVERAGE) else None
-
-
-def _read_tasks(run: Run, *, regions: int) -> tuple[tuple[str, ...], dict[str, TaskFacts]]:
+def _read_tasks(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[tuple[str, ...], dict[str, TaskFacts]]:
     """The region ids, and every task in the configuration's order."""
-    file = run.path / HELD_OUT_FILE
+    file, regions = run.path / HELD_OUT_FILE, len(inputs[POSITION])
     table = read_parquet(file)
     of_task = np.array(table["task"].to_pylist())
     ids = np.array(table["region_id"].to_pylist())
     columns = {name: table[name].to_numpy().astype(np.float64) for name in ("label", "held_out", "in_sample")}
     first = next(iter(run.config.tasks))
     region_ids = tuple(ids[of_task == first].tolist())
-    tasks = {}
+    own: dict[str, dict[str, Array]] = {}
     for task in run.config.tasks:
         rows = of_task == task
         if tuple(ids[rows].tolist()) != region_ids or len(region_ids) != regions:
@@ -128,15 +129,23 @@ def _read_tasks(run: Run, *, regions: int) -> tuple[tuple[str, ...], dict[str, T
                 f"the rows of task {task!r} are not the run's regions", file=file, expected=f"{regions} regions",
                 found=f"{int(rows.sum())} rows", fix="train again",
             )  # fmt: skip
-        held_out, deployed = columns["held_out"][rows], columns["in_sample"][rows]
-        predicted = np.where(np.isnan(held_out), deployed, held_out)
-        scores = run.facts["scores"][task]
+        own[task] = {name: column[rows] for name, column in columns.items()}
+    held = {task: ~np.isnan(found["held_out"]) for task, found in own.items()}
+    outputs = {name: tensor.double().numpy() for name, tensor in predict(model, inputs).items()}
+    leverage = np.zeros(regions)
+    if model.leverage is not None:
+        fitted = np.any([held[task] for task in ensembles(run.config)], axis=0)
+        leverage = model.leverage.left_out(inputs, torch.from_numpy(fitted))
+    tasks = {}
+    for task, found in own.items():
+        predicted = np.where(held[task], found["held_out"], found["in_sample"])
         tasks[task] = TaskFacts(
-            reported=columns["label"][rows],
-            held_out=held_out,
+            reported=found["label"],
+            held_out=found["held_out"],
             predicted=predicted,
-            interval=interval_of(predicted, scores),
-            scores=scores,
+            intervals=read_intervals(run, task, predicted, held[task], outputs, leverage),
+            scores=len(run.facts["scores"][task]),
             report=TaskReport(**{name: Metrics(**figures) for name, figures in run.facts["reports"][task].items()}),
+            coverage=run.facts["coverage"].get(task, {}),
         )
     return region_ids, tasks
