@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "images" / "report.png"
 COMMAND = Path(sys.executable).parent / "topt-deploy"
-WIDTH, HEIGHT, COLOURS = 1200, 965, 128
+WIDTH, HEIGHT, COLOURS = 1200, 1165, 128
 
 
 def run(*command: str | Path) -> None:
