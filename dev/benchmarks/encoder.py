@@ -19,12 +19,12 @@ from typing import Any
 
 from large_n import peak_mb
 
+from topt_deploy.prompts.options import TASKS
 from topt_deploy.runtime.processor import processor_name
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build" / "encoder"
 PAGE = ROOT / "docs/background/encoder-benchmarks.md"
-TASKS = ("crime", "check_in", "service_call")
 TOKENS = 2000
 REPEATS = 2
 SMALL = {  # Qwen2.5-0.5B's proportions

@@ -24,6 +24,7 @@ import torch
 
 from topt_deploy.config.load import load_config
 from topt_deploy.export.prompts.encoder_bundle import make_encoder
+from topt_deploy.prompts.options import TASKS
 from topt_deploy.runtime.processor import processor_name
 from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.ensemble import train_ensemble
@@ -36,7 +37,6 @@ from topt_deploy.train.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = Path(sys.executable).parent
-TASKS = ("crime", "check_in", "service_call")
 PRECISIONS = ("fp32", "int8", "int4")
 CITIES = {
     "demo": ("none", "torch", "shipped", "int8", "int4"),

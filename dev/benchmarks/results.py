@@ -21,6 +21,7 @@ import torch
 from page_sections import this_processor
 
 from topt_deploy.config.load import load_config
+from topt_deploy.prompts.options import TASKS
 from topt_deploy.train.cli.evaluate import FIRST_SEED
 from topt_deploy.train.evaluation.evaluate import evaluate_problem, read_problem
 from topt_deploy.train.evaluation.problem import Method, Problem
@@ -33,7 +34,6 @@ from topt_deploy.train.progress import Reporter
 Array = np.ndarray[Any, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = ("crime", "check_in", "service_call")
 PAPER = [name for name in METHODS if name.startswith("paper") and name != "paper-rows"]
 TABLE_1 = ["paper", "paper-no-prompt4re", "paper-no-task-prompt", "paper-no-alignment"]
 EMBEDDINGS = [name for name, entry in METHODS.items() if entry.group == "literature"]

@@ -7,8 +7,8 @@ import pyarrow as pa
 from commands import Said, shell
 
 from topt_deploy.data.parquet import read_parquet, write_parquet
+from topt_deploy.prompts.options import TASKS
 
-TASKS = ("crime", "check_in", "service_call")
 WIDTH = 4096
 """Of the prompts, as Llama-3.2-11B has it."""
 SHORT = "--set srel.epochs=2 --set ensemble.epochs=2 --set ensemble.steps=2 --set prompt4re.epochs=2"
