@@ -104,7 +104,7 @@ def read_facts(run: Run) -> Facts:
         region_ids=region_ids,
         position=position,
         tasks=tasks,
-        far=frozenset(run.facts["far"]),
+        far=frozenset(run.facts.get("far", ())),
         encoders=described["encoders"],
         place=read_place(run, position),
         attention=read_attention(model, inputs),
@@ -146,6 +146,6 @@ def _read_tasks(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[tu
             intervals=read_intervals(run, task, predicted, held[task], outputs, leverage),
             scores=len(run.facts["scores"][task]),
             report=TaskReport(**{name: Metrics(**figures) for name, figures in run.facts["reports"][task].items()}),
-            coverage=run.facts["coverage"].get(task, {}),
+            coverage=run.facts.get("coverage", {}).get(task, {}),
         )
     return region_ids, tasks
