@@ -218,8 +218,8 @@ def summary(lines: list[dict[str, str]]) -> str:
     covered = [line for line in lines if line["inside"]]
     if covered:
         mean = [np.mean([float(line[key]) for line in covered]) for key in ("inside", *BY_SIZE)]
-        off = (line for line in covered if abs(float(line["inside"]) - NOMINAL) > OVERALL)
-        off_by_size = (line for line in covered if max(abs(float(line[key]) - NOMINAL) for key in BY_SIZE) > BY_THIRD)
+        off = (line for line in covered if _off(float(line["inside"])) > OVERALL)
+        off_by_size = (line for line in covered if max(_off(float(line[key])) for key in BY_SIZE) > BY_THIRD)
         said += (
             f" Intervals of 90 % hold {mean[0]:.1%} of the labels in the mean of {len(covered)} tasks, by size"
             f" {', '.join(f'{share:.1%}' for share in mean[1:])}. More than 3 points off: {where(off)}. More than 5"
@@ -235,12 +235,17 @@ def by_chance(covered: Sequence[dict[str, str]]) -> str:
     for line in covered:
         for share, regions in zip(BY_SIZE, np.array_split(np.arange(int(line["labels"])), len(BY_SIZE)), strict=True):
             inside = round(float(line[share]) * len(regions))
-            strays += abs(inside / len(regions) - NOMINAL) > BY_THIRD
+            strays += _off(inside / len(regions)) > BY_THIRD
             unlikely += binomtest(inside, len(regions), NOMINAL).pvalue < UNLIKELY
     return (
         f"These are {strays} of {len(BY_SIZE) * len(covered)} thirds. Further from {NOMINAL:.0%} than chance explains"
         f" (binomial test, p < {UNLIKELY}): {unlikely} of all."
     )
+
+
+def _off(share: float) -> float:
+    """How far a share is from the nominal one; 0.93 is 0.03 off, and not 0.03 and a rounding error."""
+    return round(abs(share - NOMINAL), 9)
 
 
 def _change(lines: list[dict[str, str]], other: str) -> float:
