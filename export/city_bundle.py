@@ -184,10 +184,6 @@ def _manifest(
 ) -> Manifest:
     """The manifest of the portable variant alone, before the gate; its files are listed when it is sealed."""
     config, schema = run.config, model.spec.schema
-
-    def of_folds(task: str) -> dict[str, Any]:
-        return run.of_folds(task) | {"parts": run.facts["parts"][task], "scale": SCALE_BY_SIZE}
-
     return Manifest(
         schema_version=SCHEMA_VERSION,
         version=__version__,
@@ -210,7 +206,11 @@ def _manifest(
                 "scores": run.facts["scores"][task],
                 "scale": SCALE,
             }
-            | (of_folds(task) if model.spec.rows.get(task, 1) > 1 else {})
+            | (
+                run.of_folds(task) | {"parts": run.facts["parts"][task], "scale": SCALE_BY_SIZE}
+                if model.spec.rows.get(task, 1) > 1
+                else {}
+            )
             for task, settings in config.tasks.items()
         },
         views={view: tuple(names) for view, names in schema.views.items()},

@@ -92,6 +92,8 @@ REGIONS_SHOWN = 8
 def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> str:
     """Tell the weights and use of every task's parts, how often intervals hold, the figures of each of several cities,
     and regions to doubt."""
+    from topt_deploy.intervals import COVERAGE  # numpy: not for a command's help
+
     lines: list[str] = []
     for task, parts in facts.get("parts", {}).items():
         lines += ["", f"{task}: what its parts weigh, and the held-out MAE without each"]
@@ -104,7 +106,7 @@ def made_of(facts: Mapping[str, Any], reports: "Mapping[str, TaskReport]") -> st
             lines.append(f"  {name:<20}{part['weight']:>6.0%}{brings}")
         if held := facts["coverage"].get(task):
             shares = ", ".join(f"{share:.0%} of {size}" for size, share in held.items())
-            lines.append(f"  intervals of 90% hold on {shares} predictions of held-out regions")
+            lines.append(f"  intervals of {COVERAGE:.0%} hold on {shares} predictions of held-out regions")
     cities = facts.get("cities", [])
     lines += [""] if cities else []
     for city in cities:

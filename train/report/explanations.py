@@ -13,7 +13,7 @@ from .attention import Attention, attended_most, received, spread
 from .contributions import Contributions
 from .figures import Choropleth, choropleth
 from .flow_partners import partners
-from .plain_words import scale_name, title_of, view_name
+from .plain_words import percent, scale_name, title_of, view_name
 from .run_facts import Facts
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +95,7 @@ def _weighed(parts: Mapping[str, Mapping[str, float]], mae: float) -> list[str]:
     """A phrase for every part."""
     said = []
     for name, part in parts.items():
-        without, weight = part.get("mae_without"), f"{name} {100 * part['weight']:.0f}\N{NO-BREAK SPACE}%"
+        without, weight = part.get("mae_without"), f"{name} {percent(part['weight'])}"
         brings = "" if without is None else f" (held-out MAE without it {number(without)}"
         earns = ")" if without is None or without > mae else ": it earns nothing here)"
         said.append(weight + (brings + earns if brings else ""))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from topt_deploy.intervals import COVERAGE, FOLDS, SizeTrend, carries, cv_plus, interval, stretch
+from topt_deploy.model.topt import TopT, predict
 from topt_deploy.run_folder import Run
 
 Array = np.ndarray[Any, Any]
@@ -41,21 +43,28 @@ class Intervals:
         return interval(prediction, self.scores, COVERAGE, stretch(prediction, np.array(self.leverage), self.trend))
 
 
+def fold_predictions(model: TopT, inputs: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Counts (N, K) as the fits of the K folds predict every region, by task; without those that have no such fits."""
+    if all(rows == 1 for rows in model.spec.rows.values()):
+        return {}  # nothing else of the model's outputs is needed here
+    outputs = predict(model, inputs)
+    return {task: outputs[task + FOLDS].double().numpy() for task in model.spec.config.tasks if task + FOLDS in outputs}
+
+
 def read_intervals(
-    run: Run, task: str, predicted: Array, held: Array, outputs: Mapping[str, Array], leverage: Array
+    run: Run, task: str, predicted: Array, held: Array, folds: Array | None, leverage: Array
 ) -> Intervals | None:
     """Intervals of one task; None with too few labels for them.
 
     Args:
         predicted: (N,), the held-out prediction, or the deployed model's where there is none.
         held: bool (N,), True where it is held out.
-        outputs: What the fused model puts out for the regions; ``{task}_folds`` (N, K) where it has fits of the folds.
+        folds: (N, K), what the fits of the folds say; None where the task has none.
         leverage: (N,), without the region itself.
 
     Raises:
         BadConfig: If an earlier version trained the run.
     """
-    folds = outputs.get(task + FOLDS)
     if folds is None:
         scores, trend, leverage = run.facts["scores"][task], SizeTrend(), np.zeros_like(predicted)
         by_fold = [scores]

@@ -25,20 +25,13 @@ from .explanations import MadeOf, attention_section, exchanged, made_of
 from .figures import SCATTER_SIZE, Choropleth, Scatter, choropleth, scatter
 from .later_counts import read_later_counts
 from .moran import NEIGHBOURS, PERMUTATIONS, Moran, meaning, morans_i, nearest
-from .plain_words import sentence_case, title_of, view_name
+from .plain_words import percent, sentence_case, title_of, view_name
 from .run_facts import Facts, TaskFacts, read_facts
 
 TEMPLATES = Path(__file__).parent / "templates"
+COVERAGE_TEXT = percent(COVERAGE)
 REGIONS_SHOWN = 20
 """Of those not to be trusted, at the top of the page."""
-
-
-def percent(share: float) -> str:
-    """A share in [0, 1] in per cent."""
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
-
-
-COVERAGE_TEXT = percent(COVERAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +80,7 @@ def write_report(run: Run, out: Path, evaluation: Path | None = None, check: Pat
 
     Raises:
         UsageError: If the run is not finished.
+        BadConfig: If an earlier version trained the run.
         CannotCreate: If ``out`` cannot be written.
         NoInput, BadData: If one of the run's files is missing or damaged, the evaluation is not of its
             city, or the check not of its model.

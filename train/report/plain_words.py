@@ -43,3 +43,8 @@ def scale_name(target: TargetConfig, transform: str) -> str:
 def sentence_case(text: str) -> str:
     """With a capital first letter, and the rest as it is."""
     return text[:1].upper() + text[1:]
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as whole percents."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -12,7 +12,7 @@ from topt_deploy.data.features import POSITION
 from topt_deploy.data.parquet import read_parquet
 from topt_deploy.errors import BadData, UsageError
 from topt_deploy.model.checkpoint import load_model, load_tensors
-from topt_deploy.model.topt import TopT, predict
+from topt_deploy.model.topt import TopT
 from topt_deploy.run_folder import INPUTS_FILE, MODEL_FILE, Run
 
 from ..fused import ensembles
@@ -21,7 +21,7 @@ from ..trained_run import HELD_OUT_FILE
 from .attention import Attention, read_attention
 from .contributions import Contributions, read_contributions
 from .geography import Place, read_place
-from .intervals import Intervals, read_intervals
+from .intervals import Intervals, fold_predictions, read_intervals
 
 Array = np.ndarray[Any, Any]
 
@@ -86,6 +86,7 @@ def read_facts(run: Run) -> Facts:
 
     Raises:
         UsageError: If the run is not finished.
+        BadConfig: If an earlier version trained it.
         NoInput, BadData: If one of its files is missing or damaged.
     """
     if not run.finished:
@@ -131,7 +132,7 @@ def _read_tasks(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[tu
             )  # fmt: skip
         own[task] = {name: column[rows] for name, column in columns.items()}
     held = {task: ~np.isnan(found["held_out"]) for task, found in own.items()}
-    outputs = {name: tensor.double().numpy() for name, tensor in predict(model, inputs).items()}
+    folds = fold_predictions(model, inputs)
     leverage = np.zeros(regions)
     if model.leverage is not None:
         fitted = np.any([held[task] for task in ensembles(run.config)], axis=0)
@@ -143,7 +144,7 @@ def _read_tasks(run: Run, model: TopT, inputs: Mapping[str, Tensor]) -> tuple[tu
             reported=found["label"],
             held_out=found["held_out"],
             predicted=predicted,
-            intervals=read_intervals(run, task, predicted, held[task], outputs, leverage),
+            intervals=read_intervals(run, task, predicted, held[task], folds.get(task), leverage),
             scores=len(run.facts["scores"][task]),
             report=TaskReport(**{name: Metrics(**figures) for name, figures in run.facts["reports"][task].items()}),
             coverage=run.facts.get("coverage", {}).get(task, {}),

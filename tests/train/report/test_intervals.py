@@ -1,5 +1,6 @@
 """The report's intervals: the bundle's own where no count is known, and around held-out predictions elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_the_band_is_that_of_a_region_of_median_leverage(facts: Facts) -> None:
 
 def test_the_page_names_the_regions_not_to_be_trusted_and_how_often_intervals_hold(facts: Facts) -> None:
     ids = facts.region_ids
-    page = render(Facts(**{**vars(facts), "far": frozenset(ids[:2])}))
+    page = render(replace(facts, far=frozenset(ids[:2])))
     assert f"Do not trust the predictions of 2 regions:</strong> {ids[0]}, {ids[1]}." in page
     assert page.count("unlike the labelled regions: do not trust") >= 2 * len(facts.tasks)
     assert page.count("(do not trust)") == 2 * len(facts.tasks)
@@ -78,26 +79,24 @@ def test_the_page_names_the_regions_not_to_be_trusted_and_how_often_intervals_ho
     assert covered
     for coverage in covered:
         assert f"hold {100 * coverage['all']:.0f}\N{NO-BREAK SPACE}% of the reported counts" in page
-    many = render(Facts(**{**vars(facts), "far": frozenset(ids[:25])}))
+    many = render(replace(facts, far=frozenset(ids[:25])))
     assert f"{ids[19]} and more, marked in the tables below" in many
-    assert "Do not trust the predictions" not in render(Facts(**{**vars(facts), "far": frozenset()}))
+    assert "Do not trust the predictions" not in render(replace(facts, far=frozenset()))
 
 
 def test_a_run_of_an_earlier_version_is_refused(facts: Facts, demo_run: Path) -> None:
     run = open_run(demo_run)
-    earlier = type(run)(**{**vars(run), "facts": {k: v for k, v in run.facts.items() if k != "size_trend"}})
+    earlier = replace(run, facts={k: v for k, v in run.facts.items() if k != "size_trend"})
     task, own = next(iter(facts.tasks.items()))
     with pytest.raises(BadConfig, match="earlier version"):
-        read_intervals(
-            earlier, task, own.predicted, ~np.isnan(own.held_out), {f"{task}_folds": np.ones((1, 1))}, np.zeros(1)
-        )
+        read_intervals(earlier, task, own.predicted, ~np.isnan(own.held_out), np.ones((1, 1)), np.zeros(1))
 
 
 def test_without_fits_of_folds_the_pooled_scores_serve(facts: Facts, demo_run: Path) -> None:
     run = open_run(demo_run)
     task, own = next(iter(facts.tasks.items()))
     held = ~np.isnan(own.held_out)
-    found = read_intervals(run, task, own.predicted, held, {}, np.full(len(held), 3.0))
+    found = read_intervals(run, task, own.predicted, held, None, np.full(len(held), 3.0))
     assert found is not None
     assert (found.trend, found.leverage) == (SizeTrend(), 0)
     scores = run.facts["scores"][task]
